@@ -1,0 +1,235 @@
+"""Every setting of the program: three frozen dataclasses, five presets, one command line.
+
+In       a preset's name, then command-line flags; the later one wins: default, preset, flag
+Out      TokenizerConfig, GeneratorConfig, TrainConfig
+How      each field below becomes a flag, and the comment behind it becomes the flag's --help line,
+         so there is one list of settings and it cannot disagree with itself
+Sources  [paper] NativeTok, arXiv 2601.22837, as far as its summaries tell; [TiTok] the public
+         1d-tokenizer recipe; [MaskGIT] its MaskGIT part; [LlamaGen] the public AR recipe;
+         [ours] our choice, measured where README.md says so
+Try      python config.py      (prints the presets side by side)
+"""
+import argparse
+import dataclasses
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend; shown as one line, exit code 2."""
+
+
+def need(condition, message: str) -> None:
+    """Raise UserError(message) unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    tokenizer: str = "nativetok"  # encoder: nativetok, or a baseline: titok, titok-causal
+    image_size: int = 256  # side of the square images, in pixels
+    patch_size: int = 16  # side of a patch, in pixels [TiTok]
+    encoder_width: int = 768  # channels of MIT (or of the baseline's ViT) [TiTok-B]
+    encoder_depth: int = 12  # transformer blocks of MIT [TiTok-B]
+    encoder_heads: int = 12  # attention heads of MIT [TiTok-B]
+    expert: str = "query"  # expert form: query (only the query row is computed) or block (as published)
+    expert_width: int = 256  # channels of an expert; the dimension switcher maps MIT to this [paper]
+    expert_depth: int = 2  # layers of an expert [paper]
+    expert_heads: int = 4  # attention heads of an expert [ours: 64 channels each]
+    token_schedule: tuple[int, ...] = (32, 64, 128)  # tokens after stage 1, then after each growth step [paper]
+    codebook_size: int = 4096  # number of codes, shared by all positions [TiTok]
+    code_dim: int = 12  # channels of a code [TiTok]
+    commitment_weight: float = 0.25  # weight of the commitment loss [TiTok]
+    decoder_width: int = 768  # channels of the decoder [TiTok-B]
+    decoder_depth: int = 12  # transformer blocks of the decoder [TiTok-B]
+    decoder_heads: int = 12  # attention heads of the decoder [TiTok-B]
+    tail_drop: float = 0.0  # share of training steps that keep only the first k ~ U{1..L} tokens [One-D-Piece]
+
+    def __post_init__(self):
+        choose("tokenizer", self.tokenizer, ("nativetok", "titok", "titok-causal"))
+        choose("expert", self.expert, ("query", "block"))
+        if self.image_size % self.patch_size:
+            below = self.image_size // self.patch_size * self.patch_size
+            options = " or ".join(str(s) for s in (below, below + self.patch_size) if s)
+            raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; try {options}")
+        for part in ("encoder", "expert", "decoder"):
+            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
+            need(width % heads == 0, f"{part}_width {width} is not a multiple of {part}_heads {heads}")
+        for part in ("encoder", "decoder"):  # half of the channels tell the row, half the column, as sine and cosine
+            width = getattr(self, f"{part}_width")
+            need(width % 4 == 0, f"{part}_width {width} is not a multiple of 4; try {width // 4 * 4 + 4}")
+        steps = self.token_schedule
+        need(len(steps) > 0 and steps[0] >= 1 and all(a < b for a, b in zip(steps, steps[1:])),
+             f"token_schedule {' '.join(map(str, steps))} must grow at every step, like 32 64 128")
+        need(0 <= self.tail_drop <= 1, f"tail_drop {self.tail_drop} is a share; give a number from 0 to 1")
+
+    @property
+    def num_patches(self) -> int:  # N
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_tokens(self) -> int:  # L at the end of training
+        return self.token_schedule[-1]
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    generator_width: int = 768  # channels [LlamaGen-B]
+    generator_depth: int = 12  # transformer blocks [LlamaGen-B]
+    generator_heads: int = 12  # attention heads [LlamaGen-B]
+    generator_dropout: float = 0.1  # dropout after attention and MLP [LlamaGen, MaskGIT]
+    label_dropout: float = 0.1  # share of labels hidden in training, so that guidance has an unconditional side [LlamaGen]
+    label_smoothing: float = 0.1  # MaskGIT only: label smoothing [MaskGIT]
+    unmasked_weight: float = 0.1  # MaskGIT only: loss weight of tokens that were not masked [MaskGIT]
+
+    def __post_init__(self):
+        width, heads = self.generator_width, self.generator_heads
+        need(width % heads == 0 and width // heads % 2 == 0,
+             f"generator_width {width} must be generator_heads {heads} times an even number (rotary pairs)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    # data
+    data: str = "shapes"  # image folder, flat folder, .tar, .zip, .tar.gz, .tar.xz, .npz, or the built-in "shapes"
+    val_data: str = ""  # held-out images in any of these forms; empty: some of --data are set aside
+    holdout: int = 1000  # images of --data set aside when there is no --val_data (at most a tenth of them)
+    random_crop: bool = False  # training takes a random crop of the resized image instead of its centre
+    flip: bool = True  # training mirrors half of the images; the token cache holds both copies
+    skip_bad: bool = False  # count unreadable images and go on, up to 1%, instead of stopping at the first
+    seed: int = 0  # seed of weights, data order and augmentation
+    # stages 1 and 2: the tokenizer
+    batch_size: int = 256  # images per step over all processes [TiTok]
+    learning_rate: float = 1e-4  # peak learning rate [TiTok]
+    min_learning_rate: float = 1e-5  # learning rate at the end of a phase [TiTok]
+    warmup_steps: int = 5000  # steps until the learning rate has reached its peak [TiTok]
+    continuous_steps: int = 1000  # first steps without quantization, before the codebook is drawn from z [ours]
+    base_steps: int = 300000  # steps of stage 1, the continuous ones included [ours]
+    grow_steps: int = 100000  # steps of each growth step in stage 2 [ours]
+    finetune_steps: int = 50000  # steps of the joint fine-tune at the end of stage 2 [ours]
+    grow_decoder: bool = True  # the decoder goes on learning while the tokenizer grows [ours]
+    beta2: float = 0.999  # AdamW's second decay; the first is 0.9 [TiTok]
+    weight_decay: float = 1e-4  # AdamW's weight decay, on matrices only [TiTok]
+    grad_clip: float = 1.0  # largest gradient norm [TiTok]
+    accumulate: int = 1  # micro-batches per step and process, to fit a large batch into memory
+    ema_decay: float = 0.999  # decay of the averaged weights, which are the ones that are used [TiTok]
+    reseed_every: int = 100  # steps between replacements of codes that nothing chose, 0 for never [ours]
+    perceptual_weight: float = 0.0  # weight of the ConvNeXt-S feature loss; needs torchvision [TiTok: 0.1 stage 2]
+    adversarial_weight: float = 0.0  # weight of the adversarial loss [TiTok: 0.01]
+    adversarial_start: int = 20000  # tokenizer step at which the adversarial loss begins [TiTok]
+    # stage 3: the generators
+    generators: str = "both"  # which generators to train: ar, maskgit or both
+    generator_batch_size: int = 256  # token sequences per step over all processes [LlamaGen]
+    generator_learning_rate: float = 1e-4  # peak learning rate [LlamaGen]
+    generator_min_learning_rate: float = 1e-4  # learning rate at the end; LlamaGen keeps it constant [LlamaGen]
+    generator_warmup_steps: int = 1000  # steps until the learning rate has reached its peak [ours]
+    generator_steps: int = 500000  # steps of each generator [MaskGIT]
+    generator_beta2: float = 0.95  # AdamW's second decay [LlamaGen]
+    generator_weight_decay: float = 0.05  # AdamW's weight decay, on matrices only [LlamaGen]
+    # how to run: these may differ when a run is resumed
+    workers: int = 0  # data-loading processes per training process
+    precision: str = "auto"  # auto (bf16 where the GPU has it), fp32 or bf16
+    compile: bool = False  # torch.compile the model
+    log_every: int = 50  # steps between lines of log.jsonl
+    save_every: int = 1000  # steps between checkpoints
+    sample_every: int = 5000  # steps between pictures in samples/
+
+    def __post_init__(self):
+        choose("generators", self.generators, ("ar", "maskgit", "both"))
+        choose("precision", self.precision, ("auto", "fp32", "bf16"))
+        for name in ("batch_size", "generator_batch_size", "accumulate", "log_every", "save_every", "sample_every"):
+            need(getattr(self, name) >= 1, f"{name} must be at least 1")
+        need(0 <= self.continuous_steps < self.base_steps,
+             f"continuous_steps {self.continuous_steps} must leave quantized steps in base_steps {self.base_steps}")
+
+    @property
+    def generator_kinds(self) -> tuple[str, ...]:
+        return ("ar", "maskgit") if self.generators == "both" else (self.generators,)
+
+
+RUN_ONLY = ("workers", "precision", "compile", "log_every", "save_every", "sample_every")
+CONFIGS = (TokenizerConfig, GeneratorConfig, TrainConfig)
+
+IMAGENET = dict(random_crop=True, workers=8)  # the defaults above are these presets' own
+PRESETS = {
+    "tiny": dict(),
+    "cifar": dict(),
+    "imagenet-32": dict(IMAGENET, token_schedule=(32,)),
+    "imagenet-64": dict(IMAGENET, token_schedule=(32, 64)),
+    "imagenet-128": dict(IMAGENET, token_schedule=(32, 64, 128)),
+}
+
+
+def choose(name: str, value: str, options) -> None:
+    need(value in options, f"{name} {value!r} is unknown; choose one of {', '.join(options)}")
+
+
+def build(values: dict) -> tuple[TokenizerConfig, GeneratorConfig, TrainConfig]:
+    """Field values by name, any subset -> the three configurations. Raises UserError for an unknown name."""
+    known = {f.name for config in CONFIGS for f in dataclasses.fields(config)}
+    unknown = sorted(set(values) - known)
+    need(not unknown, f"unknown setting {', '.join(unknown)}")
+    # JSON has no tuples, so a list that comes back from a file becomes one again.
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return tuple(config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})
+                 for config in CONFIGS)
+
+
+def load_preset(name: str) -> tuple[TokenizerConfig, GeneratorConfig, TrainConfig]:
+    """A preset's three configurations. Raises UserError for an unknown name."""
+    choose("preset", name, PRESETS)
+    return build(PRESETS[name])
+
+
+def as_dict(*configs) -> dict:
+    """Configurations -> one flat dictionary of plain values, as it goes into JSON and checkpoints."""
+    return {k: list(v) if isinstance(v, tuple) else v for c in configs for k, v in dataclasses.asdict(c).items()}
+
+
+def help_lines(config) -> dict:
+    """{field name: the comment behind the field in this file}."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), flags=re.M))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes no shortened flags and answers a wrong one in one line, with exit code 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of the three configurations; flags that are not given stay out of the namespace."""
+    for config in CONFIGS:
+        group, lines = parser.add_argument_group(config.__name__), help_lines(config)
+        for f in dataclasses.fields(config):
+            help_text = f"{lines[f.name]} (default: {f.default})".replace("%", "%%")
+            kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else \
+                dict(type=int, nargs="+", metavar="N") if isinstance(f.default, tuple) else \
+                dict(type=type(f.default), metavar=type(f.default).__name__.upper())
+            group.add_argument(f"--{f.name}", help=help_text, default=argparse.SUPPRESS, **kind)
+
+
+def run(main) -> None:
+    """Call main(); a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    columns = {name: as_dict(*load_preset(name)) for name in PRESETS}
+    print(f"{'':28}" + "".join(f"{name:>16}" for name in columns))
+    for field in columns["tiny"]:
+        cells = [column[field] for column in columns.values()]
+        text = [" ".join(map(str, c)) if isinstance(c, list) else str(c) for c in cells]
+        print(f"{field:28}" + "".join(f"{t:>16}" for t in text) + ("   *" if len(set(text)) > 1 else ""))
+    print("\n* differs between presets; every value's source stands behind its field in this file")

@@ -1,0 +1,205 @@
+"""The parts that every model here is made of: attention, MLPs, blocks, patches, positions, KV cache.
+
+In, Out  sequences (B, T, D) everywhere; images float32 (B, 3, H, W) in [-1, 1]
+Two families, as in the code bases this project stands beside:
+         ViTBlock      LayerNorm, GELU, biases                 MIT, decoder, baselines  [ViT, TiTok]
+         LlamaBlock    RMSNorm, SwiGLU, rotary, no biases      generators               [LlamaGen]
+Try      python layers.py
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+# ------------------------------------------------------------------------------------------------
+# patches
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """(B, 3, H, W) -> (B, N, P*P*3): patches in reading order, each one flattened as (row, column, channel)."""
+    B, C, H, W = images.shape
+    P = patch_size
+    x = images.reshape(B, C, H // P, P, W // P, P)
+    x = x.permute(0, 2, 4, 3, 5, 1)                           # (B, H/P, W/P, P, P, C)
+    return x.reshape(B, (H // P) * (W // P), P * P * C)
+
+
+def unpatchify(x: Tensor, patch_size: int, image_size: int) -> Tensor:
+    """The inverse of patchify for square images: (B, N, P*P*3) -> (B, 3, H, W)."""
+    B, P, S = x.shape[0], patch_size, image_size // patch_size
+    x = x.reshape(B, S, S, P, P, 3)
+    x = x.permute(0, 5, 1, 3, 2, 4)                           # (B, C, S, P, S, P)
+    return x.reshape(B, 3, image_size, image_size)
+
+
+# ------------------------------------------------------------------------------------------------
+# positions
+
+def sincos_2d(side: int, width: int) -> Tensor:
+    """Sine-cosine positions of a side x side grid: (side*side, width), half for the row, half for the column.
+
+    Frequencies reach from one radian per patch down by powers of 10,000 [MAE]. Every entry lies in
+    [-1, 1] and every row has the same norm, sqrt(width / 2): that is "unit scale" beside a LayerNorm.
+    """
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * omega          # (side, width/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                       # (side, width/2)
+    rows, columns = axis.repeat_interleave(side, 0), axis.repeat(side, 1)
+    return torch.cat([rows, columns], dim=1).float()
+
+
+def rotary_table(length: int, head_dim: int) -> Tensor:
+    """Rotary angles in one dimension: (length, head_dim/2) complex numbers of modulus 1 [RoFormer]."""
+    omega = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = torch.arange(length, dtype=torch.float32)[:, None] * omega
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn neighbouring channel pairs of x (B, heads, T, head_dim) by the angles in table (T, head_dim/2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))           # (B, heads, T, head_dim/2)
+    return torch.view_as_real(pairs * table).flatten(-2).type_as(x)
+
+
+# ------------------------------------------------------------------------------------------------
+# attention
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in buffers of full length that are filled in place.
+
+    One per layer. Only for sampling: writing in place and autograd do not go together.
+    """
+
+    def __init__(self, batch: int, heads: int, length: int, head_dim: int, device=None, dtype=None):
+        self.k = torch.zeros(batch, heads, length, head_dim, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v (B, heads, T, head_dim) of the newest tokens -> views of all that are known so far."""
+        end = self.length + k.shape[2]
+        self.k[:, :, self.length:end] = k
+        self.v[:, :, self.length:end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, x (B, T, D) -> (B, T, D).
+
+    mask     bool (T, T), True where row may look at column; None: everything is visible
+    causal   token t sees tokens 0..t
+    rotary   the rows of rotary_table for these T positions, or None
+    cache    a KVCache; x then holds only the newest tokens, which see everything in the cache
+    """
+
+    def __init__(self, width: int, heads: int, bias: bool = True):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False,
+                rotary: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # (B, heads, T, D/heads)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            assert T == 1 or cache.length == 0, "a cache is filled in one piece, then token by token"
+            k, v = cache.append(k, v)
+        # TRAP: is_causal aligns the mask's upper left corner; a single new row against a cache must see it all.
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and T > 1)
+        return self.out(x.transpose(1, 2).reshape(B, T, D))   # TRAP: reshape without the transpose also runs
+
+
+# ------------------------------------------------------------------------------------------------
+# blocks
+
+class MLP(nn.Sequential):
+    def __init__(self, width: int):
+        super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm transformer block (B, T, D) -> (B, T, D) [ViT]."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2, self.mlp = nn.LayerNorm(width), MLP(width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 [LLaMA]."""
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.rms_norm(x.float(), x.shape[-1:], eps=self.eps) * self.weight).type_as(x)
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), hidden width 8/3 D: three matrices that cost what the MLP's two do [LLaMA]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = -(-8 * width // 3 // 64) * 64                # rounded up to a multiple of 64; 2048 at 768
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class LlamaBlock(nn.Module):
+    """Pre-norm block with RMSNorm, rotary attention and SwiGLU (B, T, D) -> (B, T, D) [LlamaGen]."""
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm1, self.attention = RMSNorm(width), Attention(width, heads, bias=False)
+        self.norm2, self.mlp = RMSNorm(width), SwiGLU(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rotary: Tensor, causal: bool, cache: KVCache | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x), causal=causal, rotary=rotary, cache=cache))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+# ------------------------------------------------------------------------------------------------
+# initialisation
+
+QUERY_GAIN = 2.0  # [ours] attention that starts uniform shows every token the mean patch; see README, "Initialisation"
+
+
+def init_vit(module: nn.Module) -> None:
+    """Initialise one Linear of a ViT; use as model.apply(init_vit).
+
+    Matrices are Xavier-uniform and biases zero [MAE], so that a block keeps the scale of what it reads.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, Attention):
+        q, k, v = module.qkv.weight.data.chunk(3)             # three square matrices that happen to be stored as one
+        for part in (q, k, v):
+            nn.init.xavier_uniform_(part)
+        q.mul_(QUERY_GAIN)
+
+
+def count_parameters(module: nn.Module, learning_only: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not learning_only)
+
+
+if __name__ == "__main__":
+    positions = sincos_2d(4, 64)
+    print("How alike are the positions of a 4x4 grid? Patch 5 (row 1, column 1) against all, as cosines:")
+    print(F.cosine_similarity(positions[5], positions).view(4, 4).numpy().round(2))
+    print("\nIts neighbours are nearest, so attention can find them before anything has been learned.")

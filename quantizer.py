@@ -1,0 +1,128 @@
+"""VectorQuantizer: each vector becomes the nearest entry of a codebook, on the unit sphere.
+
+In       z (..., d)                    what an expert wants to say, any length
+Out      z_q (..., d), ids (...), losses {"codebook", "commitment"}
+Source   VQ-VAE (arXiv 1711.00937) for the losses and the straight-through estimator; ViT-VQGAN
+         (2110.04627) for l2-normalised codes of few channels; TiTok for 4096 x 12 and weight 0.25
+Differs  The first steps of training run without quantization and the codebook is then drawn from
+         what the encoder says [ours]; codes that nothing chooses move to where vectors are [ours,
+         as in Jukebox, 2005.00341].
+Try      python quantizer.py
+"""
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import TokenizerConfig
+
+
+class VectorQuantizer(nn.Module):
+    """K codes of d channels; a vector takes the one with the largest cosine similarity.
+
+    continuous   while True, z_q is z itself (normalised) and the codebook only runs after it
+    count        (K,) int64: how often each code was chosen since the last reseed(), on this process
+    recent       (M, d): the vectors of the last training step, from which dead codes are re-drawn
+    """
+
+    def __init__(self, cfg: TokenizerConfig):
+        super().__init__()
+        self.codebook = nn.Parameter(F.normalize(torch.randn(cfg.codebook_size, cfg.code_dim), dim=-1))   # (K, d)
+        self.continuous = False
+        self.register_buffer("count", torch.zeros(cfg.codebook_size, dtype=torch.int64))
+        self.recent = None
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """z (..., d) -> z_q (..., d), ids (...) int64, unweighted losses {name: scalar}."""
+        z_q, ids, z = self.quantize(z, self.codes())
+        return z_q, ids, self.losses(z, ids)
+
+    def codes(self) -> Tensor:
+        """The codebook on the unit sphere: (K, d) float32."""
+        return F.normalize(self.codebook.float(), dim=-1)
+
+    def quantize(self, z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z (..., d), codes (K, d) -> z_q (..., d), ids (...), z (..., d) normalised."""
+        # Codes lie closer together than bf16 resolves, hence float32.
+        with torch.autocast(z.device.type, enabled=False):
+            z = F.normalize(z.float(), dim=-1)
+            # Between unit vectors |z - e|^2 = 2 - 2 z.e: the nearest code has the largest dot product.
+            ids = (z.detach() @ codes.detach().T).argmax(dim=-1)
+            if self.continuous:
+                return z, ids, z
+            e = F.embedding(ids, codes.detach())
+            # argmax has no gradient, so the gradient at z_q is handed to z unchanged: straight-through.
+            return z + (e - z).detach(), ids, z
+
+    def losses(self, z: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """Normalised z (..., d) and its ids (...) -> unweighted losses; in training also counts what was chosen."""
+        with torch.autocast(z.device.type, enabled=False):
+            e = F.embedding(ids, self.codes())
+            if self.training:
+                self.count += torch.bincount(ids.flatten(), minlength=len(self.count))
+                self.recent = z.detach().flatten(0, -2)
+            return {"codebook": F.mse_loss(e, z.detach()),                                # codes move to the vectors
+                    "commitment": F.mse_loss(z, e.detach()) * (not self.continuous)}      # vectors stay near their codes
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """ids (...) int64 in 0..K-1 -> z_q (..., d)."""
+        return F.embedding(ids, self.codes())
+
+    @torch.no_grad()
+    def draw_codebook(self, z: Tensor) -> None:
+        """Fill the codebook with rows drawn from z (M, d), the same on every process."""
+        self.codebook.copy_(shared_sample(z, len(self.codebook)))
+        self.count.zero_()
+
+    @torch.no_grad()
+    def reseed(self) -> Tensor:
+        """Move the codes that no process chose since the last call onto recent vectors; -> (K,) bool, which moved."""
+        if dist.is_initialized():
+            dist.all_reduce(self.count)
+        dead = self.count == 0
+        fresh = shared_sample(self.recent, len(self.codebook))                # drawn in any case: all ranks must take part
+        self.codebook[dead] = fresh[dead]
+        self.count.zero_()
+        return dead
+
+
+def shared_sample(z: Tensor, amount: int) -> Tensor:
+    """`amount` normalised rows drawn from the z (M, d) of all processes, the same rows everywhere: (amount, d).
+
+    With fewer vectors than asked for, each is taken again with a little noise, so that no two codes are equal.
+    """
+    z = F.normalize(z.float(), dim=-1).contiguous()
+    if dist.is_initialized():
+        everyone = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, z)
+        z = torch.cat(everyone)
+    rounds = -(-amount // len(z))
+    order = torch.cat([torch.randperm(len(z)) for _ in range(rounds)])[:amount].to(z.device)
+    rows = z[order]                                                           # (amount, d)
+    if rounds > 1:
+        rows = F.normalize(rows + 0.01 * torch.randn(rows.shape).to(rows), dim=-1)
+    if dist.is_initialized():
+        dist.broadcast(rows, 0)                                               # the ranks' random states differ
+    return rows
+
+
+def usage(ids: Tensor, codebook_size: int) -> tuple[float, Tensor]:
+    """ids (M, L) -> share of the codebook that occurs at all, perplexity of each position (L,).
+
+    Perplexity is exp(entropy): the number of equally likely codes that would be as hard to guess.
+    """
+    used = ids.unique().numel() / codebook_size
+    share = torch.stack([torch.bincount(column, minlength=codebook_size) for column in ids.T]).double() / len(ids)
+    return used, torch.special.entr(share).sum(1).exp()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(TokenizerConfig(codebook_size=8, code_dim=2))
+    z = torch.randn(1, 2, requires_grad=True)
+    z_q, ids, losses = quantizer(z)
+    z_q[0, 0].backward()
+    print("codebook of 8 codes on the unit circle:\n", quantizer.codes().detach().numpy().round(2))
+    print("z", z.detach().numpy().round(2), "-> id", ids.item(), "-> z_q", z_q.detach().numpy().round(2))
+    print("the gradient reached z although argmax has none:", z.grad.numpy().round(2))
+    print("log2(8) = 3 bits is all the decoder will ever know of z.", {k: round(v.item(), 3) for k, v in losses.items()})
