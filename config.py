@@ -12,6 +12,8 @@ Try      python config.py      (prints the presets side by side)
 import argparse
 import dataclasses
 import inspect
+import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -105,6 +107,7 @@ class TrainConfig:
     batch_size: int = 256  # images per step over all processes [TiTok]
     learning_rate: float = 1e-4  # peak learning rate [TiTok]
     min_learning_rate: float = 1e-5  # learning rate at the end of a phase [TiTok]
+    finetune_learning_rate: float = 5e-5  # peak learning rate of the joint fine-tune [ours]
     warmup_steps: int = 5000  # steps until the learning rate has reached its peak [TiTok]
     continuous_steps: int = 1000  # first steps without quantization, before the codebook is drawn from z [ours]
     base_steps: int = 300000  # steps of stage 1, the continuous ones included [ours]
@@ -150,12 +153,21 @@ class TrainConfig:
         return ("ar", "maskgit") if self.generators == "both" else (self.generators,)
 
 
-RUN_ONLY = ("workers", "precision", "compile", "log_every", "save_every", "sample_every")
+# May differ when a run is resumed.
+RUN_ONLY = ("generators", "workers", "precision", "compile", "log_every", "save_every", "sample_every", "skip_bad")
 CONFIGS = (TokenizerConfig, GeneratorConfig, TrainConfig)
+GENERATOR_FIELDS = tuple(f.name for f in dataclasses.fields(GeneratorConfig))
 
 IMAGENET = dict(random_crop=True, workers=8)  # the defaults above are these presets' own
 PRESETS = {
-    "tiny": dict(),
+    "tiny": dict(
+        image_size=32, patch_size=8, encoder_width=192, encoder_depth=2, encoder_heads=6, expert_width=128, expert_depth=1, expert_heads=4,
+        token_schedule=(4, 8, 16), codebook_size=256, decoder_width=192, decoder_depth=2, decoder_heads=6,
+        generator_width=192, generator_depth=4, generator_heads=6, generator_dropout=0.1,
+        batch_size=64, learning_rate=1e-3, min_learning_rate=1e-4, finetune_learning_rate=5e-4, warmup_steps=50, continuous_steps=150,
+        base_steps=500, grow_steps=300, finetune_steps=300, beta2=0.99, ema_decay=0.99, reseed_every=50,
+        generator_batch_size=64, generator_learning_rate=1e-3, generator_min_learning_rate=1e-4, generator_warmup_steps=50,
+        generator_steps=600, save_every=200, sample_every=200, log_every=20, flip=False),
     "cifar": dict(),
     "imagenet-32": dict(IMAGENET, token_schedule=(32,)),
     "imagenet-64": dict(IMAGENET, token_schedule=(32, 64)),
@@ -214,6 +226,47 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                 dict(type=int, nargs="+", metavar="N") if isinstance(f.default, tuple) else \
                 dict(type=type(f.default), metavar=type(f.default).__name__.upper())
             group.add_argument(f"--{f.name}", help=help_text, default=argparse.SUPPRESS, **kind)
+
+
+def parse_run(doc: str, argv=None) -> argparse.Namespace:
+    """The command line of train.py -> namespace with .run .preset .stage .device and the configurations .tok .gen .train.
+
+    Later wins: default, preset, flag. A run folder that exists stands for the preset it was made with.
+    """
+    parser = Parser(prog="train.py", description=doc, epilog="presets: " + ", ".join(PRESETS))
+    parser.add_argument("--preset", help="named settings to start from (default: those of an existing --run, else tiny)")
+    parser.add_argument("--run", help="folder of this run (default: runs/PRESET)")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="only this stage (default: all that are not finished yet)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: a GPU if there is one)")
+    add_flags(parser)
+    args = vars(parser.parse_args(argv))
+    preset, folder = args.pop("preset"), args.pop("run")
+    stage, device = args.pop("stage"), args.pop("device")
+    folder = folder or os.path.join("runs", preset or "tiny")
+    values = read_run(folder) if preset is None and os.path.exists(os.path.join(folder, "config.json")) else {"preset": preset or "tiny"}
+    preset = values.pop("preset")
+    choose("preset", preset, PRESETS)
+    tok, gen, train = build({**PRESETS[preset], **values, **args})
+    return argparse.Namespace(run=folder, preset=preset, stage=stage, device=device, tok=tok, gen=gen, train=train)
+
+
+def read_run(folder: str) -> dict:
+    """config.json of a run -> its flat dictionary, "preset" included. Raises UserError when it is missing or torn."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a run: it has no config.json; give a folder that train.py has made") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; restore it or repeat train.py with --preset") from None
+
+
+def settings(kind: str, *configs) -> dict:
+    """The fields that must stay the same while a "tokenizer" or a "generator" is trained, as one flat dictionary."""
+    def owner(name):
+        return "generator" if name.startswith("generator_") or name in GENERATOR_FIELDS else "tokenizer"
+    return {k: v for k, v in as_dict(*configs).items() if owner(k) == kind and k not in RUN_ONLY}
 
 
 def run(main) -> None:

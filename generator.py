@@ -1,0 +1,339 @@
+"""The second stage: generators that predict token ids, left to right (AR) or from masks (MaskGIT).
+
+In       ids (B, L) int64 in 0..K-1    what a frozen tokenizer made of images
+         labels (B,) int64 in 0..C-1   their classes; label C is "no class", for guidance
+Out      .loss(ids, labels)            -> scalar, dict of detached tensors
+         .sample(labels, ...)          -> ids (B, L)
+Sources  NativeTok reports one generator of each kind: LlamaGen-B and MaskGIT with 8 steps.
+         [LlamaGen] the body, for both; [MaskGIT] masks, loss and sampling, with numbers from [TiTok]
+Differs  positions are both rotary and learned (see Generator); guidance scales count from 0, so
+         TiTok's "guidance_scale 3.0", which counts from plain, is 4.0 here; tokens are drawn at
+         `temperature` as in MaskGIT, where TiTok heats them together with the confidences
+Try      python generator.py           (CPU, about a second)
+
+              row 0      row 1      row 2             row L
+    AR        class      id_1       id_2      ...                  sees rows up to its own
+              -> id_1    -> id_2    -> id_3
+    MaskGIT   class      mask       id_2      ...     mask         sees all rows
+                         -> id_1    -> id_2           -> id_L
+
+Nothing in this file knows what a token looks like.
+"""
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checkpoint
+from config import GeneratorConfig, need
+from layers import KVCache, LlamaBlock, RMSNorm, rotary_table
+
+
+# ------------------------------------------------------------------------------------------------
+# from logits to tokens
+
+def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance on logits: scale 0 unconditional, 1 plain, above 1 guided."""
+    return uncond + scale * (cond - uncond)
+
+
+def gumbel(shape, generator: torch.Generator | None, device) -> Tensor:
+    """Standard Gumbel noise of any shape, float32.
+
+    It is drawn on the generator's own device, so a CPU generator gives the same noise to every machine.
+    """
+    u = torch.rand(shape, generator=generator, device=generator.device if generator else device)
+    # TRAP: torch.rand can return 0; its noise, -inf, turns into NaN once it is annealed to 0 * -inf.
+    return -torch.log(-torch.log(u.clamp_min(1e-20))).to(device)
+
+
+def keep_likely(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Set the logits (..., K) of unlikely tokens to -inf; top_k=0 and top_p=1 are off.
+
+    First the top_k most likely stay, then of these the fewest that together reach probability top_p.
+    """
+    need(top_k >= 0, f"top_k {top_k} must be 0 (off) or the number of tokens to keep")
+    need(0 < top_p <= 1, f"top_p {top_p} is a probability; give a number above 0, up to 1 (off)")
+    if top_k == 0 and top_p == 1:
+        return logits
+    values, order = logits.sort(dim=-1, descending=True)      # (..., K), most likely first
+    if top_k:
+        values[..., top_k:] = -math.inf
+    if top_p < 1:
+        p = values.softmax(dim=-1)
+        likelier = p.cumsum(dim=-1) - p                       # probability of everything before this one; 0 at the first
+        values = values.masked_fill(likelier >= top_p, -math.inf)
+    return torch.empty_like(logits).scatter(-1, order, values)
+
+
+def draw(logits: Tensor, generator: torch.Generator | None, temperature: float = 1.0,
+         top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """logits (..., K) -> ids (...) drawn from softmax(logits / temperature); temperature 0 takes the likeliest."""
+    need(temperature >= 0, f"temperature {temperature} must be 0 (the likeliest token) or above")
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = keep_likely(logits / temperature, top_k, top_p)
+    # The argmax of logits plus Gumbel noise is one draw from their softmax (the Gumbel-max trick).
+    return (logits + gumbel(logits.shape, generator, logits.device)).argmax(dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------
+# what both generators are made of
+
+def for_sampling(method):
+    """Run a method of a module without gradients and without dropout, then restore its mode."""
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return method(self, *args, **kwargs)
+        finally:
+            self.train(was_training)
+    return run
+
+
+class Generator(nn.Module):
+    """A LlamaGen-style transformer over [class, token, token, ...] -> logits over the K codes at every row.
+
+    ARGenerator and MaskGITGenerator say which way it looks, how it learns and how it samples.
+    Generator.load(path) rebuilds either of them from a checkpoint.
+
+    Positions are given twice. Rotary angles [LlamaGen] tell attention how far apart two rows are. The learned
+    table [TiTok's MaskGIT has one; ours in AR] tells every row which one it is, because the same id means another
+    thing at another position: each has an expert of its own. On made-up ids of that sort both generators learned
+    without the table too, but more slowly.
+    """
+    causal: bool
+
+    def __init__(self, cfg: GeneratorConfig, num_tokens: int, codebook_size: int, num_classes: int):
+        super().__init__()
+        self.cfg, self.num_tokens, self.codebook_size, self.num_classes = cfg, num_tokens, codebook_size, num_classes
+        self.classes = [str(c) for c in range(num_classes)]   # names; load() knows better ones
+        self.tokenizer_fingerprint = ""                       # of the tokenizer that these ids belong to; "" unknown
+        D, heads, depth = cfg.generator_width, cfg.generator_heads, cfg.generator_depth
+
+        # AR never reads its last token; MaskGIT reads all of them and knows one more word, the mask.
+        rows, words = (num_tokens, codebook_size) if self.causal else (1 + num_tokens, codebook_size + 1)
+        self.label = nn.Embedding(num_classes + 1, D)         # the last one is "no class"
+        self.token = nn.Embedding(words, D)
+        self.position = nn.Parameter(torch.empty(rows, D))
+        self.register_buffer("rotary", rotary_table(rows, D // heads), persistent=False)
+        self.blocks = nn.ModuleList(LlamaBlock(D, heads, cfg.generator_dropout) for _ in range(depth))
+        self.norm = RMSNorm(D)
+        self.head = nn.Linear(D, codebook_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Everything is normal with std 0.02 [GPT-2, LlamaGen], which keeps the first loss close to log K.
+
+        That includes the head, which LlamaGen starts from zero: in a trial of 300 steps MaskGIT learned faster
+        like this with each of three seeds, and AR with the one tried [ours].
+        """
+        nn.init.normal_(self.position, std=0.02)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+        # 2 * depth branches add to the residual stream; scaled like this, their sum has the variance of one [GPT-2].
+        for block in self.blocks:
+            for branch in (block.attention.out, block.mlp.w2):
+                nn.init.normal_(branch.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
+
+    def forward(self, labels: Tensor, ids: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """labels (B,), ids (B, T) -> logits (B, 1+T, K): row 0 stands at the class, row t at token t.
+
+        With caches (one per block) only the rows that are not cached yet are computed and returned.
+        """
+        done = caches[0].length if caches else 0
+        x = torch.cat([self.label(labels)[:, None], self.token(ids)], dim=1)    # (B, 1+T, D)
+        x = (x + self.position[:x.shape[1]])[:, done:]                          # (B, R, D), R = 1+T - done new rows
+        rotary = self.rotary[done:done + x.shape[1]]                            # (R, D/heads/2)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rotary, self.causal, caches[i] if caches else None)
+        return self.head(self.norm(x))                                          # (B, R, K)
+
+    def guided(self, labels: Tensor, ids: Tensor, scale: float, caches: list[KVCache] | None = None) -> Tensor:
+        """forward() under guidance, in float32. At scale 1 it is forward(); else both halves run as one batch."""
+        if scale == 1:
+            return self(labels, ids, caches).float()
+        no_class = torch.full_like(labels, self.num_classes)
+        both = self(torch.cat([labels, no_class]), torch.cat([ids, ids]), caches)   # (2B, R, K)
+        return guide(*both.float().chunk(2), scale)
+
+    def hide_labels(self, labels: Tensor) -> Tensor:
+        """In training a share of the labels becomes "no class", so that guidance has an unconditional side."""
+        if not self.training:
+            return labels
+        hidden = torch.rand(labels.shape, device=labels.device) < self.cfg.label_dropout
+        return labels.masked_fill(hidden, self.num_classes)
+
+    def check(self, labels: Tensor) -> None:
+        # TRAP: label C would run, as "no class"; so only 0..C-1 may come in from outside.
+        for c in labels.tolist():
+            need(0 <= c < self.num_classes, f"class {c} is unknown; this generator has classes 0 to {self.num_classes - 1}")
+
+    @staticmethod
+    def load(path) -> "ARGenerator | MaskGITGenerator":
+        """Rebuild a generator from its checkpoint alone, with the averaged weights, in eval mode.
+
+        Raises UserError for a checkpoint that holds something else (a tokenizer, say).
+        """
+        saved = checkpoint.load(path)
+        need(saved.get("kind") in GENERATORS, f"{path} holds no generator; give generator-ar.pt or generator-maskgit.pt")
+        cfg = GeneratorConfig(**saved["generator_config"])
+        model = GENERATORS[saved["kind"]](cfg, saved["num_tokens"], saved["codebook_size"], len(saved["classes"]))
+        checkpoint.load_strict(model, saved["ema"], f"generator weights in {path}")
+        model.classes, model.tokenizer_fingerprint = saved["classes"], saved["tokenizer"]
+        return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------
+# AR: p(ids) = prod_i p(id_i | class, id_1 .. id_{i-1})
+
+class ARGenerator(Generator):
+    causal = True
+
+    def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
+        """Mean cross-entropy in nats, and "nll_by_position" (L,): how hard each token is to predict from those before.
+
+        The sum over positions is the cost of an image; an order that helps the generator makes it small.
+        """
+        logits = self(self.hide_labels(labels), ids[:, :-1])                                   # (B, L, K)
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")   # (B*L,)
+        nll = nll.view(ids.shape)                                                              # (B, L)
+        return nll.mean(), {"nll_by_position": nll.detach().mean(dim=0)}
+
+    @for_sampling
+    def sample(self, labels: Tensor, cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0,
+               top_p: float = 1.0, generator: torch.Generator | None = None, use_cache: bool = True) -> Tensor:
+        """labels (B,) -> ids (B, L), one token after the other. The same generator state repeats the same ids.
+
+        use_cache=False computes every row again for every token: slow, and the reading to compare with.
+        Raises UserError for an unknown class or a setting out of range.
+        """
+        self.check(labels)
+        ids = labels.new_empty(len(labels), 0)
+        caches = self.new_caches(len(labels) if cfg_scale == 1 else 2 * len(labels)) if use_cache else None
+        for _ in range(self.num_tokens):
+            logits = self.guided(labels, ids, cfg_scale, caches)[:, -1]                        # (B, K)
+            new = draw(logits, generator, temperature, top_k, top_p)                           # (B,)
+            ids = torch.cat([ids, new[:, None]], dim=1)
+        return ids
+
+    def new_caches(self, batch: int) -> list[KVCache]:
+        rows, D = self.position.shape
+        heads = self.cfg.generator_heads
+        return [KVCache(batch, heads, rows, D // heads, self.position.device, self.position.dtype) for _ in self.blocks]
+
+
+# ------------------------------------------------------------------------------------------------
+# MaskGIT: predict all masked tokens at once, keep the confident ones, repeat
+
+def random_masks(batch: int, length: int, device=None) -> Tensor:
+    """bool (B, L), True is masked: a share arccos(u) / (pi/2) of each row, u ~ U(0, 1), at least one token [TiTok].
+
+    On average 64% are masked; many rows are masked almost fully, as at the start of sampling.
+    """
+    share = torch.acos(torch.rand(batch, 1, device=device)) / (math.pi / 2)
+    count = (share * length).round().clamp_min(1)                               # (B, 1)
+    order = torch.rand(batch, length, device=device).argsort(dim=1)             # (B, L), a random permutation per row
+    return order < count
+
+
+def mask_schedule(length: int, steps: int) -> list[int]:
+    """How many tokens are still masked after each step: L arccos(progress) / (pi/2), rounded down [MaskGIT].
+
+    Clamped so that every step reveals a token and the last step reveals the rest. Raises UserError if it cannot be.
+    """
+    need(1 <= steps <= length, f"steps {steps} must be from 1 to {length}, as each reveals at least one token")
+    schedule, masked = [], length
+    for step in range(1, steps + 1):
+        wanted = math.floor(length * math.acos(step / steps) / (math.pi / 2))
+        masked = min(max(wanted, steps - step), masked - 1)   # leave one for each later step; reveal one now
+        schedule.append(masked)
+    return schedule
+
+
+class MaskGITGenerator(Generator):
+    causal = False
+
+    @property
+    def mask_id(self) -> int:
+        return self.codebook_size                             # the word after the last code
+
+    def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
+        """Weighted mean of the smoothed cross-entropy: masked tokens count 1, the others unmasked_weight.
+
+        dict: "masked_share", how much was masked; "masked_accuracy", the share of masked tokens guessed exactly.
+        """
+        masked = random_masks(*ids.shape, ids.device)                                          # (B, L)
+        logits = self(self.hide_labels(labels), ids.masked_fill(masked, self.mask_id))[:, 1:]  # (B, L, K)
+        error = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none",
+                                label_smoothing=self.cfg.label_smoothing).view(ids.shape)      # (B, L)
+        weight = torch.where(masked, 1.0, self.cfg.unmasked_weight)
+        loss = (weight * error).sum() / weight.sum()
+        hits = (logits.detach().argmax(dim=-1) == ids) & masked
+        return loss, {"masked_share": masked.float().mean(), "masked_accuracy": hits.sum() / masked.sum()}
+
+    @for_sampling
+    def sample(self, labels: Tensor, steps: int = 8, cfg_scale: float = 1.0, temperature: float = 1.0,
+               randomize_temperature: float = 4.5, generator: torch.Generator | None = None,
+               trace: list | None = None) -> Tensor:
+        """labels (B,) -> ids (B, L) in 1 <= steps <= L passes. The same generator state repeats the same ids.
+
+        cfg_scale              above 1 it is reached in a straight line from 1, because the first tokens decide
+                               how varied the samples are [TiTok]; up to 1 it holds from the start
+        randomize_temperature  Gumbel noise on the confidences, annealed to 0, because the surest token is often
+                               the dullest [MaskGIT: 4.5]
+        trace                  a list to which the ids after every step are appended, mask_id where still masked
+        Raises UserError for an unknown class or a setting out of range.
+        """
+        self.check(labels)
+        ids = labels.new_full((len(labels), self.num_tokens), self.mask_id)
+        for step, still_masked in enumerate(mask_schedule(self.num_tokens, steps), start=1):
+            progress = step / steps
+            scale = 1 + (cfg_scale - 1) * progress if cfg_scale > 1 else cfg_scale
+            logits = self.guided(labels, ids, scale)[:, 1:]                                    # (B, L, K)
+
+            # 1. Guess every masked token.
+            masked = ids == self.mask_id                                                       # (B, L)
+            guess = draw(logits, generator, temperature)                                       # (B, L)
+            ids = torch.where(masked, guess, ids)
+
+            # 2. How sure is each guess? Tokens kept earlier are beyond doubt, so they never change.
+            sure = logits.log_softmax(dim=-1).gather(-1, guess[..., None]).squeeze(-1)         # (B, L)
+            sure = sure + randomize_temperature * (1 - progress) * gumbel(sure.shape, generator, sure.device)
+            sure = sure.masked_fill(~masked, math.inf)
+
+            # 3. Mask the least sure ones again, as many as the schedule says.
+            again = sure.topk(still_masked, dim=1, largest=False).indices                      # (B, still_masked)
+            ids = ids.scatter(1, again, self.mask_id)
+            if trace is not None:
+                trace.append(ids)
+        return ids
+
+
+GENERATORS = {"ar": ARGenerator, "maskgit": MaskGITGenerator}  # the kinds, as flags and checkpoints spell them
+
+
+if __name__ == "__main__":
+    print("MaskGIT reveals few tokens while it knows little, many when it knows a lot. 32 tokens, new ones per step:")
+    for steps in (1, 2, 4, 8, 32):
+        masked = [32] + mask_schedule(32, steps)
+        print(f"  {steps:2} steps:", *(before - after for before, after in zip(masked, masked[1:])))
+
+    print("\nGuidance moves probability to what the class makes likelier than usual, past what is merely likely:")
+    cond, uncond = torch.tensor([0.4, 0.3, 0.2, 0.1]).log(), torch.tensor([0.7, 0.1, 0.1, 0.1]).log()
+    for scale, meaning in ((0, "unconditional"), (1, "plain"), (2, "guided"), (4, "guided more")):
+        print(f"  scale {scale}:", *(f"{p:.2f}" for p in guide(cond, uncond, scale).softmax(0)), f"  {meaning}")
+
+    print("\nAn untrained generator of 512 codes is about as uncertain as a die with that many faces:")
+    torch.manual_seed(0)
+    cfg = GeneratorConfig(generator_width=64, generator_depth=2, generator_heads=2)
+    for kind, Kind in GENERATORS.items():
+        model = Kind(cfg, num_tokens=32, codebook_size=512, num_classes=10)
+        loss, _ = model.loss(torch.randint(512, (8, 32)), torch.arange(8))
+        print(f"  {kind}: exp(loss) = {loss.exp():.1f}")

@@ -1,0 +1,245 @@
+"""What a reconstruction is compared by: pixels, a classifier's opinion, and an adversary.
+
+In       recon, images (B, 3, H, W) in [-1, 1]
+Out      scalars without weights; train.py multiplies and adds them in one line
+Source   [TiTok] 1d-tokenizer, stage 2: squared error 1.0 + ConvNeXt-S logits 0.1
+         + hinge 0.01 (from step 20,000 on), with LeCam 0.001 on the discriminator
+Differs  the discriminator is the 70x70 PatchGAN of pix2pix and taming-transformers, the one most readers
+         know; TiTok's own is a wider relative that blurs as it down-samples
+Try      python losses.py      (CPU, about a second)
+"""
+import pickle
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import UserError, need
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of images in [0, 1]: what the classifier was trained with [torchvision]
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+# ------------------------------------------------------------------------------------------------
+# pixels
+
+def reconstruction(recon: Tensor, images: Tensor) -> Tensor:
+    """Mean squared error, a scalar; float32 whatever autocast does, since bf16 keeps two to three digits."""
+    return F.mse_loss(recon.float(), images.float())
+
+
+def psnr(recon: Tensor, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio (B,), in dB, of each image by itself; higher is better.
+
+    The peak is 2, the distance from black (-1) to white (1):   10 log10(2^2 / mean squared error)
+    Anchors: white for black 0 dB, half as much error everywhere 6 dB more, rounding to 8 bits 59 dB, equal images inf.
+    """
+    mse = (recon.float() - images.float()).square().flatten(1).mean(1)    # (B,)
+    return 10 * torch.log10(4 / mse)
+
+
+# ------------------------------------------------------------------------------------------------
+# perception
+
+class Perceptual(nn.Module):
+    """Squared error between the logits that a frozen ImageNet classifier gives to two images [TiTok].
+
+    network   normalised images (B, 3, 224, 224) -> logits (B, classes); None is torchvision's ConvNeXt-S
+
+    The gradient reaches `recon` only. Raises UserError when torchvision or its weights cannot be had.
+    """
+
+    def __init__(self, network: nn.Module | None = None):
+        super().__init__()
+        self.network = pretrained_convnext() if network is None else network
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Perceptual":
+        """Stays in eval mode: dropped layers would make two equal images differ."""
+        return super().train(False)
+
+    def forward(self, recon: Tensor, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = self.logits(images)
+        return F.mse_loss(self.logits(recon), target)
+
+    def logits(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):    # float32 throughout [TiTok]
+            x = (images.float() + 1) / 2                           # [0, 1], as ImageNet's mean and std expect
+            x = F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True)
+            return self.network((x - self.mean) / self.std)        # (B, classes)
+
+
+def pretrained_convnext() -> nn.Module:
+    """torchvision's ConvNeXt-S with its ImageNet weights, which are downloaded once, about 190 MB.
+
+    Raises UserError that says what to install, or which file to put where.
+    """
+    try:
+        from torchvision.models import ConvNeXt_Small_Weights, convnext_small
+    except (ImportError, RuntimeError) as error:    # RuntimeError: built for another version of torch
+        raise UserError(f"the perceptual loss needs a torchvision that fits torch {torch.__version__}: "
+                        "pip install torchvision, or run with --perceptual_weight 0") from error
+    weights = ConvNeXt_Small_Weights.IMAGENET1K_V1
+    try:
+        return convnext_small(weights=weights)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:    # no network, or half a file
+        folder = f"{torch.hub.get_dir()}/checkpoints"
+        raise UserError(f"cannot load the weights of the perceptual loss ({type(error).__name__}): "
+                        f"put {weights.url} into {folder}, replacing what is there, "
+                        "or run with --perceptual_weight 0") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# adversary
+
+class Discriminator(nn.Module):
+    """PatchGAN: images (B, 3, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2), one verdict per 70x70 patch.
+
+    Positive means "real". At 32x32 each of the 2x2 verdicts sees the whole image; 24x24 is the least.
+
+    Widths, kernels and initialisation as in pix2pix and taming-transformers. They normalise over the batch; we
+    normalise each image by itself, in groups of channels, so there are no running statistics that could differ
+    between ranks or after a restart.
+    """
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        layers = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]             # H/2
+        for inputs, outputs, stride in ((1, 2, 2), (2, 4, 2), (4, 8, 1)):                     # H/4, H/8, H/8 - 1
+            layers += [nn.Conv2d(inputs * width, outputs * width, 4, stride, padding=1, bias=False),
+                       nn.GroupNorm(32, outputs * width), nn.LeakyReLU(0.2)]
+        layers += [nn.Conv2d(8 * width, 1, 4, stride=1, padding=1)]                           # H/8 - 2
+        self.layers = nn.Sequential(*layers)
+        self.apply(self.init)
+
+    @staticmethod
+    def init(module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, 0.0, 0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.GroupNorm):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        need(min(images.shape[-2:]) >= 24, f"the adversarial loss needs images of 24 pixels or more, not "
+                                           f"{min(images.shape[-2:])}; run with --adversarial_weight 0")
+        return self.layers(images)
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Hinge loss of the discriminator, a scalar: half the sum of the two sides [taming-transformers, TiTok].
+
+    Anchors: 0 when all real logits are above 1 and all fake ones below -1; 1 when all are 0 (undecided).
+    """
+    real = F.relu(1 - real_logits.float()).mean()
+    fake = F.relu(1 + fake_logits.float()).mean()
+    return (real + fake) / 2
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """The tokenizer's side, a scalar: raise the logits of its reconstructions, without a limit.
+
+    TRAP: its backward fills the discriminator's gradients too; clear them before the discriminator's own step.
+    """
+    return -fake_logits.float().mean()
+
+
+class LeCam(nn.Module):
+    """LeCam regularisation: holds the discriminator back where it has pulled real and fake far apart.
+
+        relu(mean(real) - fake anchor)^2 + relu(real anchor - mean(fake))^2
+
+    Anchors are moving averages of the mean logits, from 0 on, the same on all ranks. They are buffers, so the
+    checkpoint has them. Formula, start and decay as in [TiTok]; the idea is Tseng et al. 2021, for little data.
+
+    forward() only reads the anchors and update() only moves them: a step that is skipped because its
+    loss is not finite must leave them alone, so call update() after the optimizer has stepped.
+    """
+
+    def __init__(self, decay: float = 0.999):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real_anchor", torch.zeros(()))
+        self.register_buffer("fake_anchor", torch.zeros(()))
+
+    def forward(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        real = F.relu(real_logits.float().mean() - self.fake_anchor).square()
+        fake = F.relu(self.real_anchor - fake_logits.float().mean()).square()
+        return real + fake
+
+    @torch.no_grad()
+    def update(self, real_logits: Tensor, fake_logits: Tensor) -> None:
+        """Move the anchors towards the mean logits of all ranks; every rank must call it."""
+        means = torch.stack([real_logits.float().mean(), fake_logits.float().mean()])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        self.real_anchor.lerp_(means[0], 1 - self.decay)
+        self.fake_anchor.lerp_(means[1], 1 - self.decay)
+
+
+class Adversary:
+    """The discriminator with its optimizer: judge() for the tokenizer's loss, learn() for its own step.
+
+    Hinge loss plus 0.001 x LeCam, AdamW at the tokenizer's learning rate [TiTok].
+    """
+
+    def __init__(self, learning_rate: float, device: torch.device):
+        self.net, self.lecam = Discriminator().to(device), LeCam().to(device)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-4)
+        self.seen = None                                                      # (real, fake) of the step that is under way
+
+    def judge(self, images: Tensor, recon: Tensor) -> Tensor:
+        """images, recon (B, 3, H, W) -> the tokenizer's adversarial loss, a scalar."""
+        self.seen = images, recon.detach()
+        return generator_loss(self.net(recon))
+
+    def learn(self) -> None:
+        """One step of the discriminator on what judge() saw last; nothing if it was not asked."""
+        if self.seen is None:
+            return
+        (images, recon), self.seen = self.seen, None
+        self.optimizer.zero_grad(set_to_none=True)                            # judge() left the tokenizer's gradients here
+        real, fake = self.net(images), self.net(recon)
+        (discriminator_loss(real, fake) + 0.001 * self.lecam(real, fake)).backward()
+        if dist.is_available() and dist.is_initialized():
+            for p in self.net.parameters():
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+        self.optimizer.step()
+        self.lecam.update(real.detach(), fake.detach())
+
+    def state_dict(self) -> dict:
+        return {"net": self.net.state_dict(), "lecam": self.lecam.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in ("net", "lecam", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 64, 64) * 2 - 1
+    print("Gaussian noise on an image in [-1, 1]    halving it gains 6 dB")
+    for sigma in (0.4, 0.2, 0.1, 0.05, 0.025):
+        recon = images + sigma * torch.randn_like(images)
+        print(f"  sigma {sigma:<6} loss {reconstruction(recon, images):.5f}   PSNR {psnr(recon, images).mean():.1f} dB")
+
+    print("\nhinge losses at some logits               discriminator   tokenizer")
+    for what, real, fake in (("undecided", 0., 0.), ("right, by a margin", 1., -1.), ("right, far beyond it", 5., -5.),
+                             ("wrong", -1., 1.)):
+        real_logits, fake_logits = torch.tensor(real), torch.tensor(fake)
+        print(f"  {what:21} real {real:4g}  fake {fake:4g}   {discriminator_loss(real_logits, fake_logits):12g} "
+              f"{generator_loss(fake_logits) + 0:12g}")    # + 0 turns -0 into 0
+
+    discriminator = Discriminator()
+    print(f"\nPatchGAN of {sum(p.numel() for p in discriminator.parameters()) / 1e6:.1f}M parameters, its verdicts:")
+    for size in (32, 64, 256):
+        with torch.no_grad():
+            logits = discriminator(torch.zeros(1, 3, size, size))
+        print(f"  {size:3} x {size:<3} pixels -> {logits.shape[2]:2} x {logits.shape[3]}")

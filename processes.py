@@ -1,0 +1,75 @@
+"""One process or many: rank, device, signals, and decisions that all ranks take alike.
+
+In       the environment variables that torchrun sets, or none
+Out      Processes: .rank .world .main .device .stop, and wrap() for models
+How      nccl between GPUs, gloo between CPUs; gradients by DistributedDataParallel
+"""
+import os
+import signal
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config import need
+
+
+class Processes:
+    """This process among those that torchrun started, or alone.
+
+    stop     True once SIGTERM or SIGINT has come: finish the step, save, leave; a second one quits at once
+    """
+
+    def __init__(self, device: str = "auto"):
+        """device   auto, cpu or cuda. Raises UserError when cuda is asked for and absent."""
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main, self.stop = self.rank == 0, False
+        need(device != "cuda" or torch.cuda.is_available(), "no CUDA device was found; use --device cpu")
+        cuda = device != "cpu" and torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")                        # TF32 where autocast leaves float32
+        if "RANK" in os.environ and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+
+    def catch_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number, frame) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        self.stop = True
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Each flag, true if it is true on any process."""
+        if not dist.is_initialized():
+            return list(flags)
+        flags = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return flags.bool().tolist()
+
+    def gather(self, thing) -> list:
+        """The `thing` of every process, in order of rank, on every process."""
+        things = [thing]
+        if dist.is_initialized():
+            things = [None] * self.world
+            dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+    def wrap(self, model: nn.Module, compile: bool) -> nn.Module:
+        """The model as the training loop calls it: compiled if asked, gradients averaged over processes."""
+        model = torch.compile(model) if compile else model
+        # Buffers are not broadcast: the only one that matters, the quantizer's count, is summed where it is used.
+        return DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
+
+    def autocast(self, precision: str):
+        """bf16 matrix products where the GPU has them (auto) or where asked for; weights stay float32."""
+        bf16 = precision == "bf16" or (precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported())
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)

@@ -1,0 +1,453 @@
+"""Promises of checkpoint.py: what was saved comes back, whatever happens in between."""
+import os
+import random
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+from config import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def content(step: int) -> dict:
+    """What a small run might save; every number in it tells the step."""
+    return {"step": step, "model": {"weight": torch.full((50, 7), float(step))}}
+
+
+def same(a, b) -> bool:
+    """Equality of nested plain values, tensors by bits, types included."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def start(code: str, *args) -> subprocess.Popen:
+    """A Python process that runs `code` beside the project's files."""
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, text=True,
+                            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    """A checkpoint of step 2 and, as the previous one, of step 1."""
+    path = tmp_path / "tokenizer.pt"
+    checkpoint.save(path, content(1))
+    checkpoint.save(path, content(2))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------
+# what comes back
+
+def test_what_was_saved_comes_back_with_types_and_bits(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    saved = {"optimizer": optimizer.state_dict(), "half": torch.ones(2, dtype=torch.bfloat16), "empty": torch.zeros(0),
+             "scalar": torch.tensor(3), "random": checkpoint.random_state(),
+             "plain": ["text", 1, 0.5, True, None, (1, (2,)), {3: "int key"}]}
+    checkpoint.save(tmp_path / "x.pt", saved)
+    assert same(checkpoint.load(tmp_path / "x.pt"), saved)
+
+
+def test_a_state_dict_comes_back_as_a_plain_dict(tmp_path):
+    state = nn.Linear(3, 2).state_dict()
+    assert type(state) is OrderedDict
+    checkpoint.save(tmp_path / "x.pt", {"model": state})
+    assert same(checkpoint.load(tmp_path / "x.pt")["model"], dict(state))
+
+
+def test_the_newest_two_are_kept_and_nothing_else(path):
+    checkpoint.save(path, content(3))
+    assert names(path.parent) == ["tokenizer.prev.pt", "tokenizer.pt"]
+    assert checkpoint.load(path)["step"] == 3
+    assert checkpoint.load(checkpoint.previous(path))["step"] == 2
+
+
+def test_nothing_to_load_is_one_clear_line(tmp_path):
+    assert not checkpoint.exists(tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x\.pt does not exist; train first"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_another_format_is_refused_and_not_replaced_by_the_previous_one(path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    checkpoint.save(path, content(3))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="tokenizer.pt has checkpoint format 2, this program reads format 1"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("foreign", [{"model": 1}, [1, 2], torch.zeros(2)], ids=["dict", "list", "tensor"])
+def test_a_file_of_another_program_is_refused(tmp_path, foreign):
+    torch.save(foreign, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="format None"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_a_missing_key_is_named(path):
+    assert checkpoint.load(path, needs=("step", "model"))["step"] == 2
+    with pytest.raises(UserError, match="tokenizer.pt has no ema, phase; "):
+        checkpoint.load(path, needs=("step", "ema", "phase"))
+
+
+# ------------------------------------------------------------------------------------------------
+# damage
+
+@pytest.mark.parametrize("share", [0, "one byte", 0.5, 0.999])
+def test_a_torn_newest_falls_back_to_the_previous_with_a_warning(path, capsys, share):
+    size = path.stat().st_size
+    os.truncate(path, 1 if share == "one byte" else int(size * share))
+    assert same(checkpoint.load(path), content(1))
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: tokenizer.pt: ") and warning.endswith("using tokenizer.prev.pt instead\n")
+    assert warning.count("\n") == 1
+
+
+def test_a_whole_newest_gives_no_warning(path, capsys):
+    assert same(checkpoint.load(path), content(2))
+    assert capsys.readouterr().err == ""
+
+
+def flip(path: Path, whole: bytes, position: int, bit: int) -> None:
+    data = bytearray(whole)
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_the_weights_is_noticed(path, capsys):
+    whole = path.read_bytes()
+    begin = whole.index(content(2)["model"]["weight"].numpy().tobytes())
+    for position in (begin, begin + 1, begin + 700, begin + 50 * 7 * 4 - 1):
+        flip(path, whole, position, bit=position % 8)
+        assert same(checkpoint.load(path), content(1)), position
+        assert "altered" in capsys.readouterr().err
+
+
+def test_a_flipped_bit_anywhere_gives_a_good_checkpoint_or_the_one_before(path):
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:    # 38 bytes into a directory entry are the attributes of the file
+        entry = whole.index(b"/data/0", archive.start_dir)
+        attributes = whole.rindex(b"PK\1\2", archive.start_dir, entry) + 38
+    anywhere = random.Random(0)
+    places = [(attributes + i, bit) for i in range(4) for bit in range(8)] + \
+             [(anywhere.randrange(len(whole)), anywhere.randrange(8)) for _ in range(400)]
+    for position, bit in places:
+        flip(path, whole, position, bit)
+        found = checkpoint.load(path)
+        assert same(found, content(1)) or same(found, content(2)), (position, bit)
+
+
+def test_two_damaged_ones_are_both_named(path):
+    os.truncate(path, 100)
+    os.truncate(checkpoint.previous(path), 0)
+    with pytest.raises(UserError, match=r"tokenizer\.pt: .*tokenizer\.prev\.pt: .*start again") as error:
+        checkpoint.load(path)
+    assert "\n" not in str(error.value)
+
+
+class Hostile:
+    """Unpickling it creates a file."""
+
+    def __init__(self, victim: Path):
+        self.victim = victim
+
+    def __reduce__(self):
+        return Path.touch, (self.victim,)
+
+
+def test_a_hostile_pickle_never_runs(path, capsys):
+    victim = path.parent / "victim"
+    torch.save({"format": checkpoint.FORMAT, "model": Hostile(victim)}, path)
+    assert same(checkpoint.load(path), content(1))
+    assert not victim.exists()
+    assert "more than plain data" in capsys.readouterr().err
+    torch.load(path, weights_only=False)    # so the file was dangerous
+    assert victim.exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# saving that does not come to an end
+
+def snapshots(monkeypatch, folder: Path, act) -> list[Path]:
+    """Copies of `folder` around each step of act() that touches the disk: what a kill there would leave."""
+    copies = []
+
+    def watch(step):
+        def watched(*args, **kwargs):
+            copies.append(shutil.copytree(folder, folder.parent / f"snapshot{len(copies)}"))
+            result = step(*args, **kwargs)
+            copies.append(shutil.copytree(folder, folder.parent / f"snapshot{len(copies)}"))
+            return result
+        return watched
+
+    for module, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
+        monkeypatch.setattr(module, name, watch(getattr(module, name)))
+    act()
+    monkeypatch.undo()
+    return copies
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_at_every_instant_of_a_save_a_good_checkpoint_can_be_loaded(tmp_path, monkeypatch, damaged):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    path = folder / "tokenizer.pt"
+    checkpoint.save(path, content(1))
+    checkpoint.save(path, content(2))
+    if damaged:
+        os.truncate(path, 100)
+    copies = snapshots(monkeypatch, folder, lambda: checkpoint.save(path, content(3)))
+    assert len(copies) >= 8
+    steps = []
+    for copy in copies:
+        assert checkpoint.exists(copy / path.name)
+        found = checkpoint.load(copy / path.name)
+        assert same(found, content(found["step"]))
+        steps.append(found["step"])
+    assert steps == sorted(steps) and steps[0] == (1 if damaged else 2) and steps[-1] == 3
+
+
+def test_a_damaged_newest_never_pushes_out_the_good_one_before_it(path):
+    os.truncate(path, 100)
+    checkpoint.save(path, content(3))
+    assert checkpoint.load(path)["step"] == 3
+    assert checkpoint.load(checkpoint.previous(path))["step"] == 1
+
+
+SAVE_AND_KILL = """
+import os, signal, sys, time, torch, checkpoint
+for number, delay in enumerate((0.03, 0.05, 0.08, 0.11, 0.17)):
+    path = os.path.join(sys.argv[1], str(number), "x.pt")
+    os.mkdir(os.path.dirname(path))
+    child, step = os.fork(), 0
+    while child == 0:
+        step += 1
+        checkpoint.save(path, {"step": step, "weight": torch.full((400_000,), float(step))})
+    while not os.path.exists(path):
+        time.sleep(0.001)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+def test_kill_9_in_the_middle_of_saving_leaves_a_good_checkpoint(tmp_path):
+    killer = start(SAVE_AND_KILL, tmp_path)
+    try:
+        killer.communicate(timeout=60)
+    finally:
+        killer.kill()
+    assert killer.returncode == 0 and len(names(tmp_path)) == 5
+    for folder in tmp_path.iterdir():
+        found = checkpoint.load(folder / "x.pt")
+        assert found["step"] >= 1 and torch.equal(found["weight"], torch.full((400_000,), float(found["step"])))
+        checkpoint.sweep(folder)
+        assert set(names(folder)) <= {"x.pt", "x.prev.pt"}
+
+
+FILL = """
+import resource, sys, torch, checkpoint
+from config import UserError
+for limit in (0, 300, 5_000, 100_000, 399_900, 401_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))    # the kernel refuses to write on
+    try:
+        checkpoint.save(sys.argv[1], {"step": 3, "weight": torch.ones(100_000)})
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_one_clear_line_and_the_old_checkpoints_stay(path):
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    filler = start(FILL, path)
+    lines = filler.communicate()[0].splitlines()
+    assert filler.returncode == 0 and len(lines) == 6
+    for line in lines:
+        assert line.startswith(f"cannot write {path}: File too large; is the disk full")
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(path):
+    for bad in (path.parent / "absent" / "x.pt", path / "x.pt"):    # no such folder, and a file in its place
+        with pytest.raises(UserError, match="cannot write .*x.pt: .*not writable"):
+            checkpoint.save(bad, content(1))
+
+
+def test_an_interrupted_save_leaves_no_temporary(path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, content(3))
+    assert names(path.parent) == ["tokenizer.prev.pt", "tokenizer.pt"]
+    assert checkpoint.load(path)["step"] == 2
+
+
+def test_sweep_removes_leftovers_of_dead_processes_and_nothing_else(path):
+    dead = start("")
+    dead.communicate()
+    living = os.getppid()
+    stale = [f".tokenizer.pt.tmp-{dead.pid}", f".log.jsonl.tmp-{os.getpid()}", f".x.tmp-{10**30}"]
+    good = [f".tokenizer.pt.tmp-{living}", ".tokenizer.pt.tmp-x", ".hidden", "tmp-1"]
+    for name in stale + good:
+        (path.parent / name).touch()
+    checkpoint.sweep(path.parent)
+    assert names(path.parent) == sorted(good + ["tokenizer.pt", "tokenizer.prev.pt"])
+    checkpoint.sweep(path.parent / "absent")    # the first start has no folder yet
+
+
+# ------------------------------------------------------------------------------------------------
+# what is never saved
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("wrap", [float, lambda x: torch.tensor([0., x]), lambda x: torch.tensor(x, dtype=torch.bfloat16)],
+                         ids=["float", "tensor", "bfloat16"])
+def test_nothing_that_is_not_finite_is_ever_saved(path, bad, wrap):
+    with pytest.raises(UserError, match=r"optimizer\.state\.0\.exp_avg is not finite"):
+        checkpoint.save(path, {"step": 3, "optimizer": {"state": {0: {"exp_avg": wrap(bad)}}}})
+    assert checkpoint.load(path)["step"] == 2
+    assert names(path.parent) == ["tokenizer.prev.pt", "tokenizer.pt"]
+
+
+@pytest.mark.parametrize("odd, kind", [(np.float64(1), "numpy.float64"), (np.zeros(2), "numpy.ndarray"), (Path("x"), "Path"),
+                                       (torch.Size([2]), "torch.Size"), ({1, 2}, "set")])
+def test_what_load_would_refuse_is_refused_by_save_with_the_way_to_it(path, odd, kind):
+    with pytest.raises(TypeError, match=rf"tokenizer\.pt: config\.list\.1 is a .*{kind}"):
+        checkpoint.save(path, {"config": {"list": [0, odd]}})
+    assert checkpoint.load(path)["step"] == 2
+
+
+# ------------------------------------------------------------------------------------------------
+# states
+
+def test_a_strict_load_names_the_keys_and_changes_nothing():
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    state = {k: v + 1 for k, v in before.items()}
+    del state["1.bias"]
+    state["2.bias"] = torch.zeros(1)
+    state["0.weight"] = torch.zeros(5, 2)
+    with pytest.raises(UserError) as error:
+        checkpoint.load_strict(module, state, "tokenizer.pt, model")
+    assert str(error.value) == ("tokenizer.pt, model does not fit this configuration (missing: 1.bias; unexpected: 2.bias; "
+                                "wrong shape: 0.weight (5, 2), not (3, 2)); use the settings it was trained with")
+    assert same(dict(module.state_dict()), before)
+
+
+def test_a_strict_load_counts_what_it_does_not_name():
+    module = nn.Sequential(*(nn.Linear(1, 1) for _ in range(4)))
+    with pytest.raises(UserError, match=r"missing: 0.weight, 0.bias, 1.weight and 5 more\)"):
+        checkpoint.load_strict(module, {}, "x")
+
+
+def test_a_strict_load_of_fitting_weights_loads_them():
+    a, b = nn.Linear(2, 3), nn.Linear(2, 3)
+    checkpoint.load_strict(b, dict(a.state_dict()), "x")
+    assert same(dict(a.state_dict()), dict(b.state_dict()))
+
+
+def test_random_numbers_go_on_where_the_state_was_saved(tmp_path):
+    torch.rand(3)
+    checkpoint.save(tmp_path / "x.pt", {"random": checkpoint.random_state()})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    first = torch.rand(5), torch.randn(5, device=device)
+    checkpoint.set_random_state(checkpoint.load(tmp_path / "x.pt")["random"])
+    assert same(first, (torch.rand(5), torch.randn(5, device=device)))
+
+
+def test_a_fingerprint_changes_with_one_bit_one_name_one_shape_one_type_one_setting():
+    state = {"b": torch.arange(6.), "a": torch.ones(2, dtype=torch.bfloat16), "step": torch.tensor(1)}
+    one_bit = {**state, "b": torch.nextafter(state["b"], torch.tensor([0., 0., 9., 3., 4., 5.]))}    # b[2], the last bit
+    prints = [checkpoint.fingerprint(s, *extra) for s, *extra in (
+        (state,), (one_bit,), ({**state, "b": state["b"].view(2, 3)},), ({**state, "b": state["b"].view(torch.int32)},),
+        ({"c": state["b"], "a": state["a"], "step": state["step"]},), ({**state, "step": torch.tensor(2)},),
+        (state, {"lr": 1}), (state, {"lr": 2}), (state, {"lr": 1}, {}))]
+    assert len(set(prints)) == len(prints)
+    assert all(len(p) == 16 and int(p, 16) >= 0 for p in prints)
+
+
+def test_a_fingerprint_depends_on_values_and_not_on_order_or_memory():
+    weight = torch.arange(6.).view(2, 3)
+    a = checkpoint.fingerprint({"x": weight, "y": torch.ones(4)}, {"p": 1, "q": 2})
+    b = checkpoint.fingerprint({"y": torch.ones(1).expand(4), "x": weight.t().contiguous().t()}, {"q": 2, "p": 1})
+    assert a == b
+
+
+def test_changed_settings_are_refused_with_every_difference_shown():
+    checkpoint.check_same({"lr": 0.1, "seed": 0}, {"seed": 0, "lr": 0.1}, "the configuration")
+    with pytest.raises(UserError) as error:
+        checkpoint.check_same({"lr": 0.1, "seed": 0, "old": 1}, {"lr": 0.2, "seed": 0, "new": [2]}, "the configuration")
+    assert str(error.value) == ("the configuration changed (lr: 0.1 -> 0.2, old: 1 -> absent, new: absent -> [2]); "
+                                "use another --run folder, or the old values")
+
+
+# ------------------------------------------------------------------------------------------------
+# JSON
+
+def test_a_log_is_trimmed_to_the_rows_that_are_kept_and_loses_its_torn_line(tmp_path):
+    log = tmp_path / "log.jsonl"
+    checkpoint.trim_jsonl(log, lambda row: True)    # no log yet
+    for step in range(4):
+        checkpoint.append_jsonl(log, {"step": step})
+    with open(log, "a") as file:
+        file.write('{"step": 4, "lo')
+    checkpoint.trim_jsonl(log, lambda row: row["step"] < 3)
+    checkpoint.append_jsonl(log, {"step": 3, "again": True})
+    assert log.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
+    assert names(tmp_path) == ["log.jsonl"]
+
+
+def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 0}\n{"step": 1}')
+    checkpoint.trim_jsonl(log, lambda row: True)
+    assert log.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_a_log_that_needs_no_trimming_is_not_written_again(tmp_path):
+    log = tmp_path / "log.jsonl"
+    checkpoint.append_jsonl(log, {"step": 0})
+    before = log.stat()
+    checkpoint.trim_jsonl(log, lambda row: True)
+    assert (log.stat().st_ino, log.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_a_log_damaged_in_the_middle_is_refused_with_the_line(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(UserError, match="log.jsonl line 2 is not JSON"):
+        checkpoint.trim_jsonl(log, lambda row: True)
+    assert log.read_text() == '{"step": 0}\n{"st\n{"step": 2}\n'
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "config.json"
+    checkpoint.write_json(file, {"a": [1, 2]})
+    with pytest.raises(TypeError):
+        checkpoint.write_json(file, {"a": object()})
+    assert file.read_text() == '{\n  "a": [\n    1,\n    2\n  ]\n}\n'
+    assert names(tmp_path) == ["config.json"]
+    with pytest.raises(UserError, match="cannot write"):
+        checkpoint.append_jsonl(tmp_path / "absent" / "log.jsonl", {})

@@ -1,0 +1,391 @@
+"""Promises of generator.py: what each generator may see, how it learns, and what sampling guarantees."""
+import math
+
+import pytest
+import torch
+
+import checkpoint
+import generator as G
+from config import GeneratorConfig, UserError, as_dict
+from generator import ARGenerator, MaskGITGenerator
+
+L, K, C = 8, 16, 3
+KINDS = pytest.mark.parametrize("Kind", [ARGenerator, MaskGITGenerator])
+
+
+def small(Kind, num_tokens=L, classes=C, **settings):
+    """A small generator in eval mode, without any randomness in its loss that the test did not ask for."""
+    off = dict(generator_dropout=0.0, label_dropout=0.0, label_smoothing=0.0)
+    cfg = GeneratorConfig(generator_width=32, generator_depth=2, generator_heads=2, **{**off, **settings})
+    torch.manual_seed(0)
+    return Kind(cfg, num_tokens, K, classes).eval()
+
+
+def loud(Kind, **settings):
+    """The same with weights so large that every input makes a visible difference to every output it can reach."""
+    model = small(Kind, **settings)
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.4)
+    return model
+
+
+def some_ids(batch=4, length=L):
+    return torch.randint(K, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+LABELS = torch.tensor([0, 1, 2, 1])
+NO_CLASS = torch.full_like(LABELS, C)
+
+
+# ------------------------------------------------------------------------------------------------
+# what a prediction may depend on
+
+def test_ar_token_5_cannot_influence_predictions_up_to_5():
+    model, ids = loud(ARGenerator), some_ids()[:, :-1]
+    other = ids.clone()
+    other[:, 4] = (ids[:, 4] + 1) % K                          # token 5
+    before, after = model(LABELS, ids), model(LABELS, other)   # row t predicts token t+1
+    torch.testing.assert_close(before[:, :5], after[:, :5])
+    changed = (before - after).abs().amax(dim=2)               # (B, L)
+    assert (changed[:, 5:] > 1e-3).all(), "and it does influence all later ones"
+
+
+def test_maskgit_last_token_influences_the_first_prediction():
+    model, ids = loud(MaskGITGenerator), some_ids()
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] + 1) % K
+    changed = (model(LABELS, ids) - model(LABELS, other)).abs().amax(dim=2)
+    assert (changed[:, 1] > 1e-3).all()
+
+
+@KINDS
+def test_every_row_depends_on_the_class(Kind):
+    model, ids = loud(Kind), some_ids()[:, :L - 1]
+    changed = (model(LABELS, ids) - model((LABELS + 1) % C, ids)).abs().amax(dim=2)
+    assert (changed > 1e-3).all()
+
+
+def test_maskgit_all_mask_rows_are_told_apart():
+    model = loud(MaskGITGenerator)
+    rows = model(LABELS, torch.full((4, L), K))[0, 1:]         # (L, K)
+    assert torch.cdist(rows, rows).add(torch.eye(L)).min() > 0.1
+
+
+# ------------------------------------------------------------------------------------------------
+# losses
+
+@KINDS
+def test_untrained_loss_is_chance_level(Kind):
+    loss, _ = small(Kind, label_smoothing=0.1).loss(some_ids(64), torch.zeros(64, dtype=torch.int64))
+    assert abs(loss.item() - math.log(K)) < 0.1
+
+
+def test_ar_row_t_is_scored_against_token_t_plus_1():
+    model, ids = loud(ARGenerator), some_ids()
+    loss, info = model.loss(ids, LABELS)
+    expected = []
+    for t in range(L):                                         # one position at a time, from its prefix alone
+        p = model(LABELS, ids[:, :t])[:, -1].softmax(dim=-1)
+        expected.append(-p[torch.arange(4), ids[:, t]].log().mean())
+    torch.testing.assert_close(info["nll_by_position"], torch.stack(expected))
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
+    assert not info["nll_by_position"].requires_grad
+
+
+def test_maskgit_loss_is_the_weighted_smoothed_cross_entropy_of_a_masked_input():
+    model, ids = loud(MaskGITGenerator, label_smoothing=0.2, unmasked_weight=0.3), some_ids()
+    torch.manual_seed(5)
+    loss, info = model.loss(ids, LABELS)
+
+    torch.manual_seed(5)
+    masked = G.random_masks(4, L)
+    total = weights = right = 0.0
+    seen = torch.where(masked, K, ids)
+    log_p = model(LABELS, seen).log_softmax(dim=-1)
+    for b in range(4):
+        for i in range(L):
+            row = log_p[b, 1 + i]
+            weight = 1.0 if masked[b, i] else 0.3
+            total += weight * -(0.8 * row[ids[b, i]] + 0.2 * row.mean())
+            weights += weight
+            right += float(masked[b, i] and row.argmax() == ids[b, i])
+    torch.testing.assert_close(loss, total / weights)
+    assert info["masked_share"].item() == pytest.approx(masked.float().mean().item())
+    assert info["masked_accuracy"].item() == pytest.approx(right / masked.sum().item())
+
+
+def test_masked_counts_follow_arccos():
+    masked = G.random_masks(20000, 32)
+    share = masked.float().mean(dim=1)
+    assert share.min() >= 1 / 32, "at least one token"
+    assert share.mean().item() == pytest.approx(2 / math.pi, abs=0.01)         # E[arccos(u)] = 1
+    for x in (0.25, 0.5, 0.75):                                                # share > x  <=>  u < cos(x pi/2)
+        x = x + 0.5 / 32                                                       # between two counts
+        assert (share > x).float().mean().item() == pytest.approx(math.cos(x * math.pi / 2), abs=0.015)
+    assert (masked.float().mean(dim=0) - 2 / math.pi).abs().max() < 0.02, "all places alike"
+
+
+def test_label_dropout_hides_its_share_in_training_only():
+    model, labels = small(ARGenerator, label_dropout=0.1), torch.ones(20000, dtype=torch.int64)
+    assert torch.equal(model.hide_labels(labels), labels)
+    hidden = model.train().hide_labels(labels)
+    assert set(hidden.tolist()) == {1, C}
+    assert (hidden == C).float().mean().item() == pytest.approx(0.1, abs=0.01)
+
+
+@KINDS
+def test_training_loss_with_all_labels_hidden_is_the_unconditional_loss(Kind):
+    model, ids, losses = loud(Kind, label_dropout=1.0).train(), some_ids(), []
+    for labels in (LABELS, (LABELS + 1) % C):
+        torch.manual_seed(0)
+        losses.append(model.loss(ids, labels)[0].item())
+    assert losses[0] == losses[1]
+
+
+@KINDS
+def test_one_batch_overfits_and_samples_reproduce_it(Kind):
+    model, labels = small(Kind, classes=4).train(), torch.arange(4)
+    ids = some_ids(4)                                          # one sequence for each class
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(150):
+        loss, info = model.loss(ids.repeat(4, 1), labels.repeat(4))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    for settings in (dict(temperature=0), dict(generator=seeded()), dict(cfg_scale=2.0, generator=seeded())):
+        assert torch.equal(model.sample(labels, **settings), ids)
+
+
+# ------------------------------------------------------------------------------------------------
+# guidance
+
+def test_guide_scale_0_is_unconditional_1_plain_and_2_goes_as_far_again():
+    cond, uncond = torch.tensor([1.0, 5.0]), torch.tensor([2.0, 3.0])
+    assert torch.equal(G.guide(cond, uncond, 0), uncond)
+    assert torch.equal(G.guide(cond, uncond, 1), cond)
+    assert torch.equal(G.guide(cond, uncond, 2), torch.tensor([0.0, 7.0]))
+
+
+@KINDS
+def test_guidance_1_is_one_plain_conditional_pass(Kind):
+    model, ids, batches = loud(Kind), some_ids()[:, :L - 1], []
+    assert torch.equal(model.guided(LABELS, ids, 1.0), model(LABELS, ids))
+    model.head.register_forward_hook(lambda module, args, out: batches.append(len(out)))
+    model.sample(LABELS, cfg_scale=1.0)
+    assert set(batches) == {4}, "no unconditional half"
+
+
+@KINDS
+def test_guidance_0_equals_unconditional(Kind):
+    model, ids = loud(Kind), some_ids()[:, :L - 1]
+    torch.testing.assert_close(model.guided(LABELS, ids, 0.0), model(NO_CLASS, ids))
+    one = model.sample(LABELS, cfg_scale=0.0, generator=seeded())
+    two = model.sample((LABELS + 1) % C, cfg_scale=0.0, generator=seeded())
+    assert torch.equal(one, two), "the class does not matter at any step"
+
+
+@KINDS
+def test_batched_guidance_equals_two_passes(Kind):
+    model, ids = loud(Kind), some_ids()[:, :L - 1]
+    expected = G.guide(model(LABELS, ids), model(NO_CLASS, ids), 2.5)
+    torch.testing.assert_close(model.guided(LABELS, ids, 2.5), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_maskgit_guidance_rises_to_its_scale_and_lower_scales_hold(monkeypatch):
+    model, scales = small(MaskGITGenerator), []
+    plain = model.guided
+    monkeypatch.setattr(model, "guided", lambda labels, ids, scale: scales.append(scale) or plain(labels, ids, scale))
+    model.sample(LABELS, steps=4, cfg_scale=3.0)
+    model.sample(LABELS, steps=1, cfg_scale=3.0)
+    model.sample(LABELS, steps=2, cfg_scale=0.5)
+    assert scales == [1.5, 2.0, 2.5, 3.0] + [3.0] + [0.5, 0.5]
+
+
+# ------------------------------------------------------------------------------------------------
+# from logits to tokens
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_softmax(temperature):
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    drawn = G.draw(p.log().expand(40000, 4), seeded(), temperature)
+    expected = (p.log() / temperature).softmax(dim=0)
+    assert (torch.bincount(drawn, minlength=4) / 40000 - expected).abs().max() < 0.01
+
+
+def test_gumbel_noise_is_finite_even_where_rand_returns_0(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: torch.tensor([0.0, 1 - 2 ** -24]))
+    assert G.gumbel((2,), None, "cpu").isfinite().all()
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it():
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3], [0.3, 0.05, 0.5, 0.15]]).log()
+    for top_p, kept in ((0.01, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.96, 4)):
+        out = G.keep_likely(logits, top_p=top_p)
+        expected = torch.where(logits >= logits.sort(dim=-1, descending=True).values[:, kept - 1:kept], logits, -math.inf)
+        assert torch.equal(out, expected), top_p
+
+
+def test_top_k_comes_first_and_top_p_counts_what_it_left():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert G.keep_likely(logits, top_k=3).isfinite().tolist() == [True, True, True, False]
+    # Of 0.4 and 0.3 the first alone has 4/7 = 0.57 of what is left.
+    assert G.keep_likely(logits, top_k=2, top_p=0.5).isfinite().tolist() == [True, False, False, False]
+    assert G.keep_likely(logits, top_k=9).isfinite().all(), "more than there are"
+    assert G.keep_likely(logits) is logits, "0 and 1 are off"
+
+
+def test_top_k_1_equals_temperature_0_whatever_the_seed():
+    model = loud(ARGenerator)
+    greedy = model.sample(LABELS, temperature=0)
+    for seed in range(3):
+        assert torch.equal(model.sample(LABELS, top_k=1, generator=seeded(seed)), greedy)
+
+
+def test_top_p_limits_what_ar_samples():
+    model = loud(ARGenerator)
+    assert torch.equal(model.sample(LABELS, top_p=1e-6), model.sample(LABELS, temperature=0))
+
+
+# ------------------------------------------------------------------------------------------------
+# sampling
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
+def test_cached_sampling_equals_uncached(cfg_scale):
+    model = loud(ARGenerator)
+    cached = model.sample(LABELS, cfg_scale, generator=seeded())
+    assert torch.equal(cached, model.sample(LABELS, cfg_scale, generator=seeded(), use_cache=False))
+
+
+def test_cached_logits_equal_uncached():
+    model, ids = loud(ARGenerator), some_ids()[:, :-1]
+    caches = model.new_caches(4)
+    with torch.no_grad():
+        rows = [model(LABELS, ids[:, :t], caches) for t in range(L)]
+        assert all(row.shape == (4, 1, K) for row in rows), "only the new row is computed"
+        torch.testing.assert_close(torch.cat(rows, dim=1), model(LABELS, ids), rtol=1e-4, atol=1e-4)
+
+
+@KINDS
+def test_the_same_generator_state_repeats_the_ids_and_another_seed_does_not(Kind):
+    model = small(Kind)
+    one, again, other = (model.sample(LABELS, generator=seeded(seed)) for seed in (3, 3, 4))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert one.shape == (4, L) and one.dtype == torch.int64 and 0 <= one.min() and one.max() < K
+
+
+@KINDS
+def test_sampling_has_no_dropout_and_restores_the_mode(Kind):
+    model = loud(Kind, generator_dropout=0.5)
+    expected = model.sample(LABELS, generator=seeded())
+    ids = model.train().sample(LABELS, generator=seeded())
+    assert torch.equal(ids, expected) and model.training and model.blocks[0].training
+    assert model.loss(ids, LABELS)[0].item() != model.loss(ids, LABELS)[0].item(), "while training has dropout"
+
+
+@KINDS
+def test_sampling_an_odd_class_is_refused(Kind):
+    model = small(Kind)
+    for label in (-1, C):
+        with pytest.raises(UserError, match=f"class {label} .* 0 to {C - 1}"):
+            model.sample(torch.tensor([0, label]))
+
+
+@KINDS
+def test_one_token_is_enough(Kind):
+    model = small(Kind, num_tokens=1)
+    ids = model.sample(LABELS, **({"steps": 1} if Kind is MaskGITGenerator else {}))
+    assert ids.shape == (4, 1) and model.loss(ids, LABELS)[0].isfinite()
+
+
+@KINDS
+def test_sampling_under_bf16_autocast_works(Kind):
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = loud(Kind).sample(LABELS, cfg_scale=2.0)
+    assert ids.shape == (4, L) and ids.max() < K
+
+
+@pytest.mark.parametrize("setting", [dict(temperature=-1), dict(top_k=-1), dict(top_p=0), dict(top_p=1.5)])
+def test_settings_out_of_range_are_refused(setting):
+    with pytest.raises(UserError, match=next(iter(setting))):
+        small(ARGenerator).sample(LABELS, **setting)
+
+
+def test_mask_schedule_is_the_arccos_curve_where_every_step_can_reveal_a_token():
+    assert G.mask_schedule(32, 8) == [math.floor(32 * math.acos(s / 8) / (math.pi / 2)) for s in range(1, 9)]
+    assert G.mask_schedule(32, 32) == list(range(31, -1, -1)), "one token a step where there is no choice"
+    for steps in (0, 33):
+        with pytest.raises(UserError, match=f"steps {steps} must be from 1 to 32"):
+            G.mask_schedule(32, steps)
+
+
+@pytest.mark.parametrize("steps", range(1, L + 1))
+def test_maskgit_reveals_by_schedule_and_never_changes_a_kept_token(steps):
+    model, trace = loud(MaskGITGenerator), []
+    ids = model.sample(LABELS, steps=steps, generator=seeded(), trace=trace)
+    before = torch.full((4, L), K)
+    for after, still_masked in zip(trace, G.mask_schedule(L, steps), strict=True):
+        assert ((after == K).sum(dim=1) == still_masked).all()
+        assert (still_masked < (before == K).sum(dim=1)).all(), "every step reveals a token"
+        assert torch.equal(after[before != K], before[before != K])
+        before = after
+    assert torch.equal(ids, trace[-1]) and (ids < K).all()
+
+
+def test_maskgit_without_noise_keeps_the_most_confident_guesses():
+    model, trace = loud(MaskGITGenerator), []
+    model.sample(LABELS, steps=3, temperature=0, randomize_temperature=0, trace=trace)
+    start = torch.full((4, L), K)
+    confidence, guess = model(LABELS, start)[:, 1:].softmax(dim=-1).max(dim=-1)
+    kept = trace[0] != K
+    assert torch.equal(trace[0][kept], guess[kept])
+    assert (confidence.masked_fill(~kept, 1).amin(dim=1) >= confidence.masked_fill(kept, 0).amax(dim=1)).all()
+
+
+def test_maskgit_noise_varies_the_order():
+    model = loud(MaskGITGenerator)
+
+    def kept_first(seed, noise):
+        trace = []
+        model.sample(LABELS, steps=4, temperature=0, randomize_temperature=noise, generator=seeded(seed), trace=trace)
+        return trace[0] != K
+    assert torch.equal(kept_first(0, 0.0), kept_first(1, 0.0))
+    assert not torch.equal(kept_first(0, 50.0), kept_first(1, 50.0))
+
+
+# ------------------------------------------------------------------------------------------------
+# checkpoints
+
+def saved(model, kind, **changes):
+    """What train.py stores; `model` holds zeros where `ema` holds the weights, so that a mix-up shows."""
+    weights = model.state_dict()
+    return dict(kind=kind, generator_config=as_dict(model.cfg), num_tokens=L, codebook_size=K,
+                classes=["circle", "square", "star"], tokenizer="0123abcd",
+                model={name: torch.zeros_like(w) for name, w in weights.items()}, ema=weights) | changes
+
+
+@pytest.mark.parametrize("kind", ["ar", "maskgit"])
+def test_a_checkpoint_alone_rebuilds_the_generator(kind, tmp_path):
+    model = loud(G.GENERATORS[kind], generator_dropout=0.5)
+    assert model.classes == ["0", "1", "2"] and model.tokenizer_fingerprint == ""
+    checkpoint.save(tmp_path / "generator.pt", saved(model, kind))
+    again = G.Generator.load(tmp_path / "generator.pt")
+    assert type(again) is type(model) and not again.training and again.cfg == model.cfg
+    assert again.classes == ["circle", "square", "star"] and again.tokenizer_fingerprint == "0123abcd"
+    assert torch.equal(again.sample(LABELS, generator=seeded()), model.sample(LABELS, generator=seeded()))
+
+
+def test_loading_something_else_is_refused(tmp_path):
+    path, model = tmp_path / "generator.pt", small(ARGenerator)
+    checkpoint.save(path, {"kind": "tokenizer", "model": {}})
+    with pytest.raises(UserError, match="holds no generator"):
+        G.Generator.load(path)
+    lacking = {name: w for name, w in model.state_dict().items() if name != "position"}
+    checkpoint.save(path, saved(model, "ar", ema=lacking))
+    with pytest.raises(UserError, match="position"):
+        G.Generator.load(path)

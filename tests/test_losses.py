@@ -1,0 +1,276 @@
+"""Promises of losses.py: every loss equals its formula, and each gradient reaches only whom it should."""
+import math
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import nn
+
+import losses
+from config import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def pair(size: int = 32, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two different batches of images in [-1, 1]."""
+    random = torch.Generator().manual_seed(0)
+    return tuple(torch.rand(batch, 3, size, size, generator=random) * 2 - 1 for _ in range(2))
+
+
+# ------------------------------------------------------------------------------------------------
+# pixels
+
+def test_reconstruction_is_the_mean_squared_error():
+    recon, images = torch.full((2, 3, 4, 4), 0.5), torch.zeros(2, 3, 4, 4)
+    recon[1] = 1.0
+    assert losses.reconstruction(recon, images).item() == (0.25 + 1.0) / 2
+
+
+def test_reconstruction_is_float32_under_autocast_and_for_bf16_input():
+    recon, images = (x.bfloat16() for x in pair())
+    expected = (recon.float() - images.float()).square().mean()
+    assert losses.reconstruction(recon, images) == expected
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert losses.reconstruction(recon, images) == expected
+
+
+@pytest.mark.parametrize("error, decibel", [(2.0, 0.0), (0.2, 20.0), (0.02, 40.0), (0.0, math.inf)])
+def test_psnr_anchors(error, decibel):
+    images = torch.full((1, 3, 8, 8), -1.0)
+    assert losses.psnr(images + error, images).item() == pytest.approx(decibel, abs=1e-3)
+
+
+def test_psnr_of_8_bit_rounding_is_59_dB():
+    images = pair(64)[0]
+    rounded = ((images + 1) * 127.5).round() / 127.5 - 1
+    assert losses.psnr(rounded, images).mean().item() == pytest.approx(58.92, abs=0.1)
+
+
+def test_psnr_is_per_image_and_float32():
+    recon, images = (x.bfloat16() for x in pair(batch=3))
+    together = losses.psnr(recon, images)
+    assert together.shape == (3,) and torch.equal(together, losses.psnr(recon.float(), images.float()))
+    for i in range(3):
+        assert together[i] == losses.psnr(recon[i:i + 1], images[i:i + 1])[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# perception
+
+class Spy(nn.Module):
+    """A classifier of two numbers per image that remembers what it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.linear = nn.Linear(3, 2)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return self.linear(self.dropout(x).mean((2, 3)))
+
+
+def test_perceptual_is_the_squared_error_of_the_logits():
+    recon, images = pair()
+    spy = Spy()
+    loss = losses.Perceptual(spy)(recon, images)
+    logits = [spy.linear(x.mean((2, 3))) for x in spy.seen]
+    assert loss == (logits[0] - logits[1]).square().mean() > 0
+
+
+def test_perceptual_is_zero_for_equal_images_even_after_train():
+    images = pair()[0]
+    loss = losses.Perceptual(Spy())
+    assert loss.train()(images, images) == 0      # dropout would make the two differ
+    assert nn.ModuleList([loss]).train()[0](images, images) == 0
+
+
+def test_perceptual_gradient_reaches_the_reconstruction_only():
+    recon, images = (x.requires_grad_() for x in pair())
+    loss = losses.Perceptual(Spy())
+    loss(recon, images).backward()
+    assert recon.grad.abs().sum() > 0
+    assert images.grad is None
+    assert all(p.grad is None and not p.requires_grad for p in loss.parameters())
+
+
+def test_the_classifier_sees_224_pixels_normalised_as_for_imagenet():
+    for value in (-1.0, 0.5):
+        spy = Spy()
+        images = torch.full((1, 3, 32, 32), value)
+        losses.Perceptual(spy)(images, images)
+        for x in spy.seen:
+            assert x.shape == (1, 3, 224, 224) and x.dtype == torch.float32
+            for channel, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))):
+                expected = torch.full((224, 224), ((value + 1) / 2 - mean) / std)
+                torch.testing.assert_close(x[0, channel], expected)
+
+
+def test_a_large_image_is_smoothed_before_it_is_shrunk():
+    stripes = torch.ones(1, 3, 672, 672)
+    stripes[..., ::3] = -1                           # every third column black: 2/3 white on average
+    spy = Spy()
+    losses.Perceptual(spy)(stripes, stripes)
+    gray = spy.seen[0][0, 0] * 0.229 + 0.485
+    assert (gray - 2 / 3).abs().max() < 0.12         # without smoothing all black or all white
+
+
+def test_perceptual_is_float32_under_autocast():
+    loss = losses.Perceptual(Spy())
+    expected = loss(*pair())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert loss(*pair()) == expected
+
+
+def test_perceptual_adds_nothing_to_a_checkpoint_but_the_network():
+    assert set(losses.Perceptual(Spy()).state_dict()) == {"network.linear.weight", "network.linear.bias"}
+
+
+def test_missing_torchvision_is_one_line_that_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(UserError, match="pip install torchvision") as error:
+        losses.Perceptual()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("failure", [URLError("no network"), RuntimeError("invalid hash value"), EOFError()])
+def test_unreachable_weights_are_one_line_that_says_what_to_put_where(monkeypatch, failure):
+    def convnext_small(weights):
+        raise failure
+    url = "https://example.org/convnext_small.pth"
+    models = types.ModuleType("torchvision.models")
+    models.convnext_small = convnext_small
+    models.ConvNeXt_Small_Weights = types.SimpleNamespace(IMAGENET1K_V1=types.SimpleNamespace(url=url))
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    with pytest.raises(UserError, match=f"put {url} into .*checkpoints") as error:
+        losses.Perceptual()
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# adversary
+
+@pytest.mark.parametrize("size, verdicts", [(24, 1), (32, 2), (64, 6), (128, 14)])
+def test_discriminator_gives_a_grid_of_logits(size, verdicts):
+    logits = losses.Discriminator(width=16)(torch.zeros(2, 3, size, size))
+    assert logits.shape == (2, 1, verdicts, verdicts)
+
+
+def test_images_too_small_for_the_discriminator_are_one_clear_line():
+    with pytest.raises(UserError, match="24 pixels or more, not 16"):
+        losses.Discriminator(width=16)(torch.zeros(1, 3, 16, 16))
+
+
+def test_an_inner_patch_of_70_pixels_decides_each_verdict():
+    # Group normalisation looks at the whole image, so it is left out to see what the convolutions see.
+    layers = losses.Discriminator(width=16).layers
+    layers = nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.GroupNorm)))
+    images = torch.zeros(1, 3, 128, 128, requires_grad=True)
+    layers(images)[0, 0, 7, 7].backward()
+    rows = images.grad[0].abs().sum((0, 2)).nonzero()
+    assert rows.max() - rows.min() + 1 == 70
+
+
+def test_the_discriminator_judges_each_image_alone_and_has_no_running_state():
+    discriminator, images = losses.Discriminator(width=16), pair(batch=4)[0]
+    together = discriminator(images)
+    assert not list(discriminator.buffers())
+    torch.testing.assert_close(together[:1], discriminator(images[:1]))
+    assert torch.equal(discriminator.eval()(images), together)
+
+
+def test_the_discriminator_learns_to_tell_two_kinds_of_images_apart():
+    torch.manual_seed(0)
+    discriminator = losses.Discriminator(width=16)
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-3)
+    smooth, noisy = torch.zeros(8, 3, 32, 32), torch.randn(8, 3, 32, 32)
+    for _ in range(20):
+        loss = losses.discriminator_loss(discriminator(smooth), discriminator(noisy))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+
+
+@pytest.mark.parametrize("real, fake, expected",
+                         [(0., 0., 1.), (1., -1., 0.), (9., -9., 0.), (-1., 1., 2.), (0.5, -1., 0.25)])
+def test_hinge_anchors_of_the_discriminator(real, fake, expected):
+    assert losses.discriminator_loss(torch.full((2, 1, 2, 2), real), torch.full((2, 1, 2, 2), fake)) == expected
+
+
+def test_hinge_is_taken_per_verdict_and_not_of_the_mean():
+    real, fake = torch.tensor([3., -1.]), torch.tensor([-3., 1.])          # means 1 and -1 alone would give 0
+    assert losses.discriminator_loss(real, fake) == 1
+
+
+def test_generator_loss_is_minus_the_mean_logit():
+    logits = torch.tensor([1., 2., 6.], requires_grad=True)
+    loss = losses.generator_loss(logits)
+    loss.backward()
+    assert loss == -3
+    torch.testing.assert_close(logits.grad, torch.full((3,), -1 / 3))      # and never saturates
+
+
+def test_lecam_equals_its_formula():
+    lecam = losses.LeCam()
+    lecam.real_anchor.fill_(0.5)
+    lecam.fake_anchor.fill_(-0.25)
+    loss = lecam(torch.tensor([1., 2.]), torch.tensor([-1., -2.]))
+    assert loss == (1.5 + 0.25) ** 2 + (0.5 + 1.5) ** 2
+    assert lecam(torch.tensor([-1.]), torch.tensor([1.])) == 0             # nothing to hold back
+
+
+def test_lecam_anchors_are_moving_averages_that_a_checkpoint_holds():
+    lecam = losses.LeCam(decay=0.9)
+    for _ in range(2):
+        lecam.update(torch.tensor([1., 3.]), torch.tensor([-1.]))
+    expected = {"real_anchor": 2 * (1 - 0.9 ** 2), "fake_anchor": -(1 - 0.9 ** 2)}
+    assert {k: v.item() for k, v in lecam.state_dict().items()} == pytest.approx(expected)
+    assert losses.LeCam().decay == 0.999
+
+
+def test_a_step_that_is_skipped_leaves_no_trace_in_the_lecam_anchors():
+    lecam = losses.LeCam()
+    assert lecam(torch.tensor([math.nan]), torch.tensor([1.])).isnan()
+    assert lecam.real_anchor == 0 and lecam.fake_anchor == 0
+
+
+def test_lecam_pulls_the_logits_and_not_the_anchors():
+    lecam = losses.LeCam()
+    real, fake = torch.tensor([2.], requires_grad=True), torch.tensor([-3.], requires_grad=True)
+    loss = lecam(real, fake)
+    lecam.update(real, fake)                                               # before backward, on purpose
+    loss.backward()
+    assert real.grad == 4 and fake.grad == -6                              # 2 * 2, and -2 * 3
+    assert not lecam.real_anchor.requires_grad
+
+
+TWO_RANKS = """
+import sys, torch, torch.distributed as dist, losses
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+lecam = losses.LeCam(decay=0.5)
+lecam.update(torch.tensor([1. + rank]), torch.tensor([-4. * rank]))
+print(lecam.real_anchor.item(), lecam.fake_anchor.item())
+dist.destroy_process_group()
+"""
+
+
+def test_lecam_anchors_are_averaged_over_ranks(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "meeting")],
+                              stdout=subprocess.PIPE, text=True, env=environment) for rank in range(2)]
+    try:
+        assert [rank.communicate(timeout=60)[0].split() for rank in ranks] == [["0.75", "-1.0"]] * 2
+    finally:
+        for rank in ranks:
+            rank.kill()

@@ -1,0 +1,89 @@
+"""The token cache: every training image as ids, encoded once, and batches of them for stage 3.
+
+In       images of a data set, a frozen tokenizer's encode
+Out      ids (n, copies, L), labels (n,);  copies is 2 when training mirrors images, the second one mirrored
+Disk     tokens/index.json names the tokenizer and the images; tokens/00000.npy ... hold SHARD images each
+How      processes take shards in turn; a shard exists whole or not at all, so a killed run goes on with the rest
+Try      python tokens.py
+"""
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+from config import need
+from data import ImageSet, eval_batches, permutation
+from processes import Processes
+
+SHARD, BATCH = 4096, 256
+
+
+def cache_tokens(folder: str, tokenizer: str, dataset: ImageSet, image_size: int, flip: bool,
+                 encode: Callable[[Tensor], Tensor], procs: Processes, workers: int = 0, skip_bad: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """-> ids uint16 or int32 (n, copies, L), labels int64 (n,), from the cache as far as it exists.
+
+    tokenizer   fingerprint of the weights behind `encode`: uint8 (b, S, S, 3) -> int64 (b, L)
+    Raises UserError if the folder holds the tokens of another tokenizer or of other images.
+    """
+    copies = 2 if flip else 1
+    index = {"tokenizer": tokenizer, "images": dataset.fingerprint, "copies": copies, "shard": SHARD, "image_size": image_size}
+    if procs.main:
+        os.makedirs(folder, exist_ok=True)
+        checkpoint.sweep(folder)
+        if os.path.exists(os.path.join(folder, "index.json")):
+            checkpoint.check_same(checkpoint.read_json(os.path.join(folder, "index.json")), index, f"{folder} is stale, it")
+        else:
+            checkpoint.write_json(os.path.join(folder, "index.json"), index)
+    procs.barrier()
+    shards = range(-(-len(dataset) // SHARD))
+    todo = [k for k in shards if not os.path.exists(shard_path(folder, k))]
+    for k in tqdm(todo[procs.rank::procs.world], desc="tokens    ", disable=not procs.main or not todo):
+        members = np.arange(k * SHARD, min((k + 1) * SHARD, len(dataset)))
+        rows = []
+        for images, _ in eval_batches(dataset, image_size, BATCH, members, workers, skip_bad):
+            both = [images, images.flip(2)][:copies]                          # (b, S, S, 3): axis 2 runs along a row
+            rows.append(torch.stack([encode(side) for side in both], dim=1))  # (b, copies, L)
+        ids = torch.cat(rows).numpy()
+        with checkpoint.replacing(shard_path(folder, k)) as file:
+            np.save(file, ids.astype(np.uint16 if ids.max() < 2 ** 16 else np.int32))
+    procs.barrier()
+    ids = np.concatenate([np.load(shard_path(folder, k)) for k in shards])
+    need(len(ids) == len(dataset), f"{folder} holds {len(ids)} images, not {len(dataset)}; delete it, it will be made again")
+    return ids, dataset.labels
+
+
+def shard_path(folder: str, k: int) -> str:
+    return os.path.join(folder, f"{k:05}.npy")
+
+
+class TokenStream:
+    """Training batches without end: iterate for (ids int64 (b, L), labels int64 (b,)) of this rank.
+
+    The order is that of data.ImageStream, and which copy is taken depends on (seed, epoch, index) alone.
+    """
+
+    def __init__(self, ids: np.ndarray, labels: np.ndarray, batch_size: int, seed: int, rank: int = 0, world: int = 1, start_step: int = 0):
+        need(batch_size % world == 0, f"generator_batch_size {batch_size} is not a multiple of the {world} processes")
+        self.ids, self.labels, self.batch_size, self.seed = ids, labels, batch_size, seed
+        self.rank, self.world, self.start_step = rank, world, start_step
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        n, share, step = len(self.ids), self.batch_size // self.world, self.start_step
+        while True:
+            positions = step * self.batch_size + self.rank * share + np.arange(share)
+            epochs, places = np.divmod(positions, n)
+            index = np.concatenate([permutation(n, self.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)])
+            copy = (index * 2654435761 + epochs * 40503 + self.seed * 69069 >> 7) % self.ids.shape[1]    # a cheap fixed coin [ours]
+            yield torch.from_numpy(self.ids[index, copy].astype(np.int64)), torch.from_numpy(self.labels[index])
+            step += 1
+
+
+if __name__ == "__main__":
+    ids = np.stack([np.arange(6), np.arange(6) + 100], axis=1)[:, :, None]    # 6 images, 2 copies, 1 token
+    print("Six images as tokens 0 .. 5, their mirror images 100 .. 105; batches of 4, an epoch ends in the middle of the second:")
+    for step, (batch, _) in zip(range(3), TokenStream(ids, np.zeros(6, np.int64), batch_size=4, seed=0)):
+        print(f"  step {step}:", batch[:, 0].tolist())

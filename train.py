@@ -1,0 +1,456 @@
+"""Hierarchical Native Training: a short tokenizer, then longer ones, then the generators.
+
+stage 1   base          MIT, codebook, first experts and decoder learn together
+stage 2   grow          per length: new experts learn, all that is older is frozen, the decoder goes on (a flag)
+          finetune      all together once more, briefly
+stage 3   ar, maskgit   the tokenizer is frozen, its ids are cached once, the generators learn from the cache
+
+Run       python train.py --preset tiny        all stages that are not finished yet
+          torchrun --nproc_per_node=8 train.py --preset imagenet-128 --data DIR --stage 2
+Makes     runs/NAME/ with config.json tokenizer.pt generator-ar.pt generator-maskgit.pt log.jsonl samples/ tokens/
+Resume    repeat the command. SIGTERM and Ctrl-C save first, then exit with 3; a second one quits at once.
+Exit      0 finished, 1 failure, 2 something to mend in the command or the data, 3 interrupted and saved
+"""
+import config
+
+if __name__ == "__main__":                                                    # before torch, so that --help and a wrong flag answer at once
+    config.run(lambda: globals().update(ARGS=config.parse_run(__doc__)))
+
+import contextlib
+import copy
+import math
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import checkpoint
+from config import TokenizerConfig, TrainConfig, UserError, as_dict, need, settings
+from data import ImageStream, eval_batches, save_grid, to_float, to_uint8, train_and_val
+from generator import GENERATORS
+from layers import count_parameters
+from losses import Adversary, Perceptual, psnr, reconstruction
+from nativetok import NativeTok, from_checkpoint
+from processes import Processes
+from quantizer import usage
+from tokens import TokenStream, cache_tokens
+
+INTERRUPTED = 3
+EVAL_IMAGES = 2000                                                            # held-out images by which a phase is judged
+
+
+# ------------------------------------------------------------------------------------------------
+# what learns when
+
+PARTS = ("mit", "codebook", "old experts", "new experts", "decoder")
+
+
+@dataclass(frozen=True)
+class Phase:
+    name: str
+    stage: int
+    num_tokens: int
+    steps: int
+    learning_rate: float
+    learns: tuple[str, ...]                                                   # a selection of PARTS
+
+
+def phases(tok: TokenizerConfig, train: TrainConfig) -> list[Phase]:
+    """Stages 1 and 2 as a list of phases: the one place that says what learns when."""
+    first, *longer = tok.token_schedule
+    grow = ("new experts", "decoder") if train.grow_decoder else ("new experts",)
+    plan = [Phase("base", 1, first, train.base_steps, train.learning_rate, PARTS)]
+    plan += [Phase(f"grow-{L}", 2, L, train.grow_steps, train.learning_rate, grow) for L in longer]
+    if longer:
+        plan += [Phase("finetune", 2, tok.num_tokens, train.finetune_steps, train.finetune_learning_rate, PARTS)]
+    return plan
+
+
+def phase_table(plan: list[Phase]) -> str:
+    lines = [f"  {'phase':10}{'tokens':>8}{'steps':>9}" + "".join(f"{part:>13}" for part in PARTS)]
+    lines += [f"  {p.name:10}{p.num_tokens:>8}{p.steps:>9}" +
+              "".join(f"{'learns' if part in p.learns else 'frozen':>13}" for part in PARTS) for p in plan]
+    return "\n".join(lines)
+
+
+def freeze(model: NativeTok, learns: tuple[str, ...]) -> None:
+    """Let the parameters of the named PARTS learn and no others; "new experts" are the newest group."""
+    newest = f"mocet.groups.{len(model.mocet.groups) - 1}." if hasattr(model, "mocet") else None
+    for name, p in model.named_parameters():
+        part = {"mit": "mit", "titok": "mit", "quantizer": "codebook", "decoder": "decoder"}.get(name.split(".")[0])
+        part = part or ("new experts" if name.startswith(newest) else "old experts")
+        p.requires_grad_(part in learns)
+
+
+# ------------------------------------------------------------------------------------------------
+# the loop, the same for tokenizers and generators
+
+@dataclass
+class Job:
+    name: str
+    steps: int
+    batch_size: int                                                           # over all processes
+    rates: tuple[float, float, int]                                           # learning rate: peak, end, warm-up steps
+    model: nn.Module
+    ema: nn.Module                                                            # averaged weights, the ones that are used later
+    optimizer: torch.optim.Optimizer
+    stream: Callable[[int], Iterator]                                         # step -> batches of this rank from there on
+    loss: Callable                                                            # (wrapped model, batch) -> scalar, {name: scalar}
+    after_step: Callable[[int], None]                                         # called with the number of steps done
+    save: Callable[[int], None]
+    picture: Callable[[str], None]
+    step: int = 0                                                             # steps done
+
+
+def new_optimizer(model: nn.Module, weight_decay: float, beta2: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: not biases, norms, positions, queries and codes, which map nothing."""
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    def is_matrix(name, p):
+        return p.ndim == 3 or (p.ndim == 2 and name.endswith("weight"))       # experts' matrices are stacked: (n, out, in)
+    return torch.optim.AdamW([dict(params=[p for n, p in learning if is_matrix(n, p)], weight_decay=weight_decay),
+                              dict(params=[p for n, p in learning if not is_matrix(n, p)], weight_decay=0.0)],
+                             lr=0.0, betas=(0.9, beta2), fused=True)
+
+
+def learning_rate(step: int, steps: int, peak: float, end: float, warmup: int) -> float:
+    """Linear up to the peak, then half a cosine down to the end. A short phase gets a short warm-up."""
+    warmup = min(warmup, max(1, steps // 10))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the averaged weights towards the model's, faster at the start of a phase so that it is soon forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def fit(job: Job, run: "Run") -> None:
+    """Train from job.step to job.steps. Saves every save_every steps and when interrupted, then exits with 3."""
+    train, procs = run.train, run.procs
+    model, learning = procs.wrap(job.model, train.compile), [p for p in job.model.parameters() if p.requires_grad]
+    batches, sums, broken_in_a_row, since = job.stream(job.step), defaultdict(list), 0, (time.time(), job.step)
+    bar = tqdm(total=job.steps, initial=job.step, desc=f"{job.name:10}", disable=not procs.main, mininterval=1)
+    job.model.train()
+    while job.step < job.steps:
+        # 1. The learning rate of this step.
+        rate = learning_rate(job.step, job.steps, *job.rates)
+        for group in job.optimizer.param_groups:
+            group["lr"] = rate
+
+        # 2. Gradients, summed over micro-batches; processes exchange them with the last one.
+        micro_batches = list(zip(*(part.to(procs.device, non_blocking=True).chunk(train.accumulate) for part in next(batches))))
+        for batch in micro_batches:
+            silent = procs.world > 1 and batch is not micro_batches[-1]
+            with model.no_sync() if silent else contextlib.nullcontext():
+                with procs.autocast(train.precision):
+                    loss, logs = job.loss(model, batch)
+                (loss / len(micro_batches)).backward()
+        norm = nn.utils.clip_grad_norm_(learning, train.grad_clip)
+
+        # 3. The step, unless any process met a number that is not finite: then all of them skip it.
+        broken, stop = procs.any(not (math.isfinite(norm) and math.isfinite(loss)), procs.stop)
+        broken_in_a_row = broken_in_a_row + 1 if broken else 0
+        need(broken_in_a_row < 10, f"{job.name}: the loss was not finite in 10 steps in a row; lower the learning rate or use --precision fp32")
+        if not broken:
+            job.optimizer.step()
+            update_ema(job.ema, job.model, train.ema_decay, job.step)
+            job.after_step(job.step + 1)
+        job.optimizer.zero_grad(set_to_none=True)
+        job.step += 1
+        bar.update()
+
+        # 4. Tell, draw, save. Logged values are means over the steps since the last line, on this process.
+        for name, value in {"loss": loss.detach(), "grad_norm": norm, **logs}.items():
+            sums[name].append(value)                                          # float() would wait for the GPU at every step
+        if job.step % train.log_every == 0 or job.step == job.steps:
+            means = {name: round(torch.stack(values).mean().item(), 6) for name, values in sums.items()}
+            speed = job.batch_size * (job.step - since[1]) / (time.time() - since[0])
+            run.log(phase=job.name, step=job.step, **means, learning_rate=rate, per_second=round(speed, 1))
+            bar.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.0f}/s")
+            sums, since = defaultdict(list), (time.time(), job.step)
+        if job.step % train.sample_every == 0 and job.step < job.steps:
+            job.picture(f"{job.name}-{job.step:07}")
+        if stop or (job.step % train.save_every == 0 and job.step < job.steps):
+            job.save(job.step)
+        if stop:
+            bar.close()
+            run.say(f"interrupted: step {job.step} of {job.name} is saved; repeat the command to go on")
+            sys.exit(INTERRUPTED)
+    bar.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# one run folder
+
+class Run:
+    """What all stages share: the configurations, the processes, the images, the folder and its log."""
+
+    def __init__(self, args):
+        self.tok, self.gen, self.train, self.folder = args.tok, args.gen, args.train, args.run
+        self.procs = Processes(args.device)
+        need(self.train.data != "shapes" or self.tok.image_size == 32,
+             f"the built-in shapes are 32x32 pixels, not {self.tok.image_size}; give --data or --image_size 32")
+        self.data, self.val = train_and_val(self.train.data, self.train.val_data, self.train.holdout, self.train.seed, self.folder)
+        if self.procs.main:
+            try:
+                os.makedirs(self.path("samples"), exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make {self.folder}: {error.strerror}; choose another folder with --run") from error
+            checkpoint.sweep(self.folder)
+            checkpoint.write_json(self.path("config.json"), {"preset": args.preset, **as_dict(self.tok, self.gen, self.train)})
+        self.procs.catch_signals()
+        everything = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(0))
+        self.eval_indices = everything[:EVAL_IMAGES].sort().values.numpy()
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def say(self, text: str) -> None:
+        if self.procs.main:
+            print(text, flush=True)
+
+    def log(self, **row) -> None:
+        if self.procs.main:
+            checkpoint.append_jsonl(self.path("log.jsonl"), row)
+
+    def resume(self, path: str, fixed: dict, data: str) -> dict | None:
+        """The checkpoint at `path` if there is one and it belongs to these settings and images."""
+        if not checkpoint.exists(path):
+            return None
+        saved = checkpoint.load(path, needs=("settings", "data", "phase", "step", "model", "ema", "optimizer", "random"))
+        checkpoint.check_same(saved["settings"], fixed, f"{path}: settings")
+        checkpoint.check_same({"images": saved["data"]}, {"images": data}, f"{path}: data")
+        if self.procs.main:                                                   # rows after the checkpoint will be written again
+            checkpoint.trim_jsonl(self.path("log.jsonl"), lambda row: row["phase"] != saved["phase"] or row["step"] <= saved["step"])
+        return saved
+
+    def seed(self, states: list | None, number: int) -> None:
+        """Go on with the saved random numbers; with none, or those of another number of processes, seed anew."""
+        if states and len(states) == self.procs.world:
+            checkpoint.set_random_state(states[self.procs.rank])
+        else:
+            torch.manual_seed(self.train.seed * 1_000_003 + number * 1009 + self.procs.rank)
+
+    def save(self, path: str, **content) -> None:
+        random = self.procs.gather(checkpoint.random_state())
+        if self.procs.main:
+            checkpoint.save(path, {"random": random, "data": self.data.fingerprint, "classes": self.data.classes, **content})
+
+    def grid(self, name: str, rows: list[Tensor]) -> None:
+        """Write samples/NAME.png from rows of float images (n, 3, H, W), all with the same n."""
+        images = torch.cat([to_uint8(row.cpu()) for row in rows])
+        save_grid(images, self.path(f"samples/{name}.png"), columns=len(rows[0]), scale=max(1, 64 // self.tok.image_size))
+
+
+# ------------------------------------------------------------------------------------------------
+# stages 1 and 2
+
+@torch.no_grad()
+def evaluate(model: NativeTok, run: Run) -> dict:
+    """PSNR of the mean squared error over held-out images, share of codes in use, perplexity of each position."""
+    ids, errors = [], []
+    for images, _ in eval_batches(run.val, run.tok.image_size, 250, run.eval_indices, skip_bad=run.train.skip_bad):
+        images = to_float(images.to(run.procs.device))
+        ids.append(model.encode(images))
+        errors.append(10 ** (-psnr(model.decode(ids[-1]).clamp(-1, 1), images) / 10))
+    used, perplexity = usage(torch.cat(ids), run.tok.codebook_size)
+    return {"psnr": round(-10 * math.log10(torch.cat(errors).mean().item()), 3), "codebook_used": round(used, 4),
+            "perplexity": [round(p, 1) for p in perplexity.tolist()], "images": len(run.eval_indices)}
+
+
+def train_tokenizer(run: Run, stage: int | None) -> None:
+    """The phases of stages 1 and 2 that are not finished yet; of one stage if it is given."""
+    tok, train, procs, path = run.tok, run.train, run.procs, run.path("tokenizer.pt")
+    plan, fixed = phases(tok, train), settings("tokenizer", tok, train)
+    run.say(phase_table(plan))
+    saved = run.resume(path, fixed, run.data.fingerprint)
+    results = saved["results"] if saved else {}
+    missing = [p.name for p in plan if p.stage < (stage or 1) and p.name not in results]
+    need(not missing, f"stage {stage} needs stage 1, and {', '.join(missing)} is not finished in {run.folder}; run it without --stage, or with --stage 1")
+
+    torch.manual_seed(train.seed)                                             # the same weights on every process
+    model = NativeTok(tok)
+    if saved:
+        checkpoint.load_strict(model.grow_to(saved["num_tokens"]), saved["model"], path)
+    model.to(procs.device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    if saved:
+        checkpoint.load_strict(ema, saved["ema"], path)
+    perceptual = Perceptual().to(procs.device) if train.perceptual_weight else None
+    adversary = Adversary(train.learning_rate, procs.device) if train.adversarial_weight else None
+    if saved and adversary:
+        adversary.load_state_dict(saved["adversary"])
+    show = to_float(next(eval_batches(run.val, tok.image_size, 16, run.eval_indices[:: max(1, len(run.eval_indices) // 16)]))[0])
+
+    for number, phase in enumerate(plan):
+        if phase.name in results or stage not in (None, phase.stage):
+            continue
+        start = saved["step"] if saved and saved["phase"] == phase.name else 0
+        steps_before = sum(p.steps for p in plan[:number])
+        if model.num_tokens < phase.num_tokens:
+            torch.manual_seed(train.seed + number)                            # the same new experts on every process
+            model.grow(phase.num_tokens)
+            ema = copy.deepcopy(model).requires_grad_(False).eval()
+        freeze(model, phase.learns)
+        optimizer = new_optimizer(model, train.weight_decay, train.beta2)
+        if start:
+            optimizer.load_state_dict(saved["optimizer"])
+        run.seed(saved["random"] if start else None, number)
+        model.quantizer.continuous = number == 0 and start < train.continuous_steps
+        run.say(f"{phase.name}: {model.num_tokens} tokens, {count_parameters(model, learning_only=True):,} of "
+                f"{count_parameters(model):,} parameters learn, step {start} of {phase.steps}")
+
+        def loss(wrapped, batch):
+            images = to_float(batch[0])
+            recon, _, terms = wrapped(images)
+            terms["pixels"] = reconstruction(recon, images)
+            weights = {"pixels": 1.0, "codebook": 1.0, "commitment": tok.commitment_weight}
+            if perceptual:
+                terms["perceptual"], weights["perceptual"] = perceptual(recon, images), train.perceptual_weight
+            if adversary and steps_before + job.step >= train.adversarial_start:
+                terms["adversarial"], weights["adversarial"] = adversary.judge(images, recon), train.adversarial_weight
+            return sum(weights[name] * term for name, term in terms.items()), {name: term.detach() for name, term in terms.items()}
+
+        @torch.no_grad()
+        def after_step(done):
+            quantizer, moved = model.quantizer, None
+            if quantizer.continuous and done == train.continuous_steps:
+                quantizer.draw_codebook(quantizer.recent)
+                quantizer.continuous, moved = False, ...
+            elif "codebook" in phase.learns and not quantizer.continuous and train.reseed_every and done % train.reseed_every == 0:
+                moved = quantizer.reseed()
+            if moved is not None:                                             # an average of old and new places is no code
+                ema.quantizer.codebook[moved] = quantizer.codebook[moved]
+            if adversary:
+                with torch.enable_grad():
+                    adversary.learn()
+
+        def save(step):
+            run.save(path, tokenizer_config=as_dict(tok), settings=fixed, num_tokens=model.num_tokens, phase=phase.name, step=step, results=results,
+                     model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(), adversary=adversary and adversary.state_dict())
+
+        def picture(name):
+            if procs.main:
+                run.grid(name, [show, ema.decode(ema.encode(show.to(procs.device)))])
+
+        def stream(step):
+            return iter(ImageStream(run.data, tok.image_size, train.batch_size, train.seed, train.flip, train.random_crop,
+                                    procs.rank, procs.world, steps_before + step, train.workers, train.skip_bad))
+
+        job = Job(phase.name, phase.steps, train.batch_size, (phase.learning_rate, train.min_learning_rate, train.warmup_steps),
+                  model, ema, optimizer, stream, loss, after_step, save, picture, start)
+        began = time.time()
+        fit(job, run)
+        model.load_state_dict(ema.state_dict())                               # what is frozen from now on is what will be used
+        results[phase.name] = {"num_tokens": model.num_tokens, **evaluate(ema, run), "seconds": round(time.time() - began, 1)}
+        save(phase.steps)
+        picture(phase.name)
+        run.log(phase=phase.name, step=phase.steps, **results[phase.name])
+        run.say(f"{phase.name}: {model.num_tokens} tokens, held-out PSNR {results[phase.name]['psnr']:.2f} dB, "
+                f"{results[phase.name]['codebook_used']:.0%} of the codebook in use")
+
+
+# ------------------------------------------------------------------------------------------------
+# stage 3
+
+class LossOf(nn.Module):
+    """A generator whose forward is its loss, because that is what DistributedDataParallel and compile look at."""
+
+    def __init__(self, generator: nn.Module):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, ids: Tensor, labels: Tensor):
+        return self.generator.loss(ids, labels)
+
+
+def train_generator(run: Run, kind: str) -> None:
+    """Train one generator on the ids of the finished tokenizer in this run."""
+    gen, train, procs, path = run.gen, run.train, run.procs, run.path(f"generator-{kind}.pt")
+    need(checkpoint.exists(run.path("tokenizer.pt")), f"stage 3 needs a tokenizer, and {run.folder} has none; run stages 1 and 2 first")
+    saved_tokenizer = checkpoint.load(run.path("tokenizer.pt"))
+    missing = [p.name for p in phases(run.tok, train) if p.name not in saved_tokenizer["results"]]
+    need(not missing, f"stage 3 needs a finished tokenizer, and {', '.join(missing)} is missing in {run.folder}; run stages 1 and 2 first")
+    tokenizer = from_checkpoint(saved_tokenizer, run.path("tokenizer.pt")).to(procs.device)
+    fixed = {**settings("generator", gen, train), "tokenizer": tokenizer.fingerprint}
+    saved = run.resume(path, fixed, run.data.fingerprint)
+    if saved and saved["phase"] == "finished":
+        return
+
+    def encode(images: Tensor) -> Tensor:
+        return tokenizer.encode(to_float(images.to(procs.device))).cpu()
+    ids, labels = cache_tokens(run.path("tokens"), tokenizer.fingerprint, run.data, run.tok.image_size, train.flip, encode, procs, train.workers, train.skip_bad)
+
+    torch.manual_seed(train.seed)
+    model = GENERATORS[kind](gen, run.tok.num_tokens, run.tok.codebook_size, len(run.data.classes)).to(procs.device)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    optimizer = new_optimizer(model, train.generator_weight_decay, train.generator_beta2)
+    start = saved["step"] if saved else 0
+    if saved:
+        checkpoint.load_strict(model, saved["model"], path)
+        checkpoint.load_strict(ema, saved["ema"], path)
+        optimizer.load_state_dict(saved["optimizer"])
+    run.seed(saved["random"] if saved else None, 100 + len(kind))
+    run.say(f"{kind}: {count_parameters(model):,} parameters, {ids.shape[0]:,} images in {ids.shape[1]} copies, step {start} of {train.generator_steps}")
+
+    def loss(wrapped, batch):
+        total, logs = wrapped(*batch)
+        return total, {name: value for name, value in logs.items() if value.ndim == 0}
+
+    def save(step, phase=kind):
+        run.save(path, kind=kind, generator_config=as_dict(gen), settings=fixed, num_tokens=run.tok.num_tokens,
+                 codebook_size=run.tok.codebook_size, tokenizer=tokenizer.fingerprint, phase=phase, step=step,
+                 model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+
+    def picture(name):
+        if procs.main:
+            classes = torch.arange(min(10, len(run.data.classes)), device=procs.device)
+            options = {"steps": min(8, run.tok.num_tokens)} if kind == "maskgit" else {}
+            noise = torch.Generator().manual_seed(train.seed)
+            samples = ema.sample(classes.repeat_interleave(8), cfg_scale=2.0, generator=noise, **options)
+            run.grid(name, list(tokenizer.decode(samples).split(8)))
+
+    def stream(step):
+        return iter(TokenStream(ids, labels, train.generator_batch_size, train.seed, procs.rank, procs.world, step))
+
+    wrapped = LossOf(model)
+    job = Job(kind, train.generator_steps, train.generator_batch_size,
+              (train.generator_learning_rate, train.generator_min_learning_rate, train.generator_warmup_steps),
+              wrapped, LossOf(ema), optimizer, stream, loss, lambda done: None, save, picture, start)
+    began = time.time()
+    fit(job, run)
+    with torch.no_grad():
+        batches = eval_batches(run.val, run.tok.image_size, 250, run.eval_indices, skip_bad=train.skip_bad)
+        held_out = [(encode(images).to(procs.device), y.to(procs.device)) for images, y in batches]
+        torch.manual_seed(train.seed)                                         # MaskGIT's loss draws masks
+        losses = [ema.loss(i, y)[0].item() * len(i) for i, y in held_out] if run.val.classes == run.data.classes else []
+    save(train.generator_steps, "finished")
+    picture(kind)
+    run.log(phase=kind, step=train.generator_steps, **({"held_out_loss": round(sum(losses) / len(run.eval_indices), 4)} if losses else {}),
+            seconds=round(time.time() - began, 1))
+
+
+def main() -> None:
+    run = Run(ARGS)
+    run.say(f"{run.folder}: {run.procs.world} x {run.procs.device.type}, images {run.data.name}: {len(run.data):,} to learn from, "
+            f"{len(run.val):,} held out, {len(run.data.classes)} classes")
+    if ARGS.stage in (None, 1, 2):
+        train_tokenizer(run, ARGS.stage)
+    if ARGS.stage in (None, 3):
+        for kind in run.train.generator_kinds:
+            train_generator(run, kind)
+    run.say(f"finished; everything is in {run.folder}")
+
+
+if __name__ == "__main__":
+    config.run(main)
