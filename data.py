@@ -20,6 +20,7 @@ import io
 import itertools
 import lzma
 import math
+import multiprocessing
 import operator
 import os
 import shutil
@@ -53,7 +54,7 @@ def explained(what: str, repair: str):
     except UserError:
         raise
     except Exception as error:  # zipfile, tarfile, zlib, lzma, numpy and Pillow know some twenty kinds between them
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
         raise UserError(f"{what}: {reason}; {repair}") from error
 
 
@@ -280,7 +281,8 @@ def list_folder(root: str) -> tuple[dict, list[str]]:
                 name = above + entry.name
                 if hidden(entry.name):
                     continue
-                need(not entry.is_symlink() or os.path.exists(entry.path), f"{entry.path}: a link that leads nowhere; mend or remove it")
+                need(not entry.is_symlink() or os.path.exists(entry.path),
+                     f"{entry.path}: a link that leads nowhere; mend or remove it")
                 if entry.is_dir():
                     folders.append(name)
                     todo.append(name + "/")
@@ -294,7 +296,7 @@ def read_from_folder(root: str, key: np.void) -> np.ndarray:
 
 
 def list_tar(path: str, shown: str) -> tuple[dict, list[str]]:
-    """shown   the name for error messages"""
+    """`shown` is the name for error messages."""
     files, folders, end = {}, [], 0
     with explained(shown, MEND_ARCHIVE), tarfile.open(path, "r:") as tar:
         while (member := tar.next()) is not None:
@@ -371,11 +373,9 @@ def decompressed(path: str, cache: str | None) -> str:
 
 def from_npz(path: str) -> ImageSet:
     with explained(path, "write it with np.savez(path, x=images, y=labels), and copy it completely"):
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()                           # the check sums, which numpy need not look at
-            need(bad is None, f"{path}: {bad} is damaged; {MEND_ARCHIVE}")
         with np.load(path, allow_pickle=False) as arrays:
             need("x" in arrays, f"{path}: has no array x, only {' '.join(arrays)}; name the images x and the labels y")
+            # Reading an array to its end compares its check sum, so every flipped bit is found.
             x, y, names = (np.asarray(arrays[k]) if k in arrays else None for k in ("x", "y", "classes"))
     need(x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] == 3 and x.size > 0,
          f"{path}: x is {x.dtype} {x.shape}; images must be uint8 (n, H, W, 3)")
@@ -438,7 +438,7 @@ def draw_shape(number: int) -> np.ndarray:
 
 
 def shapes(part: str) -> ImageSet:
-    """part   "train" or "val" """
+    """The training images (part "train") or the held-out ones ("val")."""
     order = np.random.default_rng(0).permutation(TOTAL)
     keys = order[-HELD_OUT:] if part == "val" else order[:-HELD_OUT]
     fingerprint = digest(keys.tobytes(), *(draw_shape(key).tobytes() for key in keys[:100]))
@@ -467,7 +467,7 @@ def obey_only_the_parent(worker: int) -> None:
     TRAP: a worker that simply ignores SIGTERM also ignores the main process, which at its exit would wait for ever.
     """
     def listen():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
             pass
         os._exit(0)
 
@@ -508,6 +508,8 @@ class Batches:
         """Yield (images, labels) for each of `numbers`, prepared ahead by `workers` processes of one thread each."""
         loader = torch.utils.data.DataLoader(
             self, batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=obey_only_the_parent,
+            # By fork, whatever Python's default: workers then share the keys' memory and inherit the block below.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator())                      # or it draws from the global one and disturbs the training
         skipped = set()
@@ -571,7 +573,8 @@ def eval_plan(indices: np.ndarray, image_size: int, batch_size: int, number: int
     return [(int(index), transform) for index in indices[number * batch_size:(number + 1) * batch_size]]
 
 
-def eval_batches(dataset: ImageSet, image_size: int, batch_size: int, indices=None, workers: int = 0, skip_bad: bool = False):
+def eval_batches(dataset: ImageSet, image_size: int, batch_size: int, indices=None, workers: int = 0,
+                 skip_bad: bool = False):
     """Yield (images uint8 (b, S, S, 3), labels int64 (b,)) once, in order, cropped at the centre; the last may be short."""
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     plan = functools.partial(eval_plan, indices, image_size, batch_size)
@@ -584,5 +587,5 @@ if __name__ == "__main__":
     save_grid(np.stack([dataset.load(i) for i in np.concatenate(rows)]), "shapes.png", columns=12, scale=2)
     print(f"shapes.png: {', '.join(dataset.classes)}, twelve of each")
     pixels, bits = dataset.load(0).size * 8, math.log2(TOTAL)
-    print(f"\nThere are {TOTAL:,} such images: log2({TOTAL}) = {bits:.1f} bits name one of them, its pixels take {pixels:,} bits.")
+    print(f"\nThere are {TOTAL:,} such images: {bits:.1f} bits (the log2) name one of them, its pixels take {pixels:,} bits.")
     print("A token of a codebook of 512 carries 9 bits. How few tokens could say everything, and in which order?")

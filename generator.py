@@ -1,14 +1,16 @@
-"""The second stage: generators that predict token ids, left to right (AR) or from masks (MaskGIT).
+"""The second stage: generators over token ids, left to right (AR) or from masks (MaskGIT); no pixels here.
 
 In       ids (B, L) int64 in 0..K-1    what a frozen tokenizer made of images
          labels (B,) int64 in 0..C-1   their classes; label C is "no class", for guidance
 Out      .loss(ids, labels)            -> scalar, dict of detached tensors
          .sample(labels, ...)          -> ids (B, L)
-Sources  NativeTok reports one generator of each kind: LlamaGen-B and MaskGIT with 8 steps.
-         [LlamaGen] the body, for both; [MaskGIT] masks, loss and sampling, with numbers from [TiTok]
-Differs  positions are both rotary and learned (see Generator); guidance scales count from 0, so
-         TiTok's "guidance_scale 3.0", which counts from plain, is 4.0 here; tokens are drawn at
-         `temperature` as in MaskGIT, where TiTok heats them together with the confidences
+Paper    reports one generator of each kind, LlamaGen-B and MaskGIT with 8 steps, without further detail; so
+         the body of both is [LlamaGen], masks, loss and sampling are [MaskGIT] with numbers from [TiTok]
+Differs  - positions are both rotary and learned, see Generator
+         - scale 1 is plain guidance; TiTok counts from there, so its guidance_scale 3.0 is 4.0 here
+         - the guidance ramp ends at its scale; TiTok's stops one step short of it
+         - MaskGIT's tokens are drawn at `temperature`; TiTok heats them like the confidences, so its
+           randomize_temperature of 9.5 to 11 does not carry over
 Try      python generator.py           (CPU, about a second)
 
               row 0      row 1      row 2             row L
@@ -16,8 +18,6 @@ Try      python generator.py           (CPU, about a second)
               -> id_1    -> id_2    -> id_3
     MaskGIT   class      mask       id_2      ...     mask         sees all rows
                          -> id_1    -> id_2           -> id_L
-
-Nothing in this file knows what a token looks like.
 """
 import functools
 import math
@@ -40,20 +40,14 @@ def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 
 
 def gumbel(shape, generator: torch.Generator | None, device) -> Tensor:
-    """Standard Gumbel noise of any shape, float32.
-
-    It is drawn on the generator's own device, so a CPU generator gives the same noise to every machine.
-    """
+    """Standard Gumbel noise, float32; drawn on the generator's own device, so a CPU one serves every machine alike."""
     u = torch.rand(shape, generator=generator, device=generator.device if generator else device)
     # TRAP: torch.rand can return 0; its noise, -inf, turns into NaN once it is annealed to 0 * -inf.
     return -torch.log(-torch.log(u.clamp_min(1e-20))).to(device)
 
 
 def keep_likely(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Set the logits (..., K) of unlikely tokens to -inf; top_k=0 and top_p=1 are off.
-
-    First the top_k most likely stay, then of these the fewest that together reach probability top_p.
-    """
+    """-inf in logits (..., K) for all but the top_k likeliest (0: off), then the fewest that reach top_p (1: off)."""
     need(top_k >= 0, f"top_k {top_k} must be 0 (off) or the number of tokens to keep")
     need(0 < top_p <= 1, f"top_p {top_p} is a probability; give a number above 0, up to 1 (off)")
     if top_k == 0 and top_p == 1:
@@ -63,7 +57,7 @@ def keep_likely(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
         values[..., top_k:] = -math.inf
     if top_p < 1:
         p = values.softmax(dim=-1)
-        likelier = p.cumsum(dim=-1) - p                       # probability of everything before this one; 0 at the first
+        likelier = p.cumsum(dim=-1) - p                       # (..., K), probability of all before this one
         values = values.masked_fill(likelier >= top_p, -math.inf)
     return torch.empty_like(logits).scatter(-1, order, values)
 
@@ -173,7 +167,7 @@ class Generator(nn.Module):
     def check(self, labels: Tensor) -> None:
         # TRAP: label C would run, as "no class"; so only 0..C-1 may come in from outside.
         for c in labels.tolist():
-            need(0 <= c < self.num_classes, f"class {c} is unknown; this generator has classes 0 to {self.num_classes - 1}")
+            need(0 <= c < self.num_classes, f"class {c} is unknown; give one from 0 to {self.num_classes - 1}")
 
     @staticmethod
     def load(path) -> "ARGenerator | MaskGITGenerator":
@@ -182,7 +176,7 @@ class Generator(nn.Module):
         Raises UserError for a checkpoint that holds something else (a tokenizer, say).
         """
         saved = checkpoint.load(path)
-        need(saved.get("kind") in GENERATORS, f"{path} holds no generator; give generator-ar.pt or generator-maskgit.pt")
+        need(saved.get("kind") in GENERATORS, f"{path} holds no generator; try generator-ar.pt or generator-maskgit.pt")
         cfg = GeneratorConfig(**saved["generator_config"])
         model = GENERATORS[saved["kind"]](cfg, saved["num_tokens"], saved["codebook_size"], len(saved["classes"]))
         checkpoint.load_strict(model, saved["ema"], f"generator weights in {path}")
@@ -202,8 +196,7 @@ class ARGenerator(Generator):
         The sum over positions is the cost of an image; an order that helps the generator makes it small.
         """
         logits = self(self.hide_labels(labels), ids[:, :-1])                                   # (B, L, K)
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")   # (B*L,)
-        nll = nll.view(ids.shape)                                                              # (B, L)
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none").view(ids.shape)   # (B, L)
         return nll.mean(), {"nll_by_position": nll.detach().mean(dim=0)}
 
     @for_sampling
@@ -220,7 +213,7 @@ class ARGenerator(Generator):
         for _ in range(self.num_tokens):
             logits = self.guided(labels, ids, cfg_scale, caches)[:, -1]                        # (B, K)
             new = draw(logits, generator, temperature, top_k, top_p)                           # (B,)
-            ids = torch.cat([ids, new[:, None]], dim=1)
+            ids = torch.cat([ids, new[:, None]], dim=1)                                        # (B, T) -> (B, T+1)
         return ids
 
     def new_caches(self, batch: int) -> list[KVCache]:
@@ -244,15 +237,16 @@ def random_masks(batch: int, length: int, device=None) -> Tensor:
 
 
 def mask_schedule(length: int, steps: int) -> list[int]:
-    """How many tokens are still masked after each step: L arccos(progress) / (pi/2), rounded down [MaskGIT].
+    """How many tokens are still masked after each step: L arccos(progress) / (pi/2), rounded down [TiTok].
 
-    Clamped so that every step reveals a token and the last step reveals the rest. Raises UserError if it cannot be.
+    Every step reveals at least one token, the last step all that are left. Raises UserError if that cannot be.
     """
     need(1 <= steps <= length, f"steps {steps} must be from 1 to {length}, as each reveals at least one token")
     schedule, masked = [], length
     for step in range(1, steps + 1):
         wanted = math.floor(length * math.acos(step / steps) / (math.pi / 2))
-        masked = min(max(wanted, steps - step), masked - 1)   # leave one for each later step; reveal one now
+        # This always leaves a token for each later step: arccos is concave, so wanted >= steps - step.
+        masked = min(wanted, masked - 1)
         schedule.append(masked)
     return schedule
 
@@ -284,10 +278,10 @@ class MaskGITGenerator(Generator):
                trace: list | None = None) -> Tensor:
         """labels (B,) -> ids (B, L) in 1 <= steps <= L passes. The same generator state repeats the same ids.
 
-        cfg_scale              above 1 it is reached in a straight line from 1, because the first tokens decide
-                               how varied the samples are [TiTok]; up to 1 it holds from the start
-        randomize_temperature  Gumbel noise on the confidences, annealed to 0, because the surest token is often
-                               the dullest [MaskGIT: 4.5]
+        cfg_scale              above 1 it is reached in a straight line from 1, so that the first tokens are chosen
+                               freely and samples stay varied [Muse, TiTok]; up to 1 it holds from the start
+        randomize_temperature  Gumbel noise on the confidences, annealed to 0, so that not every sample starts
+                               from the same few safe tokens [MaskGIT: 4.5]
         trace                  a list to which the ids after every step are appended, mask_id where still masked
         Raises UserError for an unknown class or a setting out of range.
         """

@@ -171,8 +171,8 @@ BROKEN = {
     "gray32.tif": encoded(Image.fromarray(np.full((4, 6), 70000, np.int32)), "TIFF"),
     "bomb.png": png(struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0), b""),
 }
-REASONS = {"half.jpeg": "truncated", "empty.png": "empty", "page.jpg": "<!DOCTYPE", "float.tif": "floating-point",
-           "gray32.tif": "16 bits", "bomb.png": "decompression bomb"}
+REASONS = {"half.jpeg": "truncated", "empty.png": "empty", "script.jpg": "not an image", "page.jpg": "<!DOCTYPE",
+           "float.tif": "floating-point", "gray32.tif": "16 bits", "bomb.png": "decompression bomb"}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -439,9 +439,10 @@ def test_pickles_never_run(tmp_path, monkeypatch):
     assert not os.path.exists("pickle-was-run")
 
 
-def test_a_torn_or_flipped_npz_is_refused(tmp_path):
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_torn_or_flipped_npz_is_refused(tmp_path, save):
     path = tmp_path / "a.npz"
-    np.savez(path, x=np.stack([noise(0)] * 3), y=np.arange(3))
+    save(path, x=np.stack([noise(0)] * 3), y=np.arange(3))
     whole = path.read_bytes()
     for share in (0, 0.5, 0.99):
         path.write_bytes(whole[:int(share * len(whole))])
@@ -452,7 +453,8 @@ def test_a_torn_or_flipped_npz_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("arrays, word", [
-    (dict(images=noise(0)[None]), "no array x"), (dict(x=noise(0)), "(n, H, W, 3)"), (dict(x=np.zeros((2, 4, 4, 3))), "float64"),
+    (dict(images=noise(0)[None]), "no array x"), (dict(x=noise(0)), "(n, H, W, 3)"),
+    (dict(x=np.zeros((2, 4, 4, 3))), "float64"), (dict(x=np.zeros((2, 4, 4, 1), np.uint8)), "(n, H, W, 3)"),
     (dict(x=np.zeros((0, 4, 4, 3), np.uint8)), "(n, H, W, 3)"), (dict(x=noise(0)[None], y=[0, 1]), "labels"),
     (dict(x=noise(0)[None], y=[-1]), "labels"), (dict(x=noise(0)[None], y=[0.5]), "labels"),
     (dict(x=noise(0)[None], y=[3], classes=["a"]), "label 3")])
@@ -548,7 +550,8 @@ def small(tmp_path_factory):
 
 
 def stream(dataset, **options):
-    return data.ImageStream(dataset, **{**dict(image_size=8, batch_size=6, seed=5, flip=True, random_crop=True), **options})
+    defaults = dict(image_size=8, batch_size=6, seed=5, flip=True, random_crop=True)
+    return data.ImageStream(dataset, **{**defaults, **options})
 
 
 def test_the_stream_is_the_same_with_and_without_workers(small):
@@ -571,6 +574,11 @@ def test_the_stream_resumes_at_any_step(small):
     for start in (1, 4, 7):                                   # step 4 lies across the end of an epoch
         assert same(plain[start:], take(stream(small, start_step=start), 9 - start))
     assert same(plain[4:], take(stream(small, start_step=4, workers=2), 5))
+
+
+def test_order_and_crops_do_not_depend_on_the_batch_size(small):
+    four, six = (torch.cat([images for images, _ in take(stream(small, batch_size=b), 24 // b)]) for b in (4, 6))
+    assert torch.equal(four, six)
 
 
 def test_every_epoch_shows_every_image_once_in_a_new_order_and_with_new_crops(small):
