@@ -161,7 +161,7 @@ GENERATOR_FIELDS = tuple(f.name for f in dataclasses.fields(GeneratorConfig))
 IMAGENET = dict(random_crop=True, workers=8)  # the defaults above are these presets' own
 SMALL = dict(  # 32x32 images; sizes and rates measured on 2 CPU cores [ours]: few wide patches learn most per second
     image_size=32, patch_size=8, encoder_width=192, encoder_depth=2, encoder_heads=6, expert_width=128, expert_depth=1, expert_heads=4,
-    token_schedule=(4, 8, 16), decoder_width=192, decoder_depth=2, decoder_heads=6,
+    token_schedule=(4, 8, 16), decoder_width=192, decoder_depth=2, decoder_heads=6, tail_drop=0.2,
     batch_size=64, learning_rate=2e-3, min_learning_rate=1e-4, finetune_learning_rate=1e-3, warmup_steps=50, continuous_steps=150,
     beta2=0.99, ema_decay=0.99, reseed_every=50, generator_heads=6,
     generator_learning_rate=1e-3, generator_min_learning_rate=1e-4, generator_warmup_steps=50)
