@@ -145,6 +145,7 @@ class TrainConfig:
         choose("precision", self.precision, ("auto", "fp32", "bf16"))
         for name in ("batch_size", "generator_batch_size", "accumulate", "log_every", "save_every", "sample_every"):
             need(getattr(self, name) >= 1, f"{name} must be at least 1")
+        need(self.seed >= 0, f"seed {self.seed} is negative; give 0 or more")
         need(0 <= self.continuous_steps < self.base_steps,
              f"continuous_steps {self.continuous_steps} must leave quantized steps in base_steps {self.base_steps}")
 
@@ -160,20 +161,20 @@ GENERATOR_FIELDS = tuple(f.name for f in dataclasses.fields(GeneratorConfig))
 
 IMAGENET = dict(random_crop=True, workers=8)  # the defaults above are these presets' own
 SMALL = dict(  # 32x32 images; sizes and rates measured on 2 CPU cores [ours]: few wide patches learn most per second
-    image_size=32, patch_size=8, encoder_width=192, encoder_depth=2, encoder_heads=6, expert_width=128, expert_depth=1, expert_heads=4,
+    image_size=32, patch_size=8, encoder_width=192, encoder_depth=2, encoder_heads=6, expert_width=192, expert_depth=1, expert_heads=6,
     token_schedule=(4, 8, 16), decoder_width=192, decoder_depth=2, decoder_heads=6, tail_drop=0.2,
-    batch_size=64, learning_rate=2e-3, min_learning_rate=1e-4, finetune_learning_rate=1e-3, warmup_steps=50, continuous_steps=150,
+    batch_size=64, learning_rate=2e-3, min_learning_rate=1e-4, finetune_learning_rate=1e-3, warmup_steps=50,
     beta2=0.99, ema_decay=0.99, reseed_every=50, generator_heads=6,
     generator_learning_rate=1e-3, generator_min_learning_rate=1e-4, generator_warmup_steps=50)
 PRESETS = {
     "tiny": dict(  # the built-in shapes, stages 1 to 3 in minutes on a CPU
-        SMALL, codebook_size=256, base_steps=500, grow_steps=250, finetune_steps=400, flip=False,
+        SMALL, codebook_size=256, continuous_steps=150, base_steps=500, grow_steps=250, finetune_steps=400, flip=False,
         generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=700,
         log_every=20, save_every=200, sample_every=200),
     "cifar": dict(  # real 32x32 images, --data needed; about an hour on 2 CPU cores
-        SMALL, codebook_size=512, base_steps=4000, grow_steps=2500, finetune_steps=5000,
-        generator_width=288, generator_depth=6, generator_batch_size=64, generator_steps=5000,
-        save_every=500, sample_every=2500),
+        SMALL, codebook_size=512, continuous_steps=300, base_steps=2500, grow_steps=1000, finetune_steps=3500,
+        generator_width=288, generator_depth=6, generator_batch_size=64, generator_steps=2500,
+        save_every=500, sample_every=1000),
     "imagenet-32": dict(IMAGENET, token_schedule=(32,)),
     "imagenet-64": dict(IMAGENET, token_schedule=(32, 64)),
     "imagenet-128": dict(IMAGENET, token_schedule=(32, 64, 128)),

@@ -1,73 +1,38 @@
-"""Images in: folders, archives, arrays or built-in shapes become batches whose order nothing can disturb.
+"""Many images: a folder, an archive, arrays or the built-in shapes behind one interface.
 
 In       a path: a folder with one folder per class, or with images alone; the same as .tar, .zip, .tar.gz, .tgz
          or .tar.xz; an .npz with x uint8 (n, H, W, 3) and perhaps y int (n,) and classes; or "shapes"
-Out      images uint8 (b, S, S, 3) and labels int64 (b,); to_float turns the images into the models' (B, 3, S, S)
+Out      ImageSet: .load(i) uint8 (H, W, 3), .labels int64 (n,), .classes, .fingerprint
 
-    open_images ─► ImageSet ─► load(i) ─► resize_crop, mirror ─► ImageStream (training, endless)
-                      └─ train_and_val            └────────────► eval_batches (in order, once)
+    open_images ─► ImageSet ─► train_and_val ─► batches.py
+         folder, .tar, .zip   from_files   names are listed now, an image is read when it is asked for
+         .npz                 from_npz     all of it is held in memory
+         shapes               from_shapes  an image is drawn when it is asked for
 
-Differs  the paper trains on ImageNet; the shapes are ours, so that everything can be tried without a download.
-         Transparent images are put on white, 16-bit gray is scaled to 8 bits, EXIF rotation is applied.
-Try      python data.py      (draws shapes.png)
+Differs  the paper trains on ImageNet; any images will do here, and the shapes are ours
 """
-import contextlib
 import functools
-import glob
 import gzip
 import hashlib
-import io
-import itertools
 import lzma
 import math
-import multiprocessing
 import operator
 import os
 import shutil
-import signal
 import sys
 import tarfile
-import threading
-import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
+import checkpoint
+import shapes
 from config import UserError, need
+from images import ENDINGS, MEND_IMAGE, decode, explained, read_image
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # no others: Pillow would run Ghostscript for an EPS
-MEND_IMAGE = "replace or remove it, or train with --skip_bad"
 MEND_ARCHIVE = "is it complete? copy it again"
-
-
-@contextlib.contextmanager
-def explained(what: str, repair: str):
-    """Whatever the libraries raise inside becomes one UserError in one line: what, the reason, the repair."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # zipfile, tarfile, zlib, lzma, numpy and Pillow know some twenty kinds between them
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-        raise UserError(f"{what}: {reason}; {repair}") from error
-
-
-@contextlib.contextmanager
-def replacing(path: str):
-    """A temporary name beside `path`: it becomes `path` when the block ends well and vanishes when it does not."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
 
 
 def digest(*parts: str | bytes) -> str:
@@ -76,93 +41,6 @@ def digest(*parts: str | bytes) -> str:
         h.update(part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape"))
     return h.hexdigest()[:32]
 
-
-# ------------------------------------------------------------------------------------------------
-# one image
-
-def decode(data: bytes, name: str) -> np.ndarray:
-    """The bytes of an image file -> uint8 (H, W, 3). Raises UserError that starts with `name`."""
-    with explained(name, MEND_IMAGE):
-        need(len(data) > 0, f"{name}: the file is empty; {MEND_IMAGE}")
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except UnidentifiedImageError:
-            raise ValueError(f"not an image, or a torn one (it begins with {data[:12]!r})") from None
-        # Decodes every pixel: only that finds all truncated files, Image.verify() passes some.
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode == "F":
-            raise ValueError("pixels are floating-point numbers of unknown range, save it with 8 or 16 bits")
-        if image.mode.startswith("I"):                        # TRAP: convert("RGB") clips 16 bits to white
-            values = np.asarray(image).astype(np.int64)
-            if values.min() < 0 or values.max() > 65535:
-                raise ValueError("gray values go beyond 16 bits, save it with 8 or 16 bits")
-            gray = np.rint(values / 257).astype(np.uint8)     # 65535 = 255 * 257
-            return np.repeat(gray[:, :, None], 3, axis=2)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
-
-
-def read_image(path: str) -> np.ndarray:
-    """An image file -> uint8 (H, W, 3). Raises UserError that names the file."""
-    with explained(path, MEND_IMAGE), open(path, "rb") as file:
-        data = file.read()
-    return decode(data, path)
-
-
-def resize_crop(image: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """uint8 (H, W, 3) -> uint8 (size, size, 3): the central square, or with `rng` a square anywhere.
-
-    The random square's side is 1 to 1.25 times smaller than the shorter edge [ours].
-    """
-    H, W, _ = image.shape
-    side = min(H, W)
-    top, left = (H - side) // 2, (W - side) // 2
-    if rng is not None:
-        side = side / rng.uniform(1, 1.25)
-        top, left = rng.uniform(0, H - side), rng.uniform(0, W - side)
-    elif side == size:
-        return image[top:top + size, left:left + size]
-    # Cropping by `box` resizes only what is kept; Pillow's bicubic filter widens when it shrinks (antialias).
-    box = (left, top, left + side, top + side)
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
-
-
-def augment(image: np.ndarray, size: int, key: tuple[int, ...], flip: bool, random_crop: bool) -> np.ndarray:
-    """resize_crop and mirror at random, as a function of `key` = (seed, epoch, index) alone."""
-    rng = np.random.default_rng(key)
-    mirror = rng.random() < 0.5                               # drawn in any case, so that flip leaves the crops alone
-    image = resize_crop(image, size, rng if random_crop else None)
-    return image[:, ::-1] if flip and mirror else image
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
-    return images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3); values outside are clamped."""
-    x = (images.float() + 1) * 127.5
-    return x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)   # TRAP: without round, 63 of 256 values change
-
-
-def save_grid(images: Tensor | np.ndarray, path: str, columns: int, scale: int = 1) -> None:
-    """Write uint8 images (B, H, W, 3), each enlarged `scale` times, row by row with white margins, as one PNG."""
-    images = torch.as_tensor(images).cpu().numpy().repeat(scale, axis=1).repeat(scale, axis=2)
-    (B, H, W, _), margin = images.shape, 2
-    rows = math.ceil(B / columns)
-    sheet = np.full((margin + rows * (H + margin), margin + columns * (W + margin), 3), 255, np.uint8)
-    for k, image in enumerate(images):
-        y, x = margin + k // columns * (H + margin), margin + k % columns * (W + margin)
-        sheet[y:y + H, x:x + W] = image
-    with explained(path, "is the folder there, writable and not full?"), replacing(path) as temporary:
-        Image.fromarray(sheet).save(temporary, format="PNG")
-
-
-# ------------------------------------------------------------------------------------------------
-# many images
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -194,7 +72,7 @@ def open_images(path: str, cache: str | None = None) -> ImageSet:
     Raises UserError when it is missing, torn or holds no images.
     """
     if path in ("shapes", "shapes:val"):
-        return shapes("val" if path.endswith("val") else "train")
+        return from_shapes("val" if path.endswith("val") else "train")
     need(os.path.exists(path), f"{path}: no such file or folder; give images as in --help, or shapes")
     ending = path.lower()
     if os.path.isdir(path):
@@ -351,20 +229,17 @@ def decompressed(path: str, cache: str | None) -> str:
     key = digest(f"{os.path.basename(path)} {source.st_size} {source.st_mtime_ns}")[:12]
     folder = cache or os.path.dirname(path)
     target = os.path.join(folder, f"{os.path.basename(path)}.{key}.tar")
-    for old in glob.glob(f"{glob.escape(target)}.*.tmp"):     # left behind by a killed run; a live one is being written
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - os.path.getmtime(old) > 600:
-                os.remove(old)
     if not os.path.exists(target):
         print(f"unpacking {path} once into {target}", file=sys.stderr)
-        with explained(path, f"is it complete, and is there room in {folder or '.'}?"):
+        repair = f"is it complete, and is there room in {folder or '.'}?"
+        with explained(path, repair):
             os.makedirs(folder or ".", exist_ok=True)
-            opener = lzma.open if path.lower().endswith(".xz") else gzip.open
-            with replacing(target) as temporary, opener(path) as packed, open(temporary, "wb") as plain:
-                shutil.copyfileobj(packed, plain, 1 << 20)
-                plain.flush()
-                os.fsync(plain.fileno())
-                list_tar(temporary, path)                     # only what can be read to its end gets the lasting name
+        checkpoint.sweep(folder or ".")                       # a killed run may have left as much as it had unpacked
+        opener = lzma.open if path.lower().endswith(".xz") else gzip.open
+        with checkpoint.replacing(target) as plain, explained(path, repair), opener(path) as packed:
+            shutil.copyfileobj(packed, plain, 1 << 20)
+            plain.flush()
+            list_tar(plain.name, path)                        # only what can be read to its end gets the lasting name
     return target
 
 
@@ -392,200 +267,9 @@ def from_npz(path: str) -> ImageSet:
 
 
 # ------------------------------------------------------------------------------------------------
-# built-in shapes [ours]
-#
-# An image is a number: shape, colour, background, size, row and column are its digits. A seeded permutation of the
-# numbers splits them, so training and held-out images never coincide. Integers only: the same bytes on every machine.
+# built-in shapes
 
-SHAPES = {  # is (x, y), seen from the centre with y downwards, inside the shape of radius r?
-    "disc": lambda x, y, r: x * x + y * y <= r * r,
-    "ring": lambda x, y, r: (x * x + y * y <= r * r) & (25 * (x * x + y * y) >= 9 * r * r),
-    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) <= r,
-    "triangle": lambda x, y, r: (abs(y) <= r) & (2 * abs(x) <= y + r),
-    "plus": lambda x, y, r: (np.maximum(abs(x), abs(y)) <= r) & (4 * np.minimum(abs(x), abs(y)) <= r),
-    "cross": lambda x, y, r: (np.maximum(abs(x), abs(y)) <= r) & (5 * abs(abs(x) - abs(y)) <= 2 * r),
-    "bar": lambda x, y, r: (abs(x) <= r) & (3 * abs(y) <= r),
-    "pillar": lambda x, y, r: (abs(y) <= r) & (3 * abs(x) <= r),
-    "diamond": lambda x, y, r: abs(x) + abs(y) <= r,
-    "crescent": lambda x, y, r: (x * x + y * y <= r * r) & (25 * x * x + (5 * y + 3 * r) ** 2 >= 16 * r * r),
-}
-COLOURS = {"red": (240, 70, 55), "yellow": (255, 205, 50), "green": (75, 200, 90), "blue": (80, 160, 255),
-           "pink": (250, 125, 215), "white": (255, 255, 255)}
-BACKGROUNDS = {"black": (20, 20, 24), "navy": (24, 36, 104), "wine": (88, 16, 48), "forest": (12, 64, 44)}
-# In eighths of a pixel, of 32. The places are half a pixel off the middle: no mirrored image is another image.
-RADII = (68, 80, 92)
-PLACES = (92, 108, 124, 140, 156)
-DIGITS = (len(SHAPES), len(COLOURS), len(BACKGROUNDS), len(RADII), len(PLACES), len(PLACES))
-TOTAL, HELD_OUT = math.prod(DIGITS), 2000
-
-
-@functools.lru_cache(maxsize=None)
-def coverage(shape: int, size: int, row: int, column: int) -> np.ndarray:
-    """How many of the 4x4 points in each pixel lie inside: int (32, 32), 0 to 16."""
-    point = 2 * np.arange(128) + 1
-    x, y = point[None, :] - PLACES[column], point[:, None] - PLACES[row]
-    inside = list(SHAPES.values())[shape](x, y, RADII[size])                 # (128, 128)
-    return inside.reshape(32, 4, 32, 4).sum(axis=(1, 3))
-
-
-def draw_shape(number: int) -> np.ndarray:
-    """0 <= number < TOTAL -> uint8 (32, 32, 3)."""
-    shape, colour, background, size, row, column = np.unravel_index(number, DIGITS)
-    front, back = list(COLOURS.values())[colour], list(BACKGROUNDS.values())[background]
-    covered = np.arange(17)[:, None]                          # sixteenths of a pixel
-    mixed = (np.array(front) * covered + np.array(back) * (16 - covered) + 8) // 16      # (17, 3)
-    return mixed.astype(np.uint8)[coverage(shape, size, row, column)]
-
-
-def shapes(part: str) -> ImageSet:
-    """The training images (part "train") or the held-out ones ("val")."""
-    order = np.random.default_rng(0).permutation(TOTAL)
-    keys = order[-HELD_OUT:] if part == "val" else order[:-HELD_OUT]
-    fingerprint = digest(keys.tobytes(), *(draw_shape(key).tobytes() for key in keys[:100]))
-    return ImageSet("shapes", list(SHAPES), np.unravel_index(keys, DIGITS)[0], fingerprint, keys, draw_shape)
-
-
-# ------------------------------------------------------------------------------------------------
-# batches
-
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
-
-
-@contextlib.contextmanager
-def stop_signals_blocked():
-    """Processes started inside inherit the block; for this one, a signal comes through at the end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def obey_only_the_parent(worker: int) -> None:
-    """In a worker: signals to the whole process group must not stop it before the main process has saved.
-
-    TRAP: a worker that simply ignores SIGTERM also ignores the main process, which at its exit would wait for ever.
-    """
-    def listen():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
-            pass
-        os._exit(0)
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    if hasattr(signal, "sigwaitinfo"):                        # a Mac has none
-        threading.Thread(target=listen, daemon=True).start()
-
-
-class Batches:
-    """Batches by number, as DataLoader's map-style data set.
-
-    plan   number -> [(index, transform)], the images of that batch
-    """
-
-    def __init__(self, dataset: ImageSet, plan: Callable, skip_bad: bool):
-        self.dataset, self.plan = dataset, plan
-        self.limit = max(1, len(dataset) // 100) if skip_bad else 0           # unreadable images to put up with
-
-    def __getitem__(self, number: int) -> tuple[Tensor | None, Tensor | None, list[str]]:
-        """images uint8 (b, S, S, 3), labels int64 (b,), errors. No images when there are more errors than the limit.
-
-        Errors travel as text: DataLoader would wrap an exception of a worker into pages of traceback.
-        """
-        images, labels, errors = [], [], []
-        for index, transform in self.plan(number):
-            while len(images) == len(labels):                 # until one more image has been read
-                try:
-                    images.append(transform(self.dataset.load(index)))
-                except UserError as error:
-                    errors.append(str(error))
-                    if len(set(errors)) > self.limit:
-                        return None, None, errors
-                    index = (index + 1) % len(self.dataset)   # the next one stands in, on every run alike
-            labels.append(self.dataset.labels[index])
-        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.array(labels)), errors
-
-    def stream(self, numbers, workers: int):
-        """Yield (images, labels) for each of `numbers`, prepared ahead by `workers` processes of one thread each."""
-        loader = torch.utils.data.DataLoader(
-            self, batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=obey_only_the_parent,
-            # By fork, whatever Python's default: workers then share the keys' memory and inherit the block below.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator())                      # or it draws from the global one and disturbs the training
-        skipped = set()
-        with stop_signals_blocked() if workers else contextlib.nullcontext():
-            batches = iter(loader)
-        for images, labels, errors in batches:
-            for error in errors:
-                if self.limit and error not in skipped:
-                    print(f"skipped {error}", file=sys.stderr)
-                skipped.add(error)
-            if len(skipped) > self.limit:
-                raise UserError(errors[-1] if not self.limit else
-                                f"{len(skipped)} of {len(self.dataset)} images cannot be read, more than 1%; mend the data")
-            yield images, labels
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
-class ImageStream:
-    """Training batches without end: iterate for (images uint8 (b, S, S, 3), labels int64 (b,)) of this rank.
-
-    The order is one endless row of positions. Position p is image permutation(epoch p // n)[p % n], and step s takes the
-    positions from s * batch_size on, cut into one piece per rank. So neither the number of ranks or workers nor a
-    restart (start_step) changes which images a step sees, and a data set may be smaller than a batch.
-
-    batch_size   images per step over all ranks
-    skip_bad     the next image stands in for an unreadable one; above 1% of the data set (and one) it is a UserError
-    Raises UserError with the first unreadable image's name unless skip_bad.
-    """
-
-    def __init__(self, dataset: ImageSet, image_size: int, batch_size: int, seed: int, flip: bool = False,
-                 random_crop: bool = False, rank: int = 0, world: int = 1, start_step: int = 0, workers: int = 0,
-                 skip_bad: bool = False):
-        need(batch_size % world == 0, f"batch_size {batch_size} is not a multiple of the {world} processes; "
-             f"try {max(1, batch_size // world) * world}")
-        need(seed >= 0, f"seed {seed} is negative; give 0 or more")
-        self.dataset, self.image_size, self.batch_size, self.seed = dataset, image_size, batch_size, seed
-        self.flip, self.random_crop, self.rank, self.world = flip, random_crop, rank, world
-        self.start_step, self.workers, self.skip_bad = start_step, workers, skip_bad
-
-    def plan(self, step: int) -> list:
-        n, share = len(self.dataset), self.batch_size // self.world
-        first = step * self.batch_size + self.rank * share
-        batch = []
-        for position in range(first, first + share):
-            epoch, place = divmod(position, n)
-            index = int(permutation(n, self.seed, epoch)[place])
-            batch.append((index, functools.partial(augment, size=self.image_size, key=(self.seed, epoch, index),
-                                                   flip=self.flip, random_crop=self.random_crop)))
-        return batch
-
-    def __iter__(self):
-        return Batches(self.dataset, self.plan, self.skip_bad).stream(itertools.count(self.start_step), self.workers)
-
-
-def eval_plan(indices: np.ndarray, image_size: int, batch_size: int, number: int) -> list:
-    transform = functools.partial(resize_crop, size=image_size)
-    return [(int(index), transform) for index in indices[number * batch_size:(number + 1) * batch_size]]
-
-
-def eval_batches(dataset: ImageSet, image_size: int, batch_size: int, indices=None, workers: int = 0,
-                 skip_bad: bool = False):
-    """Yield (images uint8 (b, S, S, 3), labels int64 (b,)) once, in order, cropped at the centre; the last may be short."""
-    indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
-    plan = functools.partial(eval_plan, indices, image_size, batch_size)
-    yield from Batches(dataset, plan, skip_bad).stream(range(math.ceil(len(indices) / batch_size)), workers)
-
-
-if __name__ == "__main__":
-    dataset = open_images("shapes")
-    rows = [np.flatnonzero(dataset.labels == k)[:12] for k in range(len(dataset.classes))]   # one row per class
-    save_grid(np.stack([dataset.load(i) for i in np.concatenate(rows)]), "shapes.png", columns=12, scale=2)
-    print(f"shapes.png: {', '.join(dataset.classes)}, twelve of each")
-    pixels, bits = dataset.load(0).size * 8, math.log2(TOTAL)
-    print(f"\nThere are {TOTAL:,} such images: {bits:.1f} bits (the log2) name one of them, its pixels take {pixels:,} bits.")
-    print("A token of a codebook of 512 carries 9 bits. How few tokens could say everything, and in which order?")
+def from_shapes(part: str) -> ImageSet:
+    keys = shapes.numbers(part)
+    fingerprint = digest(keys.tobytes(), *(shapes.draw_shape(key).tobytes() for key in keys[:100]))
+    return ImageSet("shapes", list(shapes.SHAPES), shapes.shape_of(keys), fingerprint, keys, shapes.draw_shape)

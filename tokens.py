@@ -6,6 +6,7 @@ Disk     tokens/index.json names the tokenizer and the images; tokens/00000.npy 
 How      processes take shards in turn; a shard exists whole or not at all, so a killed run goes on with the rest
 Try      python tokens.py
 """
+import functools
 import os
 from collections.abc import Callable, Iterator
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
+from batches import eval_batches, permutation
 from config import need
-from data import ImageSet, eval_batches, permutation
+from data import ImageSet
 from processes import Processes
 
 SHARD, BATCH = 4096, 256
@@ -40,8 +42,9 @@ def cache_tokens(folder: str, tokenizer: str, dataset: ImageSet, image_size: int
             checkpoint.write_json(os.path.join(folder, "index.json"), index)
     procs.barrier()
     shards = range(-(-len(dataset) // SHARD))
-    todo = [k for k in shards if not os.path.exists(shard_path(folder, k))]
-    for k in tqdm(todo[procs.rank::procs.world], desc="tokens    ", disable=not procs.main or not todo):
+    # Dealt before looking: a process that looks later finds shards of the others done, and would count on differently.
+    todo = [k for k in shards[procs.rank::procs.world] if not os.path.exists(shard_path(folder, k))]
+    for k in tqdm(todo, desc="tokens    ", disable=not procs.main or not todo):
         members = np.arange(k * SHARD, min((k + 1) * SHARD, len(dataset)))
         rows = []
         for images, _ in eval_batches(dataset, image_size, BATCH, members, workers, skip_bad):
@@ -60,10 +63,17 @@ def shard_path(folder: str, k: int) -> str:
     return os.path.join(folder, f"{k:05}.npy")
 
 
+@functools.lru_cache(maxsize=2)
+def chosen_copies(n: int, copies: int, seed: int, epoch: int) -> np.ndarray:
+    """Which copy of each image an epoch shows: int64 (n,), from 0 to copies - 1."""
+    # TRAP: the key must differ from permutation's, or order and copies are made of the same random bits; a 0 adds nothing.
+    return np.random.default_rng((seed, epoch, 1)).integers(copies, size=n)
+
+
 class TokenStream:
     """Training batches without end: iterate for (ids int64 (b, L), labels int64 (b,)) of this rank.
 
-    The order is that of data.ImageStream, and which copy is taken depends on (seed, epoch, index) alone.
+    The order is that of batches.ImageStream, and which copy is taken depends on (seed, epoch, index) alone.
     """
 
     def __init__(self, ids: np.ndarray, labels: np.ndarray, batch_size: int, seed: int, rank: int = 0, world: int = 1, start_step: int = 0):
@@ -76,8 +86,11 @@ class TokenStream:
         while True:
             positions = step * self.batch_size + self.rank * share + np.arange(share)
             epochs, places = np.divmod(positions, n)
-            index = np.concatenate([permutation(n, self.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)])
-            copy = (index * 2654435761 + epochs * 40503 + self.seed * 69069 >> 7) % self.ids.shape[1]    # a cheap fixed coin [ours]
+            picks = []                                        # of one epoch, or of several when it ends within the batch
+            for epoch in np.unique(epochs).tolist():
+                index = permutation(n, self.seed, epoch)[places[epochs == epoch]]
+                picks.append((index, chosen_copies(n, self.ids.shape[1], self.seed, epoch)[index]))
+            index, copy = np.concatenate(picks, axis=1)
             yield torch.from_numpy(self.ids[index, copy].astype(np.int64)), torch.from_numpy(self.labels[index])
             step += 1
 

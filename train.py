@@ -31,9 +31,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+from batches import ImageStream, eval_batches
 from config import TokenizerConfig, TrainConfig, UserError, as_dict, need, settings
-from data import ImageStream, eval_batches, save_grid, to_float, to_uint8, train_and_val
+from data import train_and_val
 from generator import GENERATORS
+from images import save_grid, to_float, to_uint8
 from layers import count_parameters
 from losses import Adversary, Perceptual, psnr, reconstruction
 from nativetok import NativeTok, from_checkpoint

@@ -1,0 +1,26 @@
+# make demo    everything from nothing: packages, training on the built-in shapes, samples, pictures, a summary
+# make test    packages and the test suite
+# make clean   remove the packages, the demo's run and caches
+
+PYTHON ?= python3
+BIN    := .venv/bin
+RUN    := runs/demo
+
+.PHONY: demo test clean
+
+demo: .venv/ready
+	$(BIN)/python train.py --preset tiny --run $(RUN)
+	$(BIN)/python sample.py --run $(RUN) --generator ar
+	$(BIN)/python sample.py --run $(RUN) --generator maskgit
+	$(BIN)/python eval_fid.py --run $(RUN)
+
+test: .venv/ready
+	$(BIN)/python -m pytest -q
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv $(RUN) .pytest_cache __pycache__ tests/__pycache__

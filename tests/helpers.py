@@ -1,0 +1,77 @@
+"""What several test files need: images to feed in, and what a UserError must look like."""
+import io
+import itertools
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from config import UserError
+
+RED = (200, 30, 60)
+
+
+def noise(seed: int, height: int = 20, width: int = 30) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+PNG = encoded(Image.new("RGB", (6, 4), RED), "PNG")
+
+
+def put(path, content: bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return str(path)
+
+
+def folder_of(root, n: int, classes=("cat", "dog"), size: int = 8):
+    """n lossless images, dealt to the classes in turn."""
+    for k in range(n):
+        put(root / classes[k % len(classes)] / f"{k:03}.png", encoded(Image.fromarray(noise(k, size, size)), "PNG"))
+    return root
+
+
+def packed(root, path, prefix: str) -> str:
+    """The folder as the archive that `path` ends in."""
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in files:
+                archive.write(file, prefix + str(file.relative_to(root)))
+    else:
+        kind = {".tar": "w", ".gz": "w:gz", ".tgz": "w:gz", ".xz": "w:xz"}[path.suffix]
+        with tarfile.open(path, kind) as archive:
+            for file in reversed(files):                      # the order inside an archive must not matter
+                archive.add(file, prefix + str(file.relative_to(root)))
+    return str(path)
+
+
+def refused(call, *arguments, names=()) -> str:
+    """The one line of the UserError that the call must raise; it must contain `names`."""
+    with pytest.raises(UserError) as caught:
+        result = call(*arguments)
+        if hasattr(result, "__next__"):
+            for _ in range(1000):
+                next(result)
+    message = str(caught.value)
+    assert "\n" not in message and "object at 0x" not in message
+    for name in names:
+        assert name in message, message
+    return message
+
+
+def take(stream, n: int):
+    return [(images.clone(), labels.clone()) for images, labels in itertools.islice(iter(stream), n)]
+
+
+def same(a, b) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for pair in zip(a, b) for x, y in zip(*pair))

@@ -1,0 +1,170 @@
+"""batches.py: nothing disturbs the order of the batches, and an unreadable image is named."""
+import itertools
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from batches import ImageStream, eval_batches
+from helpers import folder_of, packed, put, refused, same, take
+from images import resize_crop
+
+ROOT = Path(__file__).parent.parent
+
+
+# ------------------------------------------------------------------------------------------------
+# the stream
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """23 images of 12 x 12 in a zip, of which every process opens its own handle."""
+    root = tmp_path_factory.mktemp("stream")
+    return data.open_images(packed(folder_of(root / "set", 23, size=12), root / "x.zip", ""))
+
+
+def stream(dataset, **options):
+    defaults = dict(image_size=8, batch_size=6, seed=5, flip=True, random_crop=True)
+    return ImageStream(dataset, **{**defaults, **options})
+
+
+def test_the_stream_is_the_same_with_and_without_workers(small):
+    plain = take(stream(small), 9)                            # more than two epochs
+    assert plain[0][0].shape == (6, 8, 8, 3) and plain[0][0].dtype == torch.uint8 and plain[0][1].dtype == torch.int64
+    assert same(plain, take(stream(small, workers=2), 9))
+    assert not same(plain, take(stream(small, seed=6), 9))
+
+
+def test_the_stream_is_the_same_for_one_and_two_and_three_ranks(small):
+    plain = take(stream(small), 5)
+    for world in (2, 3):
+        ranks = [take(stream(small, rank=rank, world=world), 5) for rank in range(world)]
+        joined = [tuple(torch.cat([ranks[r][s][k] for r in range(world)]) for k in (0, 1)) for s in range(5)]
+        assert same(plain, joined)
+
+
+def test_the_stream_resumes_at_any_step(small):
+    plain = take(stream(small), 9)
+    for start in (1, 4, 7):                                   # step 4 lies across the end of an epoch
+        assert same(plain[start:], take(stream(small, start_step=start), 9 - start))
+    assert same(plain[4:], take(stream(small, start_step=4, workers=2), 5))
+
+
+def test_order_and_crops_do_not_depend_on_the_batch_size(small):
+    four, six = (torch.cat([images for images, _ in take(stream(small, batch_size=b), 24 // b)]) for b in (4, 6))
+    assert torch.equal(four, six)
+
+
+def test_every_epoch_shows_every_image_once_in_a_new_order_and_with_new_crops(small):
+    images = torch.cat([b[0] for b in take(stream(small, image_size=12, flip=False, random_crop=False, batch_size=23), 2)])
+    first, second = ([image.numpy().tobytes() for image in part] for part in images.split(23))
+    assert sorted(first) == sorted(second) == sorted(small.load(i).tobytes() for i in range(23)) and first != second
+    crops = {image.numpy().tobytes() for batch in take(stream(small, batch_size=23), 2) for image in batch[0]}
+    assert len(crops) == 46
+
+
+def test_a_data_set_smaller_than_a_batch_works(small):
+    few = small.subset(np.array([3, 7, 9]))
+    batches = take(stream(few, batch_size=8, image_size=12, flip=False, random_crop=False), 3)
+    assert [len(labels) for _, labels in batches] == [8, 8, 8]
+    images = [image.numpy().tobytes() for batch in batches for image in batch[0]]
+    assert all(images.count(few.load(i).tobytes()) == 8 for i in range(3))
+
+
+def test_labels_belong_to_their_images(small):
+    label_of = {small.load(i).tobytes(): small.labels[i] for i in range(23)}
+    for images, labels in take(stream(small, image_size=12, flip=False, random_crop=False), 4):
+        assert [label_of[image.numpy().tobytes()] for image in images] == labels.tolist()
+
+
+def test_the_stream_leaves_the_global_random_state_alone(small):
+    before = torch.get_rng_state()
+    take(stream(small), 2)
+    take(stream(small, workers=1), 2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_workers_outlive_signals_from_their_first_moment_on(small):
+    batches = iter(stream(small, workers=2))
+    got = [next(batches)]
+    workers = [str(worker.pid) for worker in multiprocessing.active_children()]
+    for name in ("-TERM", "-INT"):                            # as from a terminal or a job scheduler, not from the parent
+        subprocess.run(["kill", name, *workers], check=True)
+    got += itertools.islice(batches, 8)
+    assert same(got, take(stream(small), 9))
+
+
+def test_a_crash_of_the_main_process_ends_its_workers():
+    script = ("import batches, data\nstream = iter(batches.ImageStream(data.open_images('shapes'), 32, 8, 0, workers=2))\n"
+              "next(stream)\nraise SystemError('crash')")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 1 and "crash" in done.stderr
+
+
+def test_user_errors_of_the_stream(small):
+    refused(lambda: stream(small, batch_size=7, world=2), names=["batch_size 7", "try 6"])
+    refused(lambda: stream(small, seed=-1), names=["seed"])
+
+
+# ------------------------------------------------------------------------------------------------
+# unreadable images on the way
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_first_unreadable_image_stops_the_stream_with_its_name_in_one_line(tmp_path, workers):
+    bad = put(folder_of(tmp_path / "set", 12) / "cat" / "bad.png", b"<html>")
+    stopped = iter(stream(data.open_images(str(tmp_path / "set")), workers=workers))
+    refused(lambda: stopped, names=[bad, "<html>"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skip_bad_puts_the_next_image_in_its_place_and_says_so_once(tmp_path, capfd, workers):
+    root = folder_of(tmp_path / "set", 10, ("cat",))
+    put(root / "cat" / "004.png", b"")
+    dataset = data.open_images(str(root))
+    plain = dict(image_size=8, batch_size=10, flip=False, random_crop=False, skip_bad=True, workers=workers)
+    for images, labels in take(stream(dataset, **plain), 3):
+        shown = [image.numpy().tobytes() for image in images]
+        assert shown.count(dataset.load(5).tobytes()) == 2 and len(set(shown)) == 9
+    assert capfd.readouterr().err.count("004.png") == 1
+
+
+def test_skip_bad_stops_above_one_percent(tmp_path):
+    root = folder_of(tmp_path / "set", 200)
+    for k in (0, 50):
+        put(root / "cat" / f"{k:03}.png", b"")
+    dataset = data.open_images(str(root))
+    assert len(take(stream(dataset, skip_bad=True, batch_size=50), 8)) == 8           # 2 of 200 are 1%
+    put(root / "cat" / "100.png", b"")
+    refused(lambda: iter(stream(dataset, skip_bad=True, batch_size=50)), names=["3 of 200"])
+    for file in root.rglob("*.png"):
+        file.write_bytes(b"")
+    refused(lambda: iter(stream(dataset, skip_bad=True)), names=["3 of 200"])         # and it does not hang
+
+
+# ------------------------------------------------------------------------------------------------
+# evaluation
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_shows_every_image_once_in_order(small, workers):
+    batches = list(eval_batches(small, 12, 10, workers=workers))
+    assert [len(labels) for _, labels in batches] == [10, 10, 3]
+    assert torch.equal(torch.cat([b[0] for b in batches]), torch.from_numpy(np.stack([small.load(i) for i in range(23)])))
+    assert torch.cat([b[1] for b in batches]).tolist() == small.labels.tolist()
+
+
+def test_evaluation_of_chosen_images_keeps_their_order(small):
+    (images, labels), = eval_batches(small, 8, 10, indices=[7, 2, 2])
+    assert labels.tolist() == small.labels[[7, 2, 2]].tolist()
+    assert np.array_equal(images[0].numpy(), resize_crop(small.load(7), 8)) and torch.equal(images[1], images[2])
+
+
+def test_evaluation_stops_at_an_unreadable_image_unless_told_otherwise(tmp_path):
+    root = folder_of(tmp_path / "set", 6)
+    bad = put(root / "cat" / "000.png", b"")
+    dataset = data.open_images(str(root))
+    refused(eval_batches, dataset, 8, 4, names=[bad])
+    assert sum(len(labels) for _, labels in eval_batches(dataset, 8, 4, skip_bad=True)) == 6

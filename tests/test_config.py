@@ -1,0 +1,246 @@
+"""Promises of config.py: one list of settings, and a wrong one is answered with the repair."""
+import dataclasses
+import inspect
+import io
+import json
+import tokenize
+
+import pytest
+
+import config
+from config import CONFIGS, PRESETS, RUN_ONLY, GeneratorConfig, TokenizerConfig, TrainConfig, UserError, as_dict, build, load_preset, parse_run
+
+FIELDS = {f.name: cls for cls in CONFIGS for f in dataclasses.fields(cls)}
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """runs/tiny of the folder that the tests are started in must not matter."""
+    monkeypatch.chdir(tmp_path)
+
+
+def values(args) -> dict:
+    return as_dict(args.tok, args.gen, args.train)
+
+
+def another(name: str, value):
+    """A value other than `value` that is as valid beside the other defaults."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return 2 * value or 1
+    if isinstance(value, float):
+        return value / 2 or 0.5
+    if isinstance(value, list):
+        return [3, 5, 9]
+    return {"tokenizer": "titok", "expert": "block", "generators": "ar", "precision": "fp32"}.get(name, value + "x")
+
+
+def as_flag(name: str, value) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+
+
+# ------------------------------------------------------------------------------------------------
+# flags
+
+def test_the_three_configurations_share_no_name():
+    assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in CONFIGS)
+
+
+def test_every_field_has_a_flag_that_changes_this_field_alone():
+    start = as_dict(*load_preset("imagenet-128"))
+    for name in FIELDS:
+        value = another(name, start[name])
+        changed = values(parse_run("", ["--preset", "imagenet-128", *as_flag(name, value)]))
+        assert changed == {**start, name: value} and type(changed[name]) is type(start[name])
+
+
+def test_the_comment_behind_each_field_is_its_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+    with pytest.raises(SystemExit) as stopped:
+        parse_run("What it does.", ["--help"])
+    assert stopped.value.code == 0
+    text = "".join(capsys.readouterr().out.split())           # argparse breaks lines where it likes
+    comments = {}
+    for cls in CONFIGS:
+        for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline):
+            if token.type == tokenize.COMMENT:
+                comments[token.line.split(":")[0].strip()] = token.string.removeprefix("# ")
+    for name in FIELDS:
+        assert len(comments[name]) > 10
+        assert "".join(comments[name].split()) in text, name
+        assert f"--{name}" in text
+
+
+def test_later_wins_default_then_preset_then_flag():
+    default, tiny = TokenizerConfig(), load_preset("tiny")[0]
+    assert tiny.codebook_size != default.codebook_size and tiny.code_dim == default.code_dim
+    args = parse_run("", ["--codebook_size", "77"])
+    assert (args.preset, args.tok) == ("tiny", dataclasses.replace(tiny, codebook_size=77))
+    args = parse_run("", ["--codebook_size", "77", "--preset", "imagenet-32"])    # the order on the line does not matter
+    assert args.tok == dataclasses.replace(load_preset("imagenet-32")[0], codebook_size=77)
+
+
+@pytest.mark.parametrize("argv", [
+    ["--colour", "red"],
+    ["--encoder_wid", "64"],                                   # argparse alone would take these two for encoder_width
+    ["--encoder_w=64"],
+    ["--no-fli"],
+    ["--image_size", "many"],
+    ["--image_size"],
+    ["--image_size", "32", "64"],
+    ["--stage", "4"],
+    ["--device", "tpu"],
+    ["images"],
+])
+def test_a_wrong_or_shortened_flag_stops_with_one_line_and_exit_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_run("", argv)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("(see --help)\n")
+
+
+def test_a_user_error_becomes_one_line_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        config.run(lambda: config.need(False, "give another --data"))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: give another --data\n"
+
+
+def test_another_error_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        config.run(lambda: 1 // 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# values that cannot work
+
+@pytest.mark.parametrize("image_size, patch_size, repair", [(30, 4, "28 or 32"), (250, 16, "240 or 256"), (5, 8, "8")])
+def test_a_patch_that_does_not_divide_suggests_sizes_that_do(image_size, patch_size, repair):
+    with pytest.raises(UserError, match=f"try {repair}$"):
+        TokenizerConfig(image_size=image_size, patch_size=patch_size)
+    for size in map(int, repair.split(" or ")):
+        TokenizerConfig(image_size=size, patch_size=patch_size)
+
+
+@pytest.mark.parametrize("schedule", [(32, 16), (8, 8), (4, 8, 6), (0, 4), (-4,), ()])
+def test_a_schedule_that_does_not_grow_is_refused(schedule):
+    with pytest.raises(UserError, match="token_schedule .* must grow"):
+        TokenizerConfig(token_schedule=schedule)
+    assert TokenizerConfig(token_schedule=(1, 2, 9)).num_tokens == 9
+
+
+@pytest.mark.parametrize("part", ["encoder", "expert", "decoder", "generator"])
+def test_heads_must_divide_widths(part):
+    names = f"{part}_width", f"{part}_heads"
+    with pytest.raises(UserError, match=names[0]):
+        build(dict(zip(names, (64, 3))))
+    build(dict(zip(names, (64, 4))))
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_widths_that_hold_positions_are_multiples_of_4(part):
+    with pytest.raises(UserError, match=f"{part}_width 66"):
+        build({f"{part}_width": 66, f"{part}_heads": 3})
+
+
+def test_generator_heads_hold_rotary_pairs():
+    with pytest.raises(UserError, match="rotary"):
+        GeneratorConfig(generator_width=12, generator_heads=4)
+    GeneratorConfig(generator_width=16, generator_heads=4)
+
+
+@pytest.mark.parametrize("wrong", [dict(tokenizer="vqgan"), dict(expert="mlp"), dict(generators="none"), dict(precision="fp16"),
+                                   dict(tail_drop=1.5), dict(tail_drop=-0.1), dict(batch_size=0), dict(save_every=0), dict(log_every=0),
+                                   dict(base_steps=100, continuous_steps=100), dict(continuous_steps=-1)])
+def test_a_value_out_of_range_is_refused_by_name(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        build(wrong)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UserError, match="unknown setting colour, shape"):
+        build({"shape": 1, "image_size": 32, "colour": 2})
+    with pytest.raises(UserError, match="preset 'huge' is unknown; choose one of tiny"):
+        load_preset("huge")
+    with pytest.raises(UserError, match="preset 'huge' is unknown"):
+        parse_run("", ["--preset", "huge"])
+
+
+def test_configurations_cannot_be_changed_after_they_were_checked():
+    for cls in CONFIGS:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(cls(), dataclasses.fields(cls)[0].name, 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# presets, and what a run remembers
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_loads_and_survives_json(name):
+    loaded = load_preset(name)
+    assert tuple(map(type, loaded)) == CONFIGS == (TokenizerConfig, GeneratorConfig, TrainConfig)
+    assert build(json.loads(json.dumps(as_dict(*loaded)))) == loaded
+    assert all(dict(as_dict(*loaded))[k] == (list(v) if isinstance(v, tuple) else v) for k, v in PRESETS[name].items())
+
+
+def test_paper_lengths_end_where_their_names_say():
+    assert [load_preset(f"imagenet-{n}")[0].num_tokens for n in (32, 64, 128)] == [32, 64, 128]
+
+
+def test_num_patches_counts_the_grid():
+    assert TokenizerConfig(image_size=48, patch_size=16).num_patches == 9
+
+
+def save_run(folder, **changes) -> tuple:
+    """What train.py writes into a run folder."""
+    saved = build({**PRESETS["tiny"], "codebook_size": 99, "batch_size": 7, **changes})
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"preset": "tiny", **as_dict(*saved)}))
+    return saved
+
+
+def test_a_saved_run_stands_for_its_preset(tmp_path):
+    saved = save_run(tmp_path / "mine")
+    args = parse_run("", ["--run", str(tmp_path / "mine")])
+    assert (args.tok, args.gen, args.train) == saved
+    assert (args.run, args.preset) == (str(tmp_path / "mine"), "tiny")
+    args = parse_run("", ["--run", str(tmp_path / "mine"), "--batch_size", "9"])
+    assert (args.tok, args.train) == (saved[0], dataclasses.replace(saved[2], batch_size=9)), "a flag still wins"
+    args = parse_run("", ["--run", str(tmp_path / "mine"), "--preset", "imagenet-32"])
+    assert (args.tok, args.gen, args.train) == load_preset("imagenet-32"), "and so does a preset that was asked for"
+
+
+def test_the_default_run_is_found_again_too(tmp_path):
+    (tmp_path / "runs").mkdir()
+    saved = save_run(tmp_path / "runs" / "tiny")
+    assert parse_run("", []).tok == saved[0]
+
+
+def test_a_new_run_is_named_after_its_preset():
+    assert parse_run("", ["--preset", "cifar"]).run.replace("\\", "/") == "runs/cifar"
+
+
+def test_a_folder_that_is_no_run_or_is_torn_is_named(tmp_path):
+    with pytest.raises(UserError, match="empty is not a run"):
+        config.read_run(str(tmp_path / "empty"))
+    save_run(tmp_path / "torn")
+    path = tmp_path / "torn" / "config.json"
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(UserError, match="torn.config.json cannot be read"):
+        parse_run("", ["--run", str(tmp_path / "torn")])
+
+
+def test_settings_puts_each_field_on_one_side_and_those_of_the_run_on_neither():
+    everything = as_dict(*load_preset("tiny"))
+    tokenizer, generator = (config.settings(kind, *load_preset("tiny")) for kind in ("tokenizer", "generator"))
+    assert not tokenizer.keys() & generator.keys()
+    assert tokenizer.keys() | generator.keys() == everything.keys() - set(RUN_ONLY)
+    assert {**tokenizer, **generator} == {k: v for k, v in everything.items() if k not in RUN_ONLY}
+    assert set(RUN_ONLY) <= everything.keys(), "no misspelt name"
+    # A finished tokenizer must not be refused because a generator's setting changed, nor the other way round.
+    assert {"codebook_size", "batch_size", "learning_rate", "data", "seed"} <= tokenizer.keys()
+    assert {"generator_width", "label_dropout", "unmasked_weight", "generator_steps"} <= generator.keys()

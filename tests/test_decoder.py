@@ -1,0 +1,108 @@
+"""Promises of decoder.py: any prefix is a picture, each code reaches all of it, and patches land where they belong."""
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from config import TokenizerConfig
+from decoder import Decoder
+
+CFG = TokenizerConfig(image_size=16, patch_size=4, token_schedule=(3, 7), code_dim=4, codebook_size=16,
+                      decoder_width=32, decoder_depth=2, decoder_heads=2)
+N = CFG.num_patches
+
+
+def small(cfg=CFG) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(cfg)
+
+
+def some_codes(length=3, batch=2):
+    return F.normalize(torch.randn(batch, length, 4, generator=torch.Generator().manual_seed(1)), dim=-1)
+
+
+def by_patch(images):
+    """(B, 3, 16, 16) -> (B, N, 48), patches in reading order."""
+    return torch.stack([images[:, :, y:y + 4, x:x + 4].flatten(1) for y in range(0, 16, 4) for x in range(0, 16, 4)], dim=1)
+
+
+def changed_patches(before, after):
+    """(N,) bool: which patches differ in any image."""
+    return ((by_patch(before) - by_patch(after)).abs() > 1e-5).any(dim=2).any(dim=0)
+
+
+@torch.no_grad()
+def test_every_prefix_is_a_picture_before_and_after_growth():
+    decoder = small()
+    for length in (3, 7):
+        if length == 7:
+            decoder.grow(7)
+        pictures = [decoder(some_codes(length)[:, :k]) for k in range(1, length + 1)]
+        assert all(picture.shape == (2, 3, 16, 16) and picture.isfinite().all() for picture in pictures)
+        assert all((a - b).abs().max() > 1e-4 for a, b in zip(pictures, pictures[1:])), "each further code changes it"
+
+
+@torch.no_grad()
+def test_growth_leaves_the_pictures_of_old_lengths_as_they_were():
+    decoder = small()
+    before = [decoder(some_codes()[:, :k]) for k in (1, 2, 3)]
+    old = dict(decoder.named_parameters())
+    decoder.grow(7)
+    assert all(torch.equal(decoder(some_codes()[:, :k]), picture) for k, picture in zip((1, 2, 3), before))
+    new = dict(decoder.named_parameters())
+    assert all(new[name] is p for name, p in old.items())
+    assert sum(p.numel() for name, p in new.items() if name not in old) == 4 * CFG.decoder_width, "four new positions and nothing else"
+
+
+@torch.no_grad()
+def test_every_code_reaches_every_patch():
+    decoder, codes = small(), some_codes()
+    before = decoder(codes)
+    for i in range(3):
+        other = codes.clone()
+        other[:, i] *= -1
+        assert changed_patches(before, decoder(other)).all()
+
+
+@torch.no_grad()
+def test_the_place_of_a_code_matters():
+    decoder, codes = small(), some_codes()
+    assert changed_patches(decoder(codes), decoder(codes[:, [1, 0, 2]])).all()
+    for table in decoder.code_pos:
+        table.zero_()
+    torch.testing.assert_close(decoder(codes), decoder(codes[:, [1, 0, 2]])), "without positions it would not"
+
+
+@torch.no_grad()
+def test_mask_token_n_paints_patch_n():
+    decoder, codes = small(dataclasses.replace(CFG, decoder_depth=0)), some_codes()    # no attention: nothing spreads
+    before = decoder(codes)
+    for n in range(N):
+        decoder.mask_tokens[n] += torch.linspace(0, 1, CFG.decoder_width)
+        after = decoder(codes)
+        assert changed_patches(before, after).nonzero().flatten().tolist() == [n]
+        before = after
+
+
+@torch.no_grad()
+def test_patches_differ_from_the_start_although_all_read_the_same_codes():
+    patches = by_patch(small()(some_codes()))[0]
+    assert torch.pdist(patches).min() > 0.01
+
+
+@torch.no_grad()
+def test_images_of_a_batch_do_not_meet():
+    decoder, codes = small(), some_codes(batch=3)
+    for b in range(3):
+        torch.testing.assert_close(decoder(codes[b:b + 1])[0], decoder(codes)[b])
+
+
+@pytest.mark.parametrize("k", [1, 5, 7])
+def test_every_parameter_gets_a_gradient_whatever_the_prefix(k):
+    """DistributedDataParallel waits for each of them, also when tail drop keeps one code."""
+    decoder = small()
+    decoder.grow(7)
+    decoder(some_codes(7)[:, :k]).square().sum().backward()
+    assert all(p.grad is not None for p in decoder.parameters())
+    assert decoder.code_pos[0].grad.any() and (k > 3) == bool(decoder.code_pos[1].grad.any())

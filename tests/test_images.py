@@ -1,0 +1,177 @@
+"""images.py: which images may be fed in, what is refused and how, and that pixels keep their values."""
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from helpers import RED, encoded, noise, put, refused
+from images import augment, decode, read_image, resize_crop, save_grid, to_float, to_uint8
+
+
+def png(header: bytes, rows: bytes) -> bytes:
+    """A PNG written by hand, for what Pillow does not write."""
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+# ------------------------------------------------------------------------------------------------
+# what loads and what does not
+
+def full(mode, colour):
+    return Image.new(mode, (6, 4), colour)
+
+
+def transparent_palette():
+    image = full("P", 1)
+    image.putpalette([0, 0, 0, *RED])
+    image.putpixel((0, 0), 0)
+    return encoded(image, "PNG", transparency=0)              # colour 0 is transparent
+
+
+LOADS = {  # name: (bytes, colour of the last pixel)
+    "gray.png": (encoded(full("L", 77), "PNG"), (77, 77, 77)),
+    "bilevel.png": (encoded(full("1", 1), "PNG"), (255, 255, 255)),
+    "gray-alpha.png": (encoded(full("LA", (0, 0)), "PNG"), (255, 255, 255)),
+    "palette.png": (encoded(Image.new("RGB", (6, 4), RED).quantize(), "PNG"), RED),
+    "palette-transparent.png": (transparent_palette(), RED),
+    "cmyk.tif": (encoded(full("CMYK", (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
+    "cmyk.jpg": (encoded(full("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),
+    "rgba-clear.png": (encoded(full("RGBA", (*RED, 0)), "PNG"), (255, 255, 255)),
+    "rgba-solid.png": (encoded(full("RGBA", (*RED, 255)), "PNG"), RED),
+    "rgba-half.png": (encoded(full("RGBA", (0, 100, 255, 51)), "PNG"), (204, 224, 255)),
+    "rgb-key.png": (encoded(full("RGB", RED), "PNG", transparency=RED), (255, 255, 255)),
+    "rgb16.png": (png(struct.pack(">IIBBBBB", 6, 4, 16, 2, 0, 0, 0),
+                      (b"\0" + struct.pack(">HHH", *(257 * c for c in RED)) * 6) * 4), RED),
+    "gray16.png": (encoded(Image.fromarray(np.full((4, 6), 32768, np.uint16)), "PNG"), (128, 128, 128)),
+    "gray16.tif": (encoded(Image.fromarray(np.full((4, 6), 257, np.uint16)), "TIFF"), (1, 1, 1)),
+    "gray32.tif": (encoded(Image.fromarray(np.full((4, 6), 65535, np.int32)), "TIFF"), (255, 255, 255)),
+    "lossless.webp": (encoded(full("RGB", RED), "WEBP", lossless=True), RED),
+    "two-frames.gif": (encoded(full("RGB", RED), "GIF", save_all=True, append_images=[full("RGB", "blue")]), RED),
+    "picture.bmp": (encoded(full("RGB", RED), "BMP"), RED),
+    "picture.ppm": (encoded(full("RGB", RED), "PPM"), RED),
+    "wrong-ending.jpg": (encoded(full("RGB", RED), "PNG"), RED),
+    "LOUD.PNG": (encoded(full("RGB", RED), "PNG"), RED),
+    "Фото 写真 é.png": (encoded(full("RGB", RED), "PNG"), RED),
+    "damaged-exif.jpg": (encoded(full("RGB", "white"), "JPEG", exif=b"Exif\0\0garbage garbage"), (255, 255, 255)),
+}
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_every_usual_kind_of_image_loads_with_its_colour(tmp_path, name):
+    content, colour = LOADS[name]
+    put(tmp_path / name, content)
+    image = data.open_images(str(tmp_path)).load(0)
+    assert image.shape == (4, 6, 3) and image.dtype == np.uint8
+    tolerance = 2 if name.endswith(".jpg") else 0             # of lossy compression
+    assert np.abs(image[-1, -1].astype(int) - colour).max() <= tolerance
+
+
+def test_transparent_palette_colours_become_white():
+    assert tuple(decode(transparent_palette(), "x")[0, 0]) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_rotation_is_applied(kind):
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste("black", (0, 0, 20, 20))                      # stored: black on the left
+    exif = Image.Exif()
+    exif[0x112] = 6                                           # to be seen turned right by 90 degrees: black on top
+    seen = decode(encoded(image, kind, exif=exif), "x")
+    assert seen.shape == (40, 20, 3) and seen[5].max() < 50 and seen[35].min() > 200
+
+
+WHOLE = Image.fromarray(noise(1, 60, 80))
+BROKEN = {
+    **{f"half.{kind.lower()}": encoded(WHOLE, kind)[:len(encoded(WHOLE, kind)) // 2]
+       for kind in ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")},
+    "last-bytes-missing.jpg": encoded(WHOLE, "JPEG")[:-2],
+    "flipped-bit.png": bytes(b ^ (k == 200) for k, b in enumerate(encoded(WHOLE, "PNG"))),
+    "empty.png": b"",
+    "page.jpg": b"<!DOCTYPE html><html>404 not found</html>",
+    "text.png": b"hello\nworld\n",
+    "script.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "float.tif": encoded(Image.fromarray(np.ones((4, 6), np.float32)), "TIFF"),
+    "gray32.tif": encoded(Image.fromarray(np.full((4, 6), 70000, np.int32)), "TIFF"),
+    "bomb.png": png(struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0), b""),
+}
+REASONS = {"half.jpeg": "truncated", "empty.png": "empty", "script.jpg": "not an image", "page.jpg": "<!DOCTYPE",
+           "float.tif": "floating-point", "gray32.tif": "16 bits", "bomb.png": "decompression bomb"}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_image_is_refused_with_its_name_a_reason_and_a_repair(tmp_path, name):
+    path = put(tmp_path / "cat" / name, BROKEN[name])
+    refused(data.open_images(str(tmp_path)).load, 0, names=[path, REASONS.get(name, ""), "replace or remove it"])
+    refused(read_image, path, names=[path])
+
+
+# ------------------------------------------------------------------------------------------------
+# cropping, mirroring, floats, sheets
+
+@pytest.mark.parametrize("height, width", [(1, 1), (10, 2000), (2000, 10), (32, 47), (33, 32)])
+@pytest.mark.parametrize("rng", [None, np.random.default_rng(0)])
+def test_any_shape_becomes_a_square(height, width, rng):
+    assert resize_crop(noise(0, height, width), 32, rng).shape == (32, 32, 3)
+
+
+def test_the_centre_crop_of_an_image_of_the_right_height_is_its_middle():
+    image = noise(0, 32, 48)
+    assert np.array_equal(resize_crop(image, 32), image[:, 8:40])
+    assert np.array_equal(resize_crop(image[:, :32], 32), image[:, :32])
+
+
+def test_shrinking_averages_instead_of_picking_pixels():
+    checkers = np.indices((64, 64)).sum(0)[..., None].repeat(3, 2) % 2 * 255
+    inner = resize_crop(checkers.astype(np.uint8), 16)[2:-2, 2:-2].astype(int)
+    assert abs(inner - 127).max() < 20
+
+
+def test_random_crops_differ_and_follow_from_the_key_alone():
+    image = noise(0, 64, 48)
+    crops = [augment(image, 32, (0, 0, k), False, True) for k in range(8)]
+    assert len({crop.tobytes() for crop in crops}) == 8
+    assert np.array_equal(crops[5], augment(image, 32, (0, 0, 5), False, True))
+
+
+def test_flip_mirrors_about_half_of_the_images():
+    image = noise(0, 32, 32)
+    results = [augment(image, 32, (0, 0, k), True, False) for k in range(400)]
+    mirrored = sum(np.array_equal(result, image[:, ::-1]) for result in results)
+    assert 150 < mirrored < 250
+    assert sum(np.array_equal(result, image) for result in results) == 400 - mirrored
+
+
+def test_all_256_values_survive_the_way_to_float_and_back():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
+    x = to_float(images)
+    assert x.shape == (1, 3, 16, 16) and x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
+    assert torch.equal(to_uint8(x), images)
+
+
+def test_channels_keep_their_place_and_values_outside_are_clamped():
+    images = torch.from_numpy(noise(0)[None])
+    assert torch.equal(to_uint8(to_float(images)), images)
+    assert to_uint8(torch.tensor([-9.0, 9.0, 0.0]).view(1, 3, 1, 1)).flatten().tolist() == [0, 255, 128]
+
+
+def test_a_grid_shows_each_image_enlarged_between_white_margins(tmp_path):
+    images = np.stack([noise(k, 4, 5) for k in range(3)])
+    save_grid(torch.from_numpy(images), str(tmp_path / "grid.png"), columns=2, scale=3)
+    sheet = read_image(str(tmp_path / "grid.png"))
+    assert sheet.shape == (2 + 2 * (12 + 2), 2 + 2 * (15 + 2), 3)
+    assert np.array_equal(sheet[2:14:3, 19:34:3], images[1]) and np.array_equal(sheet[18:28:3, 4:17:3], images[2])
+    assert (sheet[:2] == 255).all() and (sheet[14:16] == 255).all() and (sheet[:, 17:19] == 255).all()
+    assert os.listdir(tmp_path) == ["grid.png"]
+
+
+def test_a_grid_that_cannot_be_written_is_a_user_error_and_leaves_nothing(tmp_path):
+    (tmp_path / "taken.png").mkdir()
+    refused(save_grid, noise(0)[None], str(tmp_path / "taken.png"), 1, names=["taken.png"])
+    refused(save_grid, noise(0)[None], str(tmp_path / "gone" / "a.png"), 1, names=["a.png"])
+    assert os.listdir(tmp_path) == ["taken.png"]

@@ -1,0 +1,234 @@
+"""Promises of layers.py: patches lie where they should, and attention sees what it may, as its formula says."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import layers
+from layers import Attention, KVCache, LlamaBlock, RMSNorm, SwiGLU, ViTBlock, patchify, rotary_table, rotate, sincos_2d, unpatchify
+
+HEADS, D, T, B = 2, 8, 6, 3
+
+
+def some(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attention(bias=True) -> Attention:
+    """With weights so large that every visible token makes a difference, and with biases that do."""
+    torch.manual_seed(0)
+    module = Attention(D, HEADS, bias)
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.7)
+    return module
+
+
+# ------------------------------------------------------------------------------------------------
+# patches
+
+def test_unpatchify_undoes_patchify():
+    images = some(2, 3, 12, 12)
+    for P in (1, 2, 3, 4, 6, 12):
+        assert torch.equal(unpatchify(patchify(images, P), P, 12), images)
+
+
+def test_patches_are_in_reading_order_and_hold_row_column_channel():
+    H, W, P = 4, 6, 2
+    c, y, x = torch.meshgrid(torch.arange(3), torch.arange(H), torch.arange(W), indexing="ij")
+    patches = patchify((100 * c + 10 * y + x)[None].float(), P)[0]            # every pixel tells its channel, row and column
+    assert patches.shape == (6, 12)
+    for n in range(6):
+        top, left = n // 3 * P, n % 3 * P
+        expected = [100 * c + 10 * (top + y) + left + x for y in range(P) for x in range(P) for c in range(3)]
+        assert patches[n].tolist() == expected
+
+
+# ------------------------------------------------------------------------------------------------
+# positions
+
+@pytest.mark.parametrize("side, width", [(4, 8), (4, 64), (16, 64), (16, 768)])
+def test_sincos_rows_have_one_norm_and_are_all_different(side, width):
+    rows = sincos_2d(side, width)
+    assert rows.shape == (side * side, width) and rows.dtype == torch.float32
+    norms = rows.norm(dim=1)
+    torch.testing.assert_close(norms, norms[:1].expand_as(norms))
+    assert norms[0] > 0.1 * math.sqrt(width), "unit scale, so that attention can tell patches apart from the start"
+    apart = torch.cdist(rows, rows) + 1e9 * torch.eye(len(rows))
+    assert apart.min() > 0.05 * norms[0]
+
+
+def test_half_of_a_sincos_row_tells_the_row_and_half_the_column():
+    grid = sincos_2d(4, 16).view(4, 4, 16)                                    # (row, column, channel)
+    assert torch.equal(grid[:, :, :8], grid[:, :1, :8].expand(-1, 4, -1)), "first half: the same along a row"
+    assert torch.equal(grid[:, :, 8:], grid[:1, :, 8:].expand(4, -1, -1)), "second half: the same along a column"
+    assert torch.equal(grid[2, 1, :8], grid[1, 2, 8:]), "both axes count alike"
+
+
+def test_the_nearest_sincos_rows_are_the_neighbouring_patches():
+    rows = F.normalize(sincos_2d(4, 64), dim=1)
+    place = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"), dim=-1).view(16, 2)
+    distance, alike = torch.cdist(place, place), rows @ rows.T
+    for n in range(16):
+        assert alike[n][distance[n] == 1].min() > alike[n][distance[n] > 1].max()
+
+
+def test_rotated_dot_products_depend_on_the_distance_alone():
+    q, k = some(2, 1, 1, 1, D)
+    table = rotary_table(12, D)
+    turned_q, turned_k = (rotate(x.expand(1, 1, 12, D), table)[0, 0] for x in (q, k))
+    dots = turned_q @ turned_k.T                                              # (12, 12)
+    for distance in range(-11, 12):
+        diagonal = dots.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
+    first = dots[0].sort().values
+    assert (first.diff() > 1e-4).all(), "and it does depend on it"
+
+
+def test_rotation_keeps_lengths_types_and_position_0():
+    x = some(B, HEADS, T, D)
+    turned = rotate(x, rotary_table(T, D))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    assert torch.equal(turned[:, :, 0], x[:, :, 0]) and not torch.allclose(turned[:, :, 1], x[:, :, 1], atol=0.1)
+    assert rotate(x.bfloat16(), rotary_table(T, D)).dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------
+# attention
+
+def naive(module: Attention, x, visible, table=None):
+    """Attention as its formula, one head and one row at a time; visible (T, T) bool."""
+    D, size = x.shape[-1], x.shape[-1] // module.heads
+    bias = module.qkv.bias if module.qkv.bias is not None else torch.zeros(3 * D)
+    q, k, v = (x @ module.qkv.weight[part * D:(part + 1) * D].T + bias[part * D:(part + 1) * D] for part in range(3))
+    mixed = torch.zeros_like(x)
+    for b in range(len(x)):
+        for head in range(module.heads):
+            channels = slice(head * size, (head + 1) * size)
+            qs, ks = q[b, :, channels], k[b, :, channels]
+            if table is not None:
+                qs, ks = (rotate(part[None, None], table)[0, 0] for part in (qs, ks))
+            for t in range(x.shape[1]):
+                weights = torch.exp(ks @ qs[t] / math.sqrt(size)) * visible[t]
+                mixed[b, t, channels] = weights / weights.sum() @ v[b, :, channels]
+    return module.out(mixed)
+
+
+EVERYTHING, PAST = torch.ones(T, T, dtype=torch.bool), torch.ones(T, T, dtype=torch.bool).tril()
+ODD = (some(T, T) > 0) | torch.eye(T, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("settings, visible", [(dict(), EVERYTHING), (dict(causal=True), PAST), (dict(mask=ODD), ODD),
+                                               (dict(rotary=rotary_table(T, D // HEADS)), EVERYTHING),
+                                               (dict(rotary=rotary_table(T, D // HEADS), causal=True), PAST)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_attention_equals_its_formula(settings, visible, bias):
+    module, x = attention(bias), some(B, T, D)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, **settings), naive(module, x, visible, settings.get("rotary")), rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_sees_the_columns_where_its_mask_is_true_and_no_others():
+    module, x = attention(), some(1, T, D)
+    assert not ODD.equal(ODD.T), "or rows and columns could be swapped unnoticed"
+    before = module(x, ODD)[0]
+    for column in range(T):
+        other = x.clone()
+        other[0, column] += 1
+        changed = (module(other, ODD)[0] - before).abs().amax(dim=1) > 1e-4
+        assert changed.tolist() == ODD[:, column].tolist()
+
+
+def test_attention_without_a_mask_has_no_order():
+    module, x, order = attention(), some(B, T, D), torch.tensor([3, 1, 5, 0, 4, 2])
+    torch.testing.assert_close(module(x[:, order]), module(x)[:, order])
+
+
+@pytest.mark.parametrize("prefix", [1, 4])
+def test_cached_attention_equals_the_whole_sequence_at_once(prefix):
+    module, x, table = attention(), some(B, T, D), rotary_table(T, D // HEADS)
+    with torch.no_grad():
+        cache = KVCache(B, HEADS, T, D // HEADS)
+        rows = [module(x[:, :prefix], causal=True, rotary=table[:prefix], cache=cache)]
+        rows += [module(x[:, t:t + 1], causal=True, rotary=table[t:t + 1], cache=cache) for t in range(prefix, T)]
+        assert cache.length == T
+        torch.testing.assert_close(torch.cat(rows, dim=1), module(x, causal=True, rotary=table))
+
+
+def test_a_cache_takes_no_second_piece():
+    module, cache = attention(), KVCache(B, HEADS, T, D // HEADS)
+    with torch.no_grad():
+        module(some(B, 2, D), causal=True, cache=cache)
+        with pytest.raises(AssertionError, match="one piece"):
+            module(some(B, 2, D), causal=True, cache=cache)
+
+
+# ------------------------------------------------------------------------------------------------
+# blocks
+
+def test_rms_norm_equals_its_formula_and_computes_in_float32():
+    module, x = RMSNorm(D), 1000 * some(B, T, D)
+    nn.init.normal_(module.weight)
+    expected = x / x.square().mean(dim=-1, keepdim=True).sqrt() * module.weight
+    torch.testing.assert_close(module(x), expected)
+    half = x.bfloat16()
+    assert torch.equal(module(half), module(half.float()).bfloat16())
+
+
+def test_swiglu_equals_its_formula_at_the_cost_of_an_mlp():
+    module, x = SwiGLU(D), some(B, T, D)
+    gate = x @ module.w1.weight.T
+    expected = (gate * gate.sigmoid() * (x @ module.w3.weight.T)) @ module.w2.weight.T
+    torch.testing.assert_close(module(x), expected)
+    mlp = 8 * 768 ** 2
+    assert abs(layers.count_parameters(SwiGLU(768)) / mlp - 1) < 0.01
+
+
+def run(block, x):
+    return block(x) if isinstance(block, ViTBlock) else block(x, rotary_table(x.shape[1], D // HEADS), causal=True)
+
+
+@pytest.mark.parametrize("Block", [ViTBlock, LlamaBlock])
+def test_a_block_adds_to_what_it_reads_and_norms_before_it_looks(Block):
+    block, x = Block(D, HEADS).double(), some(B, T, D).double()
+    added = [run(block, scale * x) - scale * x for scale in (1e4, 2e4)]
+    torch.testing.assert_close(added[0], added[1], rtol=0, atol=1e-3)         # only the direction of x is looked at
+    assert added[0].abs().max() > 0.1
+    for name, p in block.named_parameters():
+        if "out" in name or "mlp.2" in name or "w2" in name:                  # the last matrix of each branch
+            nn.init.zeros_(p)
+    assert torch.equal(run(block, x), x)
+
+
+def test_dropout_acts_in_training_alone():
+    block, x = LlamaBlock(D, HEADS, dropout=0.5), some(B, T, D)
+    assert not torch.equal(run(block, x), run(block, x))
+    block.eval()
+    assert torch.equal(run(block, x), run(block, x))
+
+
+# ------------------------------------------------------------------------------------------------
+# initialisation
+
+def test_queries_start_larger_than_keys_and_values_by_their_gain():
+    torch.manual_seed(0)
+    block = ViTBlock(64, 4).apply(layers.init_vit)
+    q, k, v = block.attention.qkv.weight.detach().chunk(3)
+    bound = math.sqrt(6 / (64 + 64))                                          # Xavier-uniform of a square matrix
+    assert layers.QUERY_GAIN > 1
+    for part, gain in ((q, layers.QUERY_GAIN), (k, 1), (v, 1)):
+        assert 0.99 < part.abs().max() / (gain * bound) <= 1
+        assert part.std().item() == pytest.approx(gain * bound / math.sqrt(3), rel=0.05)
+    hidden = block.mlp[0].weight.detach()
+    assert 0.99 < hidden.abs().max() / math.sqrt(6 / (64 + 256)) <= 1
+    for name, p in block.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any()
+
+
+def test_count_parameters_can_leave_out_what_is_frozen():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    assert layers.count_parameters(model) == 16 + 10
+    assert layers.count_parameters(model, learning_only=True) == 10

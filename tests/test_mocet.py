@@ -1,0 +1,341 @@
+"""Promises of mocet.py: what a token may depend on, the fast form equal to the readable one, growth that changes nothing old."""
+import pytest
+import torch
+
+import layers
+from config import TokenizerConfig
+from mocet import MoCET
+from quantizer import VectorQuantizer
+
+SHORT, LONG, N, E, K, B = 3, 6, 16, 16, 32, 4
+FORMS = pytest.mark.parametrize("form", ["query", "block"])
+DEPTHS = pytest.mark.parametrize("depth", [1, 2])
+
+
+class Watched(VectorQuantizer):
+    """A quantizer that remembers the normalised z of each position, and puts in other codes where `replace` has one."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.z, self.replace = [], {}
+
+    def quantize(self, z, *others):
+        z_q, ids, z = super().quantize(z, *others)
+        if len(self.z) in self.replace:
+            ids = torch.full_like(ids, self.replace[len(self.z)])
+            z_q = self.codes().detach()[ids]
+        self.z.append(z)
+        return z_q, ids, z
+
+
+def small(form, depth=1, grown=False) -> tuple[MoCET, Watched]:
+    cfg = TokenizerConfig(image_size=32, patch_size=8, expert=form, expert_width=E, expert_heads=2, expert_depth=depth,
+                          token_schedule=(SHORT, LONG), codebook_size=K, code_dim=4)
+    torch.manual_seed(0)
+    mocet, quantizer = MoCET(cfg).eval(), Watched(cfg).eval()
+    if grown:
+        mocet.grow(LONG)
+        mocet.eval()
+    for name, p in mocet.named_parameters():                   # biases start at zero; here they count
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.3)
+    return mocet, quantizer
+
+
+def some_latents(batch=B):
+    return torch.randn(batch, N, E, generator=torch.Generator().manual_seed(1))
+
+
+def look(mocet, quantizer, x_latent=None, replace=None, forward=None):
+    """-> z_q (B, L, d), ids (B, L), losses, z (B, L, d): a forward pass with what each expert said."""
+    quantizer.z, quantizer.replace = [], replace or {}
+    z_q, ids, losses = (forward or mocet)(some_latents() if x_latent is None else x_latent, quantizer)
+    return z_q, ids, losses, torch.stack(quantizer.z, dim=1)
+
+
+def changed(one, two):
+    """(L,) list of bool: at which positions do two (B, L, ...) differ by a single bit?"""
+    return (one != two).flatten(2).any(dim=2).any(dim=0).tolist() if one.ndim > 2 else (one != two).any(dim=0).tolist()
+
+
+def parameters_of(mocet, i):
+    """{name: the slice of a stacked parameter that belongs to expert i}, writable."""
+    for group in mocet.groups:
+        if i < len(group):
+            return {name: p.data[i] for name, p in group.named_parameters()}
+        i -= len(group)
+
+
+# ------------------------------------------------------------------------------------------------
+# what a token may depend on
+
+@FORMS
+@DEPTHS
+@torch.no_grad()
+def test_no_token_depends_on_later_experts_and_all_later_tokens_depend_on_each(form, depth):
+    mocet, quantizer = small(form, depth, grown=True)
+    for continuous in (False, True):                           # unquantized, so that every influence can be seen
+        quantizer.continuous = continuous
+        z_q, ids, _, z = look(mocet, quantizer)
+        for j in range(LONG):
+            kept = {name: p.clone() for name, p in parameters_of(mocet, j).items()}
+            for p in parameters_of(mocet, j).values():
+                p += torch.randn_like(p)
+            other_z_q, other_ids, _, other_z = look(mocet, quantizer)
+            for name, p in parameters_of(mocet, j).items():
+                p.copy_(kept[name])
+            assert torch.equal(other_ids[:, :j], ids[:, :j]) and torch.equal(other_z_q[:, :j], z_q[:, :j]), "bit for bit"
+            assert changed(other_z, z)[:j + 1] == [False] * j + [True]
+            if continuous:
+                assert changed(other_z, z) == [False] * j + [True] * (LONG - j)
+
+
+@FORMS
+@DEPTHS
+@torch.no_grad()
+def test_a_token_depends_on_every_earlier_code_and_on_no_later_one(form, depth):
+    mocet, quantizer = small(form, depth, grown=True)
+    _, ids, _, z = look(mocet, quantizer)
+    for j in range(LONG):
+        # All positions say what they said before, except that position j says something else.
+        for b in range(B):
+            said = dict(enumerate(ids[b].tolist()))
+            one = look(mocet, quantizer, some_latents()[b:b + 1], said)[3]
+            two = look(mocet, quantizer, some_latents()[b:b + 1], {**said, j: (said[j] + 1) % K})[3]
+            assert changed(one, two) == [False] * (j + 1) + [True] * (LONG - j - 1)
+
+
+@FORMS
+@DEPTHS
+@torch.no_grad()
+def test_experts_meet_only_through_the_codes(form, depth):
+    """x_latent is read-only: what an expert did to it, the next one never sees."""
+    mocet, quantizer = small(form, depth)
+    fixed = {i: i for i in range(SHORT)}
+    z = look(mocet, quantizer, replace=fixed)[3]
+    for name, p in parameters_of(mocet, 0).items():
+        if name != "pos":                                      # the place of a token belongs to what others read of it
+            p += torch.randn_like(p)
+    assert changed(look(mocet, quantizer, replace=fixed)[3], z) == [True] + [False] * (SHORT - 1)
+
+
+@FORMS
+@DEPTHS
+@torch.no_grad()
+def test_the_place_of_a_token_reaches_exactly_the_later_ones(form, depth):
+    mocet, quantizer = small(form, depth)
+    z = look(mocet, quantizer)[3]
+    for j in range(SHORT):
+        parameters_of(mocet, j)["pos"].mul_(-1)
+        other = look(mocet, quantizer)[3]
+        assert changed(other, z) == [False] * (j + 1) + [True] * (SHORT - j - 1)
+        parameters_of(mocet, j)["pos"].mul_(-1)
+
+
+@FORMS
+@DEPTHS
+@torch.no_grad()
+def test_every_patch_reaches_every_token_directly(form, depth):
+    """The codes are held fixed, so that no token can learn of a patch from the tokens before it."""
+    mocet, quantizer = small(form, depth, grown=True)
+    fixed = {i: i for i in range(LONG)}
+    z = look(mocet, quantizer, replace=fixed)[3]
+    for n in range(N):
+        other = some_latents()
+        other[:, n] = other[:, n].flip(1)
+        assert changed(look(mocet, quantizer, other, fixed)[3], z) == [True] * LONG
+
+
+@FORMS
+@torch.no_grad()
+def test_x_latent_is_left_as_it_is(form):
+    x_latent = some_latents()
+    look(*small(form, 2), x_latent)
+    assert torch.equal(x_latent, some_latents())
+
+
+@FORMS
+@torch.no_grad()
+def test_images_of_a_batch_do_not_meet(form):
+    mocet, quantizer = small(form, 2)
+    z_q, ids, _, _ = look(mocet, quantizer)
+    for b in range(B):
+        one = look(mocet, quantizer, some_latents()[b:b + 1])
+        assert torch.equal(one[1][0], ids[b])
+        torch.testing.assert_close(one[0][0], z_q[b])
+
+
+# ------------------------------------------------------------------------------------------------
+# the same function, written twice
+
+@FORMS
+@DEPTHS
+@pytest.mark.parametrize("grown", [False, True])
+@torch.no_grad()
+def test_forward_equals_the_readable_loop(form, depth, grown):
+    mocet, quantizer = small(form, depth, grown)
+    fast, slow = look(mocet, quantizer), look(mocet, quantizer, forward=mocet.forward_loop)
+    assert fast[1].shape == (B, LONG if grown else SHORT) and fast[1].unique().numel() > 4
+    assert torch.equal(fast[1], slow[1])
+    torch.testing.assert_close(fast[3], slow[3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fast[0], slow[0])
+    torch.testing.assert_close(fast[2], slow[2])
+
+
+@FORMS
+@DEPTHS
+def test_gradients_equal_those_of_the_readable_loop(form, depth):
+    mocet, quantizer = small(form, depth, grown=True)
+    weights = torch.randn(B, LONG, 4, generator=torch.Generator().manual_seed(2))
+
+    def gradients(forward):
+        x_latent = some_latents().requires_grad_()
+        mocet.zero_grad(), quantizer.zero_grad()
+        z_q, _, losses, _ = look(mocet, quantizer, x_latent, forward=forward)
+        ((z_q * weights).sum() + losses["codebook"] + losses["commitment"]).backward()
+        named = {**dict(mocet.named_parameters()), **dict(quantizer.named_parameters()), "x_latent": x_latent}
+        return {name: p.grad.clone() for name, p in named.items()}
+
+    fast, slow = gradients(mocet), gradients(mocet.forward_loop)
+    for name in fast:
+        assert fast[name].any(), name
+        torch.testing.assert_close(fast[name], slow[name], rtol=1e-3, atol=1e-4 * slow[name].abs().max().item(), msg=lambda text: f"{name}: {text}")
+
+
+def both_forms(depth):
+    (query, quantizer), (block, _) = small("query", depth, grown=True), small("block", depth, grown=True)
+    block.load_state_dict(query.state_dict())
+    with torch.no_grad():
+        return look(query, quantizer), look(block, quantizer)
+
+
+def test_query_equals_block_at_depth_1():
+    query, block = both_forms(1)
+    assert torch.equal(query[1], block[1])
+    torch.testing.assert_close(query[3], block[3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(query[0], block[0])
+
+
+def test_query_differs_from_block_at_depth_2_where_block_rewrites_every_row():
+    query, block = both_forms(2)
+    assert (query[3] - block[3]).abs().amax(dim=2).min() > 1e-3
+
+
+@FORMS
+def test_backward_never_fills_a_whole_stack_for_a_single_expert(form):
+    """An index into a stacked parameter has a backward that allocates all of it, for each expert anew; unbind has not."""
+    mocet, quantizer = small(form)
+    stacks = {id(p) for p in mocet.groups.parameters()}
+
+    def readers(forward):
+        """The names of the operations that read a stacked parameter."""
+        names, seen, todo = [], set(), [forward(some_latents(), quantizer)[0].grad_fn]
+        while todo:
+            node = todo.pop()
+            seen.add(node)
+            parents = [parent for parent, _ in node.next_functions if parent is not None]
+            names += [node.name() for parent in parents if id(getattr(parent, "variable", None)) in stacks]
+            todo += [parent for parent in set(parents) - seen if parent not in todo]
+        return names
+
+    fast, slow = readers(mocet), readers(mocet.forward_loop)
+    assert fast.count("UnbindBackward0") == len(stacks) and "SelectBackward0" not in fast
+    assert slow.count("SelectBackward0") > (SHORT - 1) * len(stacks), "this is how the readable loop does it"
+
+
+@FORMS
+def test_bf16_autocast_works_forwards_and_backwards(form):
+    mocet, quantizer = small(form, 2, grown=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_q, ids, losses, z = look(mocet, quantizer)
+        (z_q.sum() + sum(losses.values())).backward()
+    assert z_q.dtype == z.dtype == torch.float32 and all(p.grad.isfinite().all() for p in mocet.parameters())
+    with torch.no_grad():
+        exact = look(mocet, quantizer)[3]
+    assert torch.cosine_similarity(z[:, 0], exact[:, 0], dim=-1).min() > 0.99
+
+
+# ------------------------------------------------------------------------------------------------
+# growth
+
+@FORMS
+@DEPTHS
+@torch.no_grad()
+def test_growth_appends_tokens_and_leaves_the_old_ones_identical_to_the_bit(form, depth):
+    mocet, quantizer = small(form, depth)
+    before, old = look(mocet, quantizer), dict(mocet.named_parameters())
+    mocet.grow(5)
+    mocet.eval()
+    mocet.grow(LONG)
+    mocet.eval()
+    after, now = look(mocet, quantizer), dict(mocet.named_parameters())
+    assert mocet.num_tokens == LONG and after[1].shape == (B, LONG) and [len(g) for g in mocet.groups] == [3, 2, 1]
+    for new, first in ((after[0], before[0]), (after[1], before[1]), (after[3], before[3])):
+        assert torch.equal(new[:, :SHORT], first)
+    assert all(now[name] is p for name, p in old.items())
+
+
+def grow_phase_step(mocet, quantizer, optimizer):
+    mocet.train(), quantizer.train()
+    z_q, _, losses, z = look(mocet, quantizer)
+    (z_q.sum() + losses["codebook"] + losses["commitment"]).backward()
+    mocet.eval(), quantizer.eval()
+    if optimizer:
+        optimizer.step()
+    return z_q, z
+
+
+@FORMS
+@DEPTHS
+def test_training_new_experts_leaves_old_ids_and_parameters_identical_to_the_bit(form, depth):
+    mocet, quantizer = small(form, depth)
+    with torch.no_grad():
+        ids = look(mocet, quantizer)[1]
+    old = {name: t.clone() for name, t in mocet.state_dict().items()}
+    mocet.grow(LONG)
+    mocet.requires_grad_(False), quantizer.requires_grad_(False)
+    mocet.groups[-1].requires_grad_(True)
+    new = {name: p.detach().clone() for name, p in mocet.groups[-1].named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in mocet.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        grow_phase_step(mocet, quantizer, optimizer)
+    with torch.no_grad():
+        assert torch.equal(look(mocet, quantizer)[1][:, :SHORT], ids)
+    assert all(torch.equal(mocet.state_dict()[name], t) for name, t in old.items())
+    assert all(not torch.equal(p, new[name]) for name, p in mocet.groups[-1].named_parameters()), "while all new ones learned"
+
+
+@FORMS
+@DEPTHS
+def test_the_frozen_part_holds_no_gradient_and_builds_no_graph(form, depth):
+    mocet, quantizer = small(form, depth, grown=True)
+    mocet.requires_grad_(False), quantizer.requires_grad_(False)
+    mocet.groups[-1].requires_grad_(True)
+    grow_phase_step(mocet, quantizer, None)
+    assert [z.requires_grad for z in quantizer.z] == [False] * SHORT + [True] * (LONG - SHORT)
+    frozen = [*mocet.embed_code.parameters(), *mocet.groups[0].parameters(), *quantizer.parameters()]
+    assert all(p.grad is None for p in frozen)
+    assert all(p.grad.any() for p in mocet.groups[1].parameters())
+
+
+# ------------------------------------------------------------------------------------------------
+# initialisation
+
+@FORMS
+@torch.no_grad()
+def test_experts_say_different_things_from_the_start(form):
+    """Where attention starts uniform, all of them say the same for hundreds of steps."""
+    mocet, quantizer = small(form)
+    z = look(mocet, quantizer)[3]
+    for i in range(SHORT):
+        for j in range(i):
+            assert (z[:, i] - z[:, j]).norm(dim=-1).min() > 0.1
+
+
+@torch.no_grad()
+def test_queries_of_experts_start_larger_than_keys_by_their_gain():
+    for group in small("query", 2, grown=True)[0].groups:
+        for layer in group.layers:
+            assert layer["wq"].std() / layer["wk"].std() == pytest.approx(layers.QUERY_GAIN, rel=0.1)
+            assert layer["wk"].abs().max() <= (6 / (E + E)) ** 0.5, "Xavier's bound for one expert, not for the stack"

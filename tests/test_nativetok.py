@@ -1,0 +1,284 @@
+"""Promises of nativetok.py: the parts fit together, encode and decode leave no trace, growth and files keep every id."""
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+from config import TokenizerConfig, UserError, as_dict
+from losses import psnr
+from nativetok import NativeTok, from_checkpoint
+
+CFG = TokenizerConfig(image_size=16, patch_size=4, encoder_width=32, encoder_depth=1, encoder_heads=2, expert_width=32, expert_depth=1,
+                      expert_heads=2, token_schedule=(2, 4, 6), codebook_size=32, code_dim=4, decoder_width=32, decoder_depth=1, decoder_heads=2)
+KINDS = {"native-query": dict(), "native-block": dict(expert="block", expert_depth=2), "titok": dict(tokenizer="titok", token_schedule=(6,)),
+         "titok-causal": dict(tokenizer="titok-causal", token_schedule=(6,))}
+KIND = pytest.mark.parametrize("kind", KINDS)
+FORMS = pytest.mark.parametrize("kind", ["native-query", "native-block"])
+
+
+def small(kind="native-query", **settings) -> NativeTok:
+    torch.manual_seed(0)
+    return NativeTok(dataclasses.replace(CFG, **{**KINDS[kind], **settings})).eval()
+
+
+def some_images(batch=8):
+    """Smooth images without a common structure, (B, 3, 16, 16) in [-1, 1]."""
+    coarse = torch.rand(batch, 3, 3, 3, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return F.interpolate(coarse, size=16, mode="bicubic", align_corners=True).clamp(-1, 1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small are slower with two threads than with one, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------
+# the whole learns
+
+@KIND
+def test_one_batch_overfits_through_its_ids(kind):
+    model, images = small(kind, token_schedule=(3,), patch_size=8), some_images()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99))
+    model.train().quantizer.continuous = True
+    for step in range(200):
+        if step == 50:
+            model.quantizer.draw_codebook(model.quantizer.recent)
+            model.quantizer.continuous = False
+        recon, _, losses = model(images)
+        loss = (recon - images).square().mean() + losses["codebook"] + 0.25 * losses["commitment"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    mean_image = psnr(images.mean(dim=0).expand_as(images), images).mean()
+    ids = model.encode(images)
+    assert psnr(model.decode(ids), images).mean() > mean_image + 6
+    assert psnr(model.decode(ids.roll(1, dims=0)), images).mean() < mean_image, "the ids of another image give another image"
+
+
+@KIND
+def test_every_parameter_gets_a_gradient_at_every_step(kind):
+    """DistributedDataParallel waits for each of them, with continuous codes and with dropped tails too."""
+    model = small(kind, tail_drop=1.0).train()
+    for continuous in (True, False):
+        model.quantizer.continuous = continuous
+        model.zero_grad()
+        recon, _, losses = model(some_images())
+        (recon.square().mean() + losses["codebook"] + losses["commitment"]).backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+@KIND
+def test_what_forward_returns_is_what_encode_and_decode_give(kind):
+    model, images = small(kind), some_images()
+    recon, ids, losses = model(images)
+    assert recon.shape == images.shape and recon.dtype == torch.float32 and all(loss.ndim == 0 for loss in losses.values())
+    assert torch.equal(model.encode(images), ids) and ids.dtype == torch.int64 and ids.shape == (8, model.num_tokens)
+    torch.testing.assert_close(model.decode(ids), recon, rtol=1e-4, atol=1e-4)
+    assert recon.requires_grad and not model.decode(ids).requires_grad
+
+
+@KIND
+def test_images_are_float32_under_bf16_autocast(kind):
+    model = small(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(some_images())[0].dtype == torch.float32 and model.decode(model.encode(some_images())).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------
+# modes
+
+@KIND
+def test_encode_and_decode_ignore_the_mode_and_leave_it_and_all_else_as_it_was(kind):
+    model, images = small(kind, tail_drop=1.0), some_images()
+    ids, pictures = model.encode(images), model.decode(model.encode(images))
+    model.train().quantizer.continuous = True
+    state, random = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
+    assert torch.equal(model.encode(images), ids) and torch.equal(model.decode(ids), pictures)
+    assert all(module.training for module in model.modules()) and model.quantizer.continuous
+    assert all(torch.equal(model.state_dict()[name], t) for name, t in state.items()), "nothing was counted"
+    assert torch.equal(torch.get_rng_state(), random)
+    model.eval().quantizer.continuous = False
+    model.encode(images)
+    assert not any(module.training for module in model.modules()) and not model.quantizer.continuous
+
+
+def test_an_error_while_encoding_leaves_the_mode_as_it_was():
+    model = small().train()
+    model.quantizer.continuous = True
+    with pytest.raises(RuntimeError):
+        model.encode(torch.zeros(1, 3, 7, 7))
+    assert model.training and model.quantizer.continuous
+
+
+def kept(model, times):
+    """How many codes the decoder got, in each of so many forward passes."""
+    lengths = []
+    hook = model.decoder.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    with torch.no_grad():
+        for _ in range(times):
+            model(some_images(1))
+    hook.remove()
+    return lengths
+
+
+@KIND
+def test_tail_drop_keeps_every_length_and_only_in_training(kind):
+    model = small(kind, tail_drop=1.0, token_schedule=(4,))
+    assert set(kept(model.train(), 40)) == {1, 2, 3, 4}
+    assert set(kept(model.eval(), 10)) == {4}
+    assert set(kept(small(kind, token_schedule=(4,)).train(), 10)) == {4}, "off by default"
+
+
+def test_tail_drop_keeps_all_lengths_alike_in_its_share_of_the_steps():
+    lengths = kept(small("titok", tail_drop=0.6, token_schedule=(3,)).train(), 300)
+    for k, expected in ((1, 60), (2, 60), (3, 60 + 120)):                     # 0.6 / 3 each, and 0.4 are not cut
+        assert abs(lengths.count(k) - expected) < 30
+
+
+def test_a_dropped_tail_still_yields_all_ids_and_losses():
+    model = small(tail_drop=1.0).train()
+    assert all(model(some_images())[1].shape == (8, 2) for _ in range(5))
+
+
+@KIND
+def test_every_prefix_of_the_ids_is_a_picture(kind):
+    model = small(kind)
+    if kind.startswith("native"):
+        model.grow_to(6)
+    ids = model.encode(some_images())
+    pictures = [model.decode(ids[:, :k]) for k in range(1, 7)]
+    assert all(picture.shape == (8, 3, 16, 16) for picture in pictures)
+    assert all((a - b).abs().max() > 1e-4 for a, b in zip(pictures, pictures[1:]))
+
+
+# ------------------------------------------------------------------------------------------------
+# growth
+
+def grow_phase(model, learning=("mocet.groups.1.", "decoder.")):
+    """What learns in a grow phase: the new experts and the decoder."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(learning))
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
+
+
+@FORMS
+def test_through_a_grow_phase_old_ids_and_frozen_parameters_stay_identical_to_the_bit(kind):
+    model, images = small(kind), some_images()
+    ids, pictures = model.encode(images), model.decode(model.encode(images))
+    frozen = {name: t.clone() for name, t in model.state_dict().items() if not name.startswith("decoder.") and name != "quantizer.count"}
+    model.grow(4)
+    assert torch.equal(model.encode(images)[:, :2], ids) and torch.equal(model.decode(ids), pictures)
+    optimizer = grow_phase(model)
+    for _ in range(3):
+        recon, _, losses = model.train()(images)
+        optimizer.zero_grad()
+        ((recon - images).square().mean() + losses["codebook"] + losses["commitment"]).backward()
+        optimizer.step()
+    model.eval()
+    assert model.encode(images).shape == (8, 4)
+    assert torch.equal(model.encode(images)[:, :2], ids)
+    assert not torch.equal(model.decode(ids), pictures), "while the decoder learned"
+    assert all(torch.equal(model.state_dict()[name], t) for name, t in frozen.items())
+
+
+@FORMS
+def test_the_frozen_part_of_a_grow_phase_builds_no_graph_and_holds_no_gradient(kind):
+    model, seen = small(kind), []
+    model.grow(4)
+    grow_phase(model)
+    model.mit.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
+    recon, _, losses = model.train()(some_images())
+    (recon.square().mean() + losses["codebook"] + losses["commitment"]).backward()
+    assert seen == [False]
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == p.requires_grad == name.startswith(("mocet.groups.1.", "decoder.")), name
+
+
+def test_growth_to_the_same_or_a_smaller_length_is_refused_and_changes_nothing():
+    model = small()
+    model.grow(4)
+    state = model.state_dict()
+    for length in (4, 3, 0, -1):
+        with pytest.raises(UserError, match=f"cannot grow from 4 to {length} tokens"):
+            model.grow(length)
+    assert model.num_tokens == model.mocet.num_tokens == 4 and list(model.state_dict()) == list(state)
+
+
+@pytest.mark.parametrize("kind", ["titok", "titok-causal"])
+def test_baselines_cannot_grow(kind):
+    with pytest.raises(UserError, match=f"{kind} cannot grow"):
+        small(kind).grow(8)
+
+
+def test_grow_to_repeats_the_steps_of_the_schedule():
+    assert [len(group) for group in small().grow_to(6).mocet.groups] == [2, 2, 2]
+    assert [len(group) for group in small().grow_to(4).mocet.groups] == [2, 2]
+    assert small().grow_to(2).num_tokens == 2
+
+
+# ------------------------------------------------------------------------------------------------
+# files
+
+def save(model, path, **changes):
+    """The part of a tokenizer checkpoint that rebuilds the model, as train.py writes it."""
+    checkpoint.save(path, {"tokenizer_config": as_dict(model.cfg), "num_tokens": model.num_tokens, "ema": model.state_dict(), "step": 7, **changes})
+
+
+@pytest.mark.parametrize("kind, length", [("native-query", 2), ("native-query", 4), ("native-query", 6), ("native-block", 4),
+                                          ("titok", 6), ("titok-causal", 6)])
+def test_a_checkpoint_alone_gives_the_same_ids_and_pictures_at_the_length_it_had_reached(kind, length, tmp_path):
+    model = small(kind).grow_to(length)
+    save(model, tmp_path / "tokenizer.pt")
+    torch.manual_seed(99)
+    loaded = NativeTok.load(tmp_path / "tokenizer.pt")
+    ids = model.encode(some_images())
+    assert loaded.num_tokens == ids.shape[1] == length and loaded.cfg == model.cfg and not loaded.training
+    assert torch.equal(loaded.encode(some_images()), ids)
+    assert torch.equal(loaded.decode(ids), model.decode(ids))
+
+
+def test_a_loaded_model_grows_on(tmp_path):
+    save(small().grow_to(4), tmp_path / "tokenizer.pt")
+    loaded = NativeTok.load(tmp_path / "tokenizer.pt")
+    ids = loaded.encode(some_images())
+    loaded.grow(6)
+    assert torch.equal(loaded.encode(some_images())[:, :4], ids)
+
+
+def test_the_fingerprint_names_these_very_weights(tmp_path):
+    model = small()
+
+    def fingerprint():
+        save(model, tmp_path / "tokenizer.pt")
+        return NativeTok.load(tmp_path / "tokenizer.pt").fingerprint
+    first = fingerprint()
+    assert fingerprint() == first
+    with torch.no_grad():
+        model.mit.pos[0, 0] += 1
+    assert fingerprint() != first
+
+
+def test_another_kind_of_checkpoint_and_weights_of_another_size_are_refused(tmp_path):
+    checkpoint.save(tmp_path / "generator-ar.pt", {"kind": "ar"})
+    with pytest.raises(UserError, match="generator-ar.pt is not a tokenizer checkpoint"):
+        NativeTok.load(tmp_path / "generator-ar.pt")
+    model = small().grow_to(4)
+    save(model, tmp_path / "tokenizer.pt", num_tokens=6)
+    with pytest.raises(UserError, match="missing: mocet.groups.2"):
+        NativeTok.load(tmp_path / "tokenizer.pt")
+    save(model, tmp_path / "tokenizer.pt", tokenizer_config=as_dict(dataclasses.replace(model.cfg, codebook_size=64)))
+    with pytest.raises(UserError, match="wrong shape: quantizer.codebook"):
+        NativeTok.load(tmp_path / "tokenizer.pt")
+
+
+def test_rebuilding_from_a_read_checkpoint_equals_loading_the_file(tmp_path):
+    save(small(), tmp_path / "tokenizer.pt")
+    saved = checkpoint.load(tmp_path / "tokenizer.pt")
+    one, two = from_checkpoint(saved, "tokenizer.pt"), NativeTok.load(tmp_path / "tokenizer.pt")
+    assert one.fingerprint == two.fingerprint and torch.equal(one.encode(some_images()), two.encode(some_images()))

@@ -1,0 +1,233 @@
+"""Promises of quantizer.py: the nearest code, gradients that reach exactly whom they should, codes that do not stay dead."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from config import TokenizerConfig
+from quantizer import VectorQuantizer, shared_sample, usage
+
+ROOT = Path(__file__).parent.parent
+K, d = 16, 4
+
+
+def small(codebook_size=K, code_dim=d) -> VectorQuantizer:
+    """Codes of very different lengths: only their directions may matter."""
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(TokenizerConfig(codebook_size=codebook_size, code_dim=code_dim))
+    quantizer.codebook.data *= torch.linspace(0.2, 5, codebook_size)[:, None]
+    return quantizer
+
+
+def some_z(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def rows_in(rows, others):
+    """For each row, is it one of the others?"""
+    return torch.cdist(rows, others).min(dim=1).values < 1e-3
+
+
+# ------------------------------------------------------------------------------------------------
+# nearest code
+
+def test_each_vector_gets_the_nearest_code_on_the_sphere():
+    quantizer, z = small(), some_z(5, 7, d)
+    z_q, ids, _ = quantizer(z)
+    codes = [code / code.norm() for code in quantizer.codebook.detach()]
+    for b in range(5):
+        for i in range(7):
+            distances = [(z[b, i] / z[b, i].norm() - code).norm().item() for code in codes]
+            assert ids[b, i] == min(range(K), key=distances.__getitem__)
+    assert ids.shape == (5, 7) and ids.dtype == torch.int64 and ids.unique().numel() > 8
+
+
+def test_z_q_is_what_lookup_gives_for_the_ids_and_lies_on_the_sphere():
+    quantizer, z = small(), some_z(5, 7, d)
+    z_q, ids, _ = quantizer(z)
+    torch.testing.assert_close(z_q, quantizer.lookup(ids))
+    torch.testing.assert_close(z_q.norm(dim=-1), torch.ones(5, 7))
+
+
+def test_the_length_of_z_does_not_matter():
+    quantizer, z = small(), some_z(50, d)
+    assert torch.equal(quantizer(z)[1], quantizer(z * some_z(50, 1).exp())[1])
+
+
+def test_a_code_is_its_own_nearest():
+    quantizer = small()
+    assert quantizer(quantizer.codebook.detach())[1].tolist() == list(range(K))
+
+
+def test_under_bf16_autocast_codes_are_compared_in_float32():
+    quantizer, z = small(codebook_size=1000), some_z(500, d)
+    expected = quantizer(z)
+    assert not torch.equal((F.normalize(z, dim=1).bfloat16() @ quantizer.codes().bfloat16().T).argmax(dim=1), expected[1]), "it matters here"
+    with torch.autocast("cpu", torch.bfloat16):
+        z_q, ids, losses = quantizer(z)
+        half = quantizer(z.bfloat16())                                        # what a linear layer hands over under autocast
+        assert quantizer.lookup(ids).dtype == torch.float32
+    assert torch.equal(ids, expected[1]) and torch.equal(z_q, expected[0]) and losses == expected[2]
+    assert half[0].dtype == torch.float32 and torch.equal(half[1], quantizer(z.bfloat16().float())[1])
+
+
+# ------------------------------------------------------------------------------------------------
+# losses and gradients
+
+def gradients(quantizer, scalar, z):
+    quantizer.codebook.grad = z.grad = None
+    scalar.backward(retain_graph=True)
+    return quantizer.codebook.grad, z.grad
+
+
+def is_zero(grad) -> bool:
+    return grad is None or not grad.any()
+
+
+def test_the_gradient_at_z_q_passes_to_normalised_z_unchanged():
+    quantizer, z, weights = small(), some_z(6, d).requires_grad_(), some_z(6, d, seed=2)
+    codebook, straight = gradients(quantizer, (quantizer(z)[0] * weights).sum(), z)
+    _, identity = gradients(quantizer, (F.normalize(z, dim=-1) * weights).sum(), z)
+    torch.testing.assert_close(straight, identity)
+    assert straight.abs().max() > 0.1 and is_zero(codebook), "and the decoder does not move codes"
+
+
+def test_the_codebook_loss_moves_chosen_codes_alone_and_the_commitment_loss_vectors_alone():
+    quantizer, z = small(), some_z(6, d).requires_grad_()
+    _, ids, losses = quantizer(z)
+    codebook, vectors = gradients(quantizer, losses["codebook"], z)
+    chosen = torch.isin(torch.arange(K), ids)
+    assert not chosen.all() and is_zero(vectors)
+    assert torch.equal(codebook.abs().sum(dim=1) > 0, chosen)
+    codebook, vectors = gradients(quantizer, losses["commitment"], z)
+    assert is_zero(codebook) and (vectors.abs().sum(dim=1) > 0).all()
+
+
+def test_both_losses_are_the_mean_squared_distance_to_the_code():
+    quantizer, z = small(), some_z(6, 5, d)
+    _, ids, losses = quantizer(z)
+    expected = (F.normalize(z, dim=-1) - F.normalize(quantizer.codebook[ids], dim=-1)).square().mean()
+    assert set(losses) == {"codebook", "commitment"}
+    for loss in losses.values():
+        torch.testing.assert_close(loss, expected)
+
+
+def test_continuous_codes_pass_z_through_while_the_codebook_runs_after_it():
+    quantizer, z, weights = small(), some_z(6, d).requires_grad_(), some_z(6, d, seed=2)
+    expected = quantizer(z)[1]
+    quantizer.continuous = True
+    z_q, ids, losses = quantizer(z)
+    assert torch.equal(z_q, F.normalize(z, dim=-1)) and torch.equal(ids, expected)
+    _, passed = gradients(quantizer, (z_q * weights).sum(), z)
+    _, identity = gradients(quantizer, (F.normalize(z, dim=-1) * weights).sum(), z)
+    assert torch.equal(passed, identity)
+    codebook, vectors = gradients(quantizer, losses["codebook"], z)
+    assert codebook.any() and is_zero(vectors)
+    assert losses["commitment"] == 0, "nothing holds z near codes that are not used yet"
+
+
+# ------------------------------------------------------------------------------------------------
+# usage
+
+def test_usage_anchors_uniform_is_K_and_constant_is_1():
+    ids = torch.stack([torch.arange(K), torch.zeros(K, dtype=torch.int64), torch.arange(K) % 4], dim=1)     # (K, 3)
+    used, perplexity = usage(ids, K)
+    assert used == 1.0
+    torch.testing.assert_close(perplexity, torch.tensor([K, 1, 4], dtype=torch.float64))
+    assert usage(ids[:, 1:], K)[0] == 4 / K
+
+
+def test_choices_are_counted_in_training_alone():
+    quantizer, z = small(), some_z(5, 7, d)
+    ids = [quantizer(z)[1], quantizer(some_z(9, d, seed=3))[1]]
+    expected = torch.bincount(torch.cat([i.flatten() for i in ids]), minlength=K)
+    assert torch.equal(quantizer.count, expected)
+    recent = quantizer.recent
+    quantizer.eval()(z)
+    assert torch.equal(quantizer.count, expected) and quantizer.recent is recent
+    torch.testing.assert_close(recent, F.normalize(some_z(9, d, seed=3), dim=-1))
+
+
+# ------------------------------------------------------------------------------------------------
+# codes that nothing chooses
+
+def test_reseed_moves_exactly_the_unused_codes_and_onto_recent_vectors():
+    quantizer = small()
+    quantizer(quantizer.codebook.detach()[[2, 3, 5]])
+    quantizer(some_z(100, d).abs() + quantizer.codebook.detach()[2])          # the last step, with enough vectors for all
+    used, before = quantizer.count > 0, quantizer.codebook.detach().clone()
+    assert used[[2, 3, 5]].all() and not used.all()
+    moved = quantizer.reseed()
+    after = quantizer.codebook.detach()
+    assert torch.equal(moved, ~used)
+    assert torch.equal(after[used], before[used]), "bit for bit"
+    assert rows_in(after[moved], quantizer.recent).all() and not rows_in(before[moved], quantizer.recent).any()
+    assert torch.pdist(after).min() > 0, "no two of them equal"
+    assert not quantizer.count.any(), "counting starts anew"
+    quantizer(after[moved])
+    assert torch.equal(quantizer.reseed(), ~moved), "where they are now they are chosen"
+
+
+def test_a_drawn_codebook_consists_of_different_vectors():
+    quantizer, z = small(), some_z(200, d)
+    quantizer(z)
+    quantizer.draw_codebook(5 * z)
+    codes = quantizer.codebook.detach()
+    assert rows_in(codes, F.normalize(z, dim=-1)).all() and torch.pdist(codes).min() > 1e-3
+    assert not quantizer.count.any()
+
+
+def test_fewer_vectors_than_codes_still_give_different_codes_near_them():
+    quantizer, z = small(), F.normalize(some_z(3, d), dim=-1)
+    quantizer.draw_codebook(z)
+    codes = quantizer.codes().detach()
+    assert torch.pdist(codes).min() > 1e-4
+    nearest = torch.cdist(codes, z)
+    assert nearest.min(dim=1).values.max() < 0.1
+    assert torch.bincount(nearest.argmin(dim=1)).tolist() in ([5, 5, 6], [5, 6, 5], [6, 5, 5]), "each vector its share"
+
+
+def test_a_sample_takes_no_vector_twice_while_there_are_others():
+    z = F.normalize(some_z(20, d), dim=-1)
+    torch.manual_seed(0)
+    assert torch.pdist(shared_sample(z, 20)).min() > 1e-3
+
+
+TWO_RANKS = """
+import sys, torch, torch.distributed as dist
+from config import TokenizerConfig
+from quantizer import VectorQuantizer
+torch.set_num_threads(1)
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+quantizer = VectorQuantizer(TokenizerConfig(codebook_size=16, code_dim=4))
+torch.manual_seed(0)
+quantizer.codebook.data = torch.nn.functional.normalize(torch.randn(16, 4), dim=-1)
+before = quantizer.codebook.detach().clone()
+torch.manual_seed(100 + rank)                                                 # other random numbers on each rank
+quantizer(before[[0, 1]] if rank == 0 else before[[1, 2]])                    # 0 is used on one rank, 2 on the other
+quantizer(before[[0, 0, 0, 0]] + 0.01 * torch.randn(4, 4) if rank == 0 else before[[2, 2, 2, 2]] + 0.01 * torch.randn(4, 4))
+moved = quantizer.reseed()
+torch.save({"before": before, "moved": moved, "after": quantizer.codebook.detach(), "recent": quantizer.recent}, f"{sys.argv[2]}-{rank}")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_reseed_the_same_codes_onto_the_same_vectors_of_both(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "meeting")], env=environment) for rank in range(2)]
+    try:
+        assert [process.wait(timeout=60) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
+    one, two = (torch.load(tmp_path / f"meeting-{rank}", weights_only=True) for rank in range(2))
+    assert torch.equal(one["after"], two["after"]) and torch.equal(one["moved"], two["moved"])
+    assert one["moved"].tolist() == [False] * 3 + [True] * 13, "a code that one process used stays"
+    assert torch.equal(one["after"][:3], one["before"][:3])
+    for rank in (one, two):
+        near = torch.cdist(one["after"][3:], rank["recent"]).min(dim=1).values < 0.1
+        assert 3 <= near.sum() <= 10, "vectors of both processes were drawn"

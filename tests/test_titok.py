@@ -1,0 +1,123 @@
+"""Promises of titok.py: who sees whom in the two baselines, and that a token is a token."""
+import pytest
+import torch
+
+from config import TokenizerConfig, UserError
+from quantizer import VectorQuantizer
+from titok import TiTok, causal_mask
+
+L, N = 5, 16
+KINDS = pytest.mark.parametrize("kind", ["titok", "titok-causal"])
+
+
+def small(kind, schedule=(L,)) -> tuple[TiTok, VectorQuantizer]:
+    cfg = TokenizerConfig(tokenizer=kind, image_size=16, patch_size=4, encoder_width=32, encoder_depth=2, encoder_heads=2,
+                          token_schedule=schedule, codebook_size=64, code_dim=4)
+    torch.manual_seed(0)
+    return TiTok(cfg).eval(), VectorQuantizer(cfg).eval()
+
+
+def some_images(batch=3):
+    return torch.rand(batch, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@torch.no_grad()
+def look_inside(titok, quantizer, images):
+    """-> z (B, L, d) normalised, before quantization, and the patches behind the last block (B, N, D)."""
+    patches = []
+    hook = titok.blocks[-1].register_forward_hook(lambda module, args, out: patches.append(out[:, :N]))
+    quantizer.continuous = True
+    z = titok(images, quantizer)[0]
+    hook.remove()
+    quantizer.continuous = False
+    return z, patches[0]
+
+
+def change_each_latent(kind):
+    """For each latent j that is replaced: j, (L,) bool which z changed at all, bool whether patches did."""
+    titok, quantizer = small(kind)
+    z, patches = look_inside(titok, quantizer, some_images())
+    for j in range(L):
+        kept = titok.latents.data[j].clone()
+        titok.latents.data[j] = torch.randn(32)
+        other, other_patches = look_inside(titok, quantizer, some_images())
+        titok.latents.data[j] = kept
+        yield j, (other != z).flatten(2).any(dim=2).any(dim=0).tolist(), not torch.equal(other_patches, patches)
+
+
+def test_unordered_every_latent_influences_every_other_and_all_patches():
+    for _, changed, patches_changed in change_each_latent("titok"):
+        assert changed == [True] * L and patches_changed
+
+
+def test_causal_latent_j_leaves_all_before_it_and_all_patches_unchanged_to_the_bit():
+    for j, changed, patches_changed in change_each_latent("titok-causal"):
+        assert changed == [False] * j + [True] * (L - j) and not patches_changed
+
+
+def test_causal_mask_lets_patches_see_patches_and_latent_i_patches_and_latents_up_to_i():
+    mask = causal_mask(3, 4)
+    for row in range(7):
+        for column in range(7):
+            assert mask[row, column] == (column < 3 or (row >= 3 and column <= row))
+
+
+@torch.no_grad()
+def test_permuting_the_latents_permutes_the_ids_so_tokens_are_not_mixed_with_channels():
+    titok, quantizer = small("titok")
+    z_q, ids, losses = titok(some_images(8), quantizer)
+    assert ids.unique(dim=1).shape[1] == L, "different tokens, or this would show nothing"
+    order = torch.tensor([3, 0, 4, 1, 2])
+    titok.latents.copy_(titok.latents[order])
+    moved_z_q, moved_ids, moved_losses = titok(some_images(8), quantizer)
+    assert torch.equal(moved_ids, ids[:, order])
+    torch.testing.assert_close(moved_z_q, z_q[:, order])
+    torch.testing.assert_close(moved_losses, losses)
+
+
+@KINDS
+@torch.no_grad()
+def test_every_patch_reaches_every_token(kind):
+    titok, quantizer = small(kind)
+    z, _ = look_inside(titok, quantizer, some_images())
+    for n in range(N):
+        other = some_images()
+        y, x = n // 4 * 4, n % 4 * 4
+        other[:, :, y:y + 4, x:x + 4] *= -1
+        assert ((look_inside(titok, quantizer, other)[0] - z).abs().amax(dim=2) > 1e-4).all()
+
+
+@KINDS
+@torch.no_grad()
+def test_the_place_of_a_patch_matters(kind):
+    titok, quantizer = small(kind)
+    turned = some_images().flip(2)
+    assert (look_inside(titok, quantizer, turned)[0] - look_inside(titok, quantizer, some_images())[0]).abs().max() > 0.1
+
+
+@KINDS
+@torch.no_grad()
+def test_images_of_a_batch_do_not_meet(kind):
+    titok, quantizer = small(kind)
+    together = titok(some_images(), quantizer)[1]
+    for b in range(3):
+        assert torch.equal(titok(some_images()[b:b + 1], quantizer)[1][0], together[b])
+
+
+@KINDS
+def test_every_parameter_learns(kind):
+    titok, quantizer = small(kind)
+    z_q, _, losses = titok(some_images(), quantizer)
+    (z_q.square().sum() + z_q.sum() + losses["codebook"] + losses["commitment"]).backward()
+    assert all(p.grad is not None and p.grad.any() for p in (*titok.parameters(), *quantizer.parameters()))
+
+
+@KINDS
+def test_several_lengths_are_refused_with_the_one_to_give(kind):
+    with pytest.raises(UserError, match="no experts to grow.*--token_schedule 9$"):
+        small(kind, schedule=(3, 9))
+
+
+@KINDS
+def test_the_mask_is_no_part_of_a_checkpoint(kind):
+    assert "mask" not in small(kind)[0].state_dict(), "it follows from the configuration"

@@ -1,0 +1,209 @@
+"""tokens.py: every image is encoded once, as it is and mirrored, and nothing disturbs the order of what stage 3 sees."""
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import tokens
+from batches import ImageStream
+from helpers import noise, refused, same, take
+from processes import Processes
+from tokens import TokenStream, cache_tokens
+
+SIZE = 8
+
+
+def encode(images: torch.Tensor) -> torch.Tensor:
+    """A stand-in for the tokenizer: the red of each pixel in the first row, so a mirrored image reads backwards."""
+    return images[:, 0, :, 0].long()                          # (b, S, S, 3) -> (b, L = S)
+
+
+class Counting:
+    """encode, which remembers the images that it was given."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen += [image.numpy().tobytes() for image in images]
+        return encode(images)
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """11 images of 3 classes, in shards of 4: the last shard is short."""
+    monkeypatch.setattr(tokens, "SHARD", 4)
+    np.savez(tmp_path / "images.npz", x=np.stack([noise(k, SIZE, SIZE) for k in range(11)]), y=np.arange(11) % 3)
+    return data.open_images(str(tmp_path / "images.npz"))
+
+
+def cached(folder, dataset, tokenizer="aaaa", flip=True, encode=encode, procs=None, **options):
+    return cache_tokens(str(folder), tokenizer, dataset, SIZE, flip, encode, procs or Processes("cpu"), **options)
+
+
+# ------------------------------------------------------------------------------------------------
+# the cache
+
+def test_the_cache_holds_each_image_and_its_mirror_image_beside_its_label(tmp_path, dataset):
+    ids, labels = cached(tmp_path / "tokens", dataset)
+    assert ids.shape == (11, 2, SIZE) and labels.tolist() == [k % 3 for k in range(11)]
+    for i in range(11):
+        image = torch.from_numpy(dataset.load(i))[None]
+        mirrored = image.numpy()[:, :, ::-1].copy()
+        assert ids[i, 0].tolist() == encode(image)[0].tolist()
+        assert ids[i, 1].tolist() == encode(torch.from_numpy(mirrored))[0].tolist() != ids[i, 0].tolist()
+
+
+def test_without_flip_there_is_one_copy(tmp_path, dataset):
+    ids, _ = cached(tmp_path / "tokens", dataset, flip=False)
+    assert ids.shape == (11, 1, SIZE)
+    assert np.array_equal(ids, cached(tmp_path / "others", dataset)[0][:, :1])
+
+
+def test_workers_change_nothing(tmp_path, dataset):
+    assert np.array_equal(cached(tmp_path / "a", dataset)[0], cached(tmp_path / "b", dataset, workers=1)[0])
+
+
+def test_a_finished_cache_is_read_and_nothing_is_encoded(tmp_path, dataset):
+    before, _ = cached(tmp_path / "tokens", dataset)
+    counting = Counting()
+    after, _ = cached(tmp_path / "tokens", dataset, encode=counting)
+    assert counting.seen == [] and np.array_equal(before, after)
+
+
+def test_only_a_missing_shard_is_encoded_again(tmp_path, dataset):
+    before, _ = cached(tmp_path / "tokens", dataset, flip=False)
+    (tmp_path / "tokens" / "00001.npy").unlink()
+    (tmp_path / "tokens" / f".00001.npy.tmp-{os.getpid()}").write_bytes(b"half a shard of a killed run")
+    counting = Counting()
+    after, _ = cached(tmp_path / "tokens", dataset, flip=False, encode=counting)
+    assert counting.seen == [dataset.load(i).tobytes() for i in range(4, 8)] and np.array_equal(before, after)
+    assert sorted(os.listdir(tmp_path / "tokens")) == ["00000.npy", "00001.npy", "00002.npy", "index.json"]
+
+
+def test_a_run_killed_between_two_shards_goes_on_with_the_rest(tmp_path, dataset):
+    def killed(images):
+        if len(counting.seen) == 8:
+            raise KeyboardInterrupt
+        return counting(images)
+    counting = Counting()
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path / "tokens", dataset, flip=False, encode=killed)
+    ids, _ = cached(tmp_path / "tokens", dataset, flip=False, encode=counting)
+    assert counting.seen == [dataset.load(i).tobytes() for i in range(11)]
+    assert np.array_equal(ids, cached(tmp_path / "others", dataset, flip=False)[0])
+
+
+def test_tokens_of_another_tokenizer_or_of_other_images_are_refused_and_kept(tmp_path, dataset):
+    folder = tmp_path / "tokens"
+    cached(folder, dataset)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    fewer = dataset.subset(np.arange(10))
+    refused(lambda: cached(folder, dataset, tokenizer="bbbb"), names=[str(folder), "stale", "tokenizer: aaaa -> bbbb"])
+    refused(lambda: cached(folder, fewer), names=[f"images: {dataset.fingerprint} -> {fewer.fingerprint}"])
+    refused(lambda: cached(folder, dataset, flip=False), names=["copies: 2 -> 1"])
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("offset", [65535 - 255, 65536, 200_000])
+def test_ids_of_large_codebooks_are_kept(tmp_path, dataset, offset):
+    plain, _ = cached(tmp_path / "plain", dataset)
+    ids, _ = cached(tmp_path / "large", dataset, encode=lambda images: encode(images) + offset)
+    assert np.array_equal(ids.astype(np.int64), plain.astype(np.int64) + offset)
+
+
+def test_a_single_id_above_65535_spoils_no_other_shard(tmp_path, dataset):
+    last = torch.from_numpy(dataset.load(10))
+
+    def one_large(images):
+        return encode(images) + 65536 * (images == last).all(dim=(1, 2, 3))[:, None]
+    plain, _ = cached(tmp_path / "plain", dataset, flip=False)
+    ids, _ = cached(tmp_path / "large", dataset, flip=False, encode=one_large)
+    assert np.array_equal(ids[:10], plain[:10]) and np.array_equal(ids[10], plain[10].astype(np.int64) + 65536)
+
+
+def test_processes_share_the_shards_even_if_one_looks_when_the_other_has_finished(tmp_path, dataset):
+    first, second = Counting(), Counting()
+
+    def late():
+        if first.seen and not second.seen:                    # the first process waits for the second one at the end
+            procs = SimpleNamespace(rank=1, world=2, main=False, barrier=lambda: None)
+            results.append(cached(tmp_path / "tokens", dataset, encode=second, procs=procs)[0])
+    results = []
+    procs = SimpleNamespace(rank=0, world=2, main=True, barrier=late)
+    results.append(cached(tmp_path / "tokens", dataset, encode=first, procs=procs)[0])
+    alone, _ = cached(tmp_path / "alone", dataset)
+    assert len(results) == 2 and all(np.array_equal(ids, alone) for ids in results)
+    assert len(first.seen) == 2 * (4 + 3) and len(second.seen) == 2 * 4
+
+
+# ------------------------------------------------------------------------------------------------
+# the stream
+
+N, L = 23, 3
+IDS = np.arange(N)[:, None, None] + np.array([0, 1000])[None, :, None] + np.array([0, 100, 200])   # image + 1000 copy + 100 place
+LABELS = np.arange(N) % 7
+
+
+def stream(ids=IDS, labels=LABELS, **options):
+    return TokenStream(ids, labels, **{**dict(batch_size=6, seed=5), **options})
+
+
+def images_and_copies(batches):
+    first = torch.cat([ids[:, 0] for ids, _ in batches])
+    return first % 1000, first // 1000
+
+
+def test_batches_are_rows_of_ids_with_their_labels():
+    for ids, labels in take(stream(ids=IDS.astype(np.uint16)), 9):    # more than two epochs
+        assert ids.shape == (6, L) and ids.dtype == labels.dtype == torch.int64
+        image, copy = ids[:, 0] % 1000, ids[:, 0] // 1000
+        assert labels.tolist() == (image % 7).tolist()
+        assert np.array_equal(ids.numpy(), IDS[image, copy])          # all tokens of a row come from the same copy
+
+
+def test_the_order_is_the_same_for_one_and_two_and_three_ranks():
+    whole = take(stream(), 9)
+    for world in (2, 3):
+        ranks = [take(stream(rank=rank, world=world), 9) for rank in range(world)]
+        joined = [tuple(torch.cat([ranks[r][s][k] for r in range(world)]) for k in (0, 1)) for s in range(9)]
+        assert same(whole, joined)
+    assert not same(whole, take(stream(seed=6), 9))
+
+
+def test_the_stream_goes_on_at_any_step():
+    whole = take(stream(), 9)
+    for start in (1, 3, 4, 8):                                # an epoch ends inside step 3
+        assert same(whole[start:], take(stream(start_step=start), 9 - start))
+
+
+def test_the_order_is_that_of_the_images_and_not_of_the_batch_size():
+    pictures = ImageStream(data.open_images("shapes").subset(np.arange(N)), 32, 6, seed=5)
+    order = [index for step in range(9) for index, _ in pictures.plan(step)]
+    assert images_and_copies(take(stream(), 9))[0].tolist() == order
+    assert images_and_copies(take(stream(batch_size=54), 1))[0].tolist() == order      # a batch larger than the data set
+
+
+def test_every_epoch_shows_every_image_once_in_about_half_of_the_cases_mirrored():
+    ids, labels = np.stack([np.arange(400), np.arange(400) + 1000], axis=1)[:, :, None], np.zeros(400, np.int64)
+    epochs = [images_and_copies(take(stream(ids, labels, batch_size=400, start_step=k), 1)) for k in range(4)]
+    for image, copy in epochs:
+        assert sorted(image.tolist()) == list(range(400)) and 150 < copy.sum() < 250
+    # Whether an image is mirrored follows neither from the image nor from the epoch before.
+    by_image = torch.stack([copy[image.argsort()] for image, copy in epochs])           # (epochs, images)
+    for a in range(3):
+        assert 150 < (by_image[a] == by_image[a + 1]).sum() < 250
+    # Nor does it follow from its place: neighbours in the order differ as often as not.
+    assert all(150 < (copy[1:] == copy[:-1]).sum() < 250 for _, copy in epochs)
+
+
+def test_with_a_single_copy_that_one_is_taken():
+    image, copy = images_and_copies(take(stream(ids=IDS[:, :1]), 9))
+    assert copy.sum() == 0 and len(set(image.tolist())) == N
+
+
+def test_a_batch_that_cannot_be_shared_is_a_user_error():
+    refused(lambda: stream(batch_size=7, world=2), names=["generator_batch_size 7", "2 processes"])
