@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -53,6 +54,8 @@ class TokenizerConfig:
     def __post_init__(self):
         choose("tokenizer", self.tokenizer, ("nativetok", "titok", "titok-causal"))
         choose("expert", self.expert, ("query", "block"))
+        at_least_one(self, "image_size", "patch_size", "encoder_width", "encoder_depth", "encoder_heads", "expert_width", "expert_depth",
+                     "expert_heads", "codebook_size", "code_dim", "decoder_width", "decoder_depth", "decoder_heads")
         if self.image_size % self.patch_size:
             below = self.image_size // self.patch_size * self.patch_size
             options = " or ".join(str(s) for s in (below, below + self.patch_size) if s)
@@ -61,12 +64,15 @@ class TokenizerConfig:
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             need(width % heads == 0, f"{part}_width {width} is not a multiple of {part}_heads {heads}")
         for part in ("encoder", "decoder"):  # half of the channels tell the row, half the column, as sine and cosine
-            width = getattr(self, f"{part}_width")
-            need(width % 4 == 0, f"{part}_width {width} is not a multiple of 4; try {width // 4 * 4 + 4}")
+            width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
+            both = math.lcm(4, heads)
+            need(width % both == 0, f"{part}_width {width} is not a multiple of 4 and of {part}_heads {heads}; try {width // both * both + both}")
         steps = self.token_schedule
         need(len(steps) > 0 and steps[0] >= 1 and all(a < b for a, b in zip(steps, steps[1:])),
              f"token_schedule {' '.join(map(str, steps))} must grow at every step, like 32 64 128")
-        need(0 <= self.tail_drop <= 1, f"tail_drop {self.tail_drop} is a share; give a number from 0 to 1")
+        need(len(steps) == 1 or self.tokenizer == "nativetok",
+             f"{self.tokenizer} has no experts to grow; give one length, like --token_schedule {steps[-1]}")
+        shares(self, "tail_drop")
 
     @property
     def num_patches(self) -> int:  # N
@@ -88,6 +94,8 @@ class GeneratorConfig:
     unmasked_weight: float = 0.1  # MaskGIT only: loss weight of tokens that were not masked [MaskGIT]
 
     def __post_init__(self):
+        at_least_one(self, "generator_width", "generator_depth", "generator_heads")
+        shares(self, "generator_dropout", "label_dropout", "label_smoothing", "unmasked_weight")
         width, heads = self.generator_width, self.generator_heads
         need(width % heads == 0 and width // heads % 2 == 0,
              f"generator_width {width} must be generator_heads {heads} times an even number (rotary pairs)")
@@ -143,9 +151,13 @@ class TrainConfig:
     def __post_init__(self):
         choose("generators", self.generators, ("ar", "maskgit", "both"))
         choose("precision", self.precision, ("auto", "fp32", "bf16"))
-        for name in ("batch_size", "generator_batch_size", "accumulate", "log_every", "save_every", "sample_every"):
-            need(getattr(self, name) >= 1, f"{name} must be at least 1")
-        need(self.seed >= 0, f"seed {self.seed} is negative; give 0 or more")
+        at_least_one(self, "batch_size", "generator_batch_size", "accumulate", "log_every", "save_every", "sample_every", "holdout",
+                     "base_steps", "grow_steps", "finetune_steps", "generator_steps")
+        shares(self, "beta2", "ema_decay", "generator_beta2")
+        for name in ("learning_rate", "min_learning_rate", "finetune_learning_rate", "weight_decay", "generator_learning_rate", "grad_clip",
+                     "generator_min_learning_rate", "generator_weight_decay", "perceptual_weight", "adversarial_weight",
+                     "warmup_steps", "generator_warmup_steps", "reseed_every", "adversarial_start", "workers", "seed"):
+            need(0 <= getattr(self, name) < math.inf, f"{name} {getattr(self, name)} must be 0 or above")
         need(0 <= self.continuous_steps < self.base_steps,
              f"continuous_steps {self.continuous_steps} must leave quantized steps in base_steps {self.base_steps}")
 
@@ -168,9 +180,10 @@ SMALL = dict(  # 32x32 images; sizes and rates measured on 2 CPU cores [ours]: f
     generator_learning_rate=1e-3, generator_min_learning_rate=1e-4, generator_warmup_steps=50)
 PRESETS = {
     "tiny": dict(  # the built-in shapes, stages 1 to 3 in minutes on a CPU
-        SMALL, codebook_size=256, continuous_steps=150, base_steps=500, grow_steps=250, finetune_steps=400, flip=False,
-        generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=700,
-        log_every=20, save_every=200, sample_every=200),
+        SMALL, token_schedule=(16, 20, 24), codebook_size=256, batch_size=32, tail_drop=0.1, flip=False,
+        learning_rate=1e-3, finetune_learning_rate=7e-4, continuous_steps=300, base_steps=900, grow_steps=150, finetune_steps=500,
+        generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=600,
+        log_every=20, save_every=250, sample_every=250),
     "cifar": dict(  # real 32x32 images, --data needed; about an hour on 2 CPU cores
         SMALL, codebook_size=512, continuous_steps=300, base_steps=2500, grow_steps=1000, finetune_steps=3500,
         generator_width=288, generator_depth=6, generator_batch_size=64, generator_steps=2500,
@@ -179,6 +192,16 @@ PRESETS = {
     "imagenet-64": dict(IMAGENET, token_schedule=(32, 64)),
     "imagenet-128": dict(IMAGENET, token_schedule=(32, 64, 128)),
 }
+
+
+def at_least_one(cfg, *names: str) -> None:
+    for name in names:
+        need(getattr(cfg, name) >= 1, f"{name} {getattr(cfg, name)} must be at least 1")
+
+
+def shares(cfg, *names: str) -> None:
+    for name in names:
+        need(0 <= getattr(cfg, name) <= 1, f"{name} {getattr(cfg, name)} is a share; give a number from 0 to 1")
 
 
 def choose(name: str, value: str, options) -> None:
@@ -192,6 +215,10 @@ def build(values: dict) -> tuple[TokenizerConfig, GeneratorConfig, TrainConfig]:
     need(not unknown, f"unknown setting {', '.join(unknown)}")
     # JSON has no tuples, so a list that comes back from a file becomes one again.
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for config in CONFIGS:
+        for f in dataclasses.fields(config):
+            given = values.get(f.name, f.default)
+            need(type(given) is type(f.default) or (type(given) is int and type(f.default) is float), f"{f.name} {given!r} is not a {type(f.default).__name__}")
     return tuple(config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})
                  for config in CONFIGS)
 
@@ -216,7 +243,7 @@ class Parser(argparse.ArgumentParser):
     """argparse that takes no shortened flags and answers a wrong one in one line, with exit code 2."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
         self.exit(2, f"error: {message} (see --help)\n")
@@ -239,7 +266,8 @@ def parse_run(doc: str, argv=None) -> argparse.Namespace:
 
     Later wins: default, preset, flag. A run folder that exists stands for the preset it was made with.
     """
-    parser = Parser(prog="train.py", description=doc, epilog="presets: " + ", ".join(PRESETS))
+    parser = Parser(prog="train.py", description=doc, epilog=f"Presets: {', '.join(PRESETS)}. "
+                    "Defaults above are those of the imagenet presets; python config.py shows what the others change.")
     parser.add_argument("--preset", help="named settings to start from (default: those of an existing --run, else tiny)")
     parser.add_argument("--run", help="folder of this run (default: runs/PRESET)")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="only this stage (default: all that are not finished yet)")
@@ -261,7 +289,10 @@ def read_run(folder: str) -> dict:
     path = os.path.join(folder, "config.json")
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            values = json.load(file)
+        if not isinstance(values, dict) or "preset" not in values:
+            raise ValueError("it names no preset")
+        return values
     except FileNotFoundError:
         raise UserError(f"{folder} is not a run: it has no config.json; give a folder that train.py has made") from None
     except (OSError, ValueError) as error:

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-from config import build, need, read_run
 from batches import ImageStream, eval_batches
+from config import build, need, read_run
 from data import ImageSet, train_and_val
 from generator import GENERATORS, Generator
 from images import to_float, to_uint8
@@ -160,7 +160,7 @@ def main() -> None:
     judge, on_real = trained_judge(path["tinycnn.pt"], data, val, tok.image_size, train.flip, procs)
     name = f"fd_tinycnn_{checkpoint.fingerprint(judge.state_dict())[:8]}"
 
-    batches = itertools.islice(eval_batches(val, tok.image_size, ARGS.batch_size), 8)
+    batches = eval_batches(val, tok.image_size, ARGS.batch_size, np.random.default_rng(0).permutation(len(val))[:2000])
     real = np.concatenate([judge_images(judge, to_float(images.to(procs.device)))[1].numpy() for images, _ in batches])
     summary = {"psnr_by_tokens": {}, "codebook_used": {}, "class_accuracy": {}, "seconds": {},
                name: {}, "settings": {"num_samples": ARGS.num_samples, "cfg_scale": ARGS.cfg_scale, "steps": ARGS.steps, "seed": ARGS.seed}}

@@ -193,7 +193,11 @@ class MoCET(nn.Module):
                     rows = torch.cat([rows, token], dim=1)
                 z.append(z_i), z_q.append(q_i), ids.append(id_i)
         z, z_q, ids = (torch.stack(parts, dim=1) for parts in (z, z_q, ids))
-        return z_q, ids, quantizer.losses(z, ids)
+        losses = quantizer.losses(z, ids)
+        # Nobody reads the last token. A zero keeps its parameters in the graph, since DistributedDataParallel
+        # waits for a gradient of each; it matters where a group has one expert.
+        losses["commitment"] = losses["commitment"] + 0 * token.sum()
+        return z_q, ids, losses
 
     def first_scores(self, group: ExpertGroup, cx: Tensor) -> list[Tensor]:
         """Scores of the first layer against X_latent for all experts of a group: a (B, heads, N) for each."""

@@ -52,13 +52,16 @@ class NativeTok(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> ids (B, L)."""
+        """images (B, 3, H, W) -> ids (B, L). Raises UserError for images of another size."""
+        size = self.cfg.image_size
+        need(images.shape[1:] == (3, size, size), f"images are {tuple(images.shape)}, this tokenizer takes (B, 3, {size}, {size})")
         with eval_mode(self):
             return self.tokenize(images)[1]
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """ids (B, k), any k from 1 to L -> images (B, 3, H, W)."""
+        """ids (B, k), any k from 1 to L -> images (B, 3, H, W). Raises UserError for another k."""
+        need(1 <= ids.shape[1] <= self.num_tokens, f"{ids.shape[1]} tokens cannot be decoded, only 1 to {self.num_tokens}")
         with eval_mode(self):
             return self.decoder(self.quantizer.lookup(ids)).float()
 

@@ -39,7 +39,6 @@ def parse(argv=None) -> argparse.Namespace:
     Raises UserError for a flag that this use or this generator would not read, and for a run that is not there.
     """
     parser = config.Parser(prog="sample.py", usage="%(prog)s --run RUN [flags]", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter             # the text above, line by line
     defaults, readers, to = {}, {}, parser
 
     def flag(name: str, default, text: str, *read_by: str, **kind) -> None:

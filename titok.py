@@ -13,7 +13,7 @@ Try      python titok.py
 import torch
 from torch import Tensor, nn
 
-from config import TokenizerConfig, need
+from config import TokenizerConfig
 from layers import ViTBlock, init_vit, patchify, sincos_2d
 from quantizer import VectorQuantizer
 
@@ -23,8 +23,6 @@ class TiTok(nn.Module):
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
-        need(len(cfg.token_schedule) == 1,
-             f"{cfg.tokenizer} has no experts to grow; give one length, like --token_schedule {cfg.num_tokens}")
         P, D, L, N = cfg.patch_size, cfg.encoder_width, cfg.num_tokens, cfg.num_patches
         self.patch_size = P
         self.embed = nn.Linear(3 * P * P, D)

@@ -14,7 +14,7 @@ LEVELS = (
     {"nativetok", "shapes"},
     {"data"},
     {"batches"},
-    {"tokens"},
+    {"tokens", "loop"},
     {"train", "sample", "eval_fid", "explain", "bench"},
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
