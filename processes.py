@@ -6,6 +6,7 @@ How      nccl between GPUs, gloo between CPUs; gradients by DistributedDataParal
 """
 import os
 import signal
+import warnings
 from datetime import timedelta
 
 import torch
@@ -63,11 +64,19 @@ class Processes:
         if dist.is_initialized():
             dist.barrier()
 
+    def end(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def wrap(self, model: nn.Module, compile: bool) -> nn.Module:
         """The model as the training loop calls it: compiled if asked, gradients averaged over processes."""
         model = torch.compile(model) if compile else model
-        # Buffers are not broadcast: the only one that matters, the quantizer's count, is summed where it is used.
-        return DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
+        if not dist.is_initialized():
+            return model
+        # The one buffer that changes, the quantizer's count, is each process's own and summed where it is used.
+        # Newer versions of torch warn of another name for this argument, which older ones do not know.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
     def autocast(self, precision: str):
         """bf16 matrix products where the GPU has them (auto) or where asked for; weights stay float32."""

@@ -6,7 +6,8 @@ stage 2   grow          per length: new experts learn, all that is older is froz
 stage 3   ar, maskgit   the tokenizer is frozen, its ids are cached once, the generators learn from the cache
 
 Run       python train.py --preset tiny        all stages that are not finished yet
-          torchrun --nproc_per_node=8 train.py --preset imagenet-128 --data DIR --stage 2
+          torchrun --nproc_per_node=8 -- train.py --preset imagenet-128 --data DIR --stage 2
+          (the -- keeps torchrun from taking --run for one of its own flags)
 Makes     runs/NAME/ with config.json tokenizer.pt generator-ar.pt generator-maskgit.pt log.jsonl samples/ tokens/
 Resume    repeat the command. SIGTERM and Ctrl-C save first, then exit with 3; a second one quits at once.
 Exit      0 finished, 1 failure, 2 something to mend in the command or the data, 3 interrupted and saved
@@ -268,17 +269,18 @@ def train_generator(run: Run, kind: str) -> None:
             seconds=round(time.time() - began, 1))
 
 
-def main() -> None:
-    run = Run(ARGS)
+def main(args) -> None:
+    run = Run(args)
     run.say(f"{run.folder}: {run.procs.world} x {run.procs.device.type}, images {run.data.name}: {len(run.data):,} to learn from, "
             f"{len(run.val):,} held out, {len(run.data.classes)} classes")
-    if ARGS.stage in (None, 1, 2):
-        train_tokenizer(run, ARGS.stage)
-    if ARGS.stage in (None, 3):
+    if args.stage in (None, 1, 2):
+        train_tokenizer(run, args.stage)
+    if args.stage in (None, 3):
         for kind in run.train.generator_kinds:
             train_generator(run, kind)
     run.say(f"finished; everything is in {run.folder}")
+    run.procs.end()
 
 
 if __name__ == "__main__":
-    config.run(main)
+    config.run(lambda: main(ARGS))

@@ -1,0 +1,241 @@
+"""train.py and loop.py: phases, exact resume, several processes, and one line for each wrong command."""
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import config
+import loop
+import train
+from config import UserError
+from nativetok import NativeTok, from_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("--preset tiny --encoder_width 32 --encoder_heads 2 --expert_width 32 --expert_heads 2 --decoder_width 32 --decoder_heads 2 "
+         "--token_schedule 2 4 6 --codebook_size 16 --batch_size 8 --base_steps 6 --continuous_steps 3 --grow_steps 4 --finetune_steps 4 "
+         "--generator_width 32 --generator_depth 1 --generator_heads 2 --generator_batch_size 8 --generator_steps 5 --tail_drop 0.5 "
+         "--reseed_every 2 --log_every 1 --save_every 2 --sample_every 3 --device cpu").split()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Few held-out images, one thread, and the signal handlers as they were."""
+    monkeypatch.setattr(loop, "EVAL_IMAGES", 20)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """60 shapes as .npz: encoding all of the built-in ones would take longer than the training."""
+    import numpy as np
+
+    import data as project_data
+    path = tmp_path_factory.mktemp("data") / "shapes.npz"
+    shapes = project_data.open_images("shapes")
+    np.savez(path, x=np.stack([shapes.load(i) for i in range(60)]), y=shapes.labels[:60])
+    return str(path)
+
+
+def run(folder, data, *flags):
+    train.main(config.parse_run("", [*SMALL, "--run", str(folder), "--data", data, *flags]))
+
+
+def interrupt_at(monkeypatch, phase: str, step: int) -> None:
+    """SIGTERM as soon as that line of the log is written."""
+    write = checkpoint.append_jsonl
+
+    def write_and_interrupt(path, row):
+        write(path, row)
+        if (row["phase"], row["step"]) == (phase, step):
+            signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(checkpoint, "append_jsonl", write_and_interrupt)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b) -> bool:
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def without_times(saved: dict) -> dict:
+    results = {name: {k: v for k, v in result.items() if k != "seconds"} for name, result in saved.get("results", {}).items()}
+    return {**saved, "results": results}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("finished")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(loop, "EVAL_IMAGES", 20)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(folder, data)
+    torch.set_num_threads(threads)
+    patch.undo()
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------
+# phases
+
+def test_the_phases_are_those_of_the_table():
+    tok, _, cfg = config.load_preset("imagenet-128")
+    plan = train.phases(tok, cfg)
+    assert [(p.name, p.stage, p.num_tokens) for p in plan] == [("base", 1, 32), ("grow-64", 2, 64), ("grow-128", 2, 128), ("finetune", 2, 128)]
+    assert [p.learns for p in plan] == [train.PARTS, ("new experts", "decoder"), ("new experts", "decoder"), train.PARTS]
+
+
+def test_no_grow_decoder_freezes_the_decoder_while_growing():
+    tok, _, cfg = config.build({"grow_decoder": False})
+    assert train.phases(tok, cfg)[1].learns == ("new experts",)
+
+
+def test_one_length_has_nothing_to_grow_and_nothing_to_fine_tune():
+    tok, _, cfg = config.build({"token_schedule": [16]})
+    assert [p.name for p in train.phases(tok, cfg)] == ["base"]
+
+
+def test_a_grow_phase_trains_the_newest_experts_and_the_decoder_only():
+    model = NativeTok(config.parse_run("", SMALL).tok)
+    model.grow(4)
+    train.freeze(model, ("new experts", "decoder"))
+    learning = {name.split(".")[0] + "." + name.split(".")[1] + "." + name.split(".")[2] if name.startswith("mocet.groups") else name.split(".")[0]
+                for name, p in model.named_parameters() if p.requires_grad}
+    assert learning == {"mocet.groups.1", "decoder"}
+
+
+def test_weight_decay_touches_matrices_only():
+    model = NativeTok(config.parse_run("", SMALL).tok)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in loop.new_optimizer(model, 0.1, 0.99).param_groups)
+    assert {"mit.embed.weight", "mocet.groups.0.layers.0.wq", "mocet.groups.0.head"} <= decayed
+    assert {"quantizer.codebook", "mit.pos", "mocet.groups.0.query", "mocet.groups.0.layers.0.b1", "mit.norm.weight"} <= kept
+
+
+def test_the_learning_rate_rises_falls_and_ends_where_it_should():
+    rates = [loop.learning_rate(step, 100, 1.0, 0.1, 10) for step in range(100)]
+    assert rates[9] == 1.0 and rates[0] == 0.1 and max(rates) == 1.0 and 0.1 <= rates[-1] < 0.101
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# a whole run
+
+def test_a_run_leaves_everything_behind(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.json", "tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt", "log.jsonl", "samples", "tokens"} <= names
+    assert {"base.png", "grow-4.png", "grow-6.png", "finetune.png", "ar.png", "maskgit.png"} <= {p.name for p in (finished / "samples").iterdir()}
+    results = [row for row in rows(finished) if "psnr" in row]
+    assert [(row["phase"], row["num_tokens"]) for row in results] == [("base", 2), ("grow-4", 4), ("grow-6", 6), ("finetune", 6)]
+    assert all(row["images"] == 6 for row in results)         # a tenth of 60 is held out
+
+
+def test_a_finished_run_is_left_as_it_is(finished, data):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    run(finished, data)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("phase, step", [("base", 2), ("base", 5), ("grow-4", 3), ("finetune", 1), ("ar", 3), ("maskgit", 2)])
+def test_interrupted_and_resumed_equals_uninterrupted(finished, data, tmp_path, monkeypatch, phase, step):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, phase, step)
+        with pytest.raises(SystemExit) as stopped:
+            run(tmp_path, data)
+    assert stopped.value.code == loop.INTERRUPTED
+    run(tmp_path, data)
+    for name in ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt"):
+        assert same(without_times(checkpoint.load(tmp_path / name)), without_times(checkpoint.load(finished / name))), name
+    steps = [(row["phase"], row["step"]) for row in rows(tmp_path) if "loss" in row]
+    assert steps == [(row["phase"], row["step"]) for row in rows(finished) if "loss" in row]     # each step is logged once
+
+
+def test_growing_left_the_old_ids_as_they_were(data, tmp_path, monkeypatch):
+    run(tmp_path, data, "--stage", "1")
+    base = NativeTok.load(tmp_path / "tokenizer.pt")
+    interrupt_at(monkeypatch, "finetune", 1)
+    with pytest.raises(SystemExit):
+        run(tmp_path, data, "--stage", "2", "--save_every", "100")
+    saved = checkpoint.load(checkpoint.previous(tmp_path / "tokenizer.pt"))   # the end of the last growth step
+    assert saved["phase"] == "grow-6"
+    grown = from_checkpoint(saved, "previous")
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(grown.encode(images)[:, :2], base.encode(images))
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "reconstruction", lambda recon, images: recon.mean() * float("nan"))
+    with pytest.raises(UserError, match="not finite in 10 steps"):
+        run(tmp_path, data, "--base_steps", "30")
+    assert all(torch.isfinite(t).all() for t in checkpoint.load(tmp_path / "tokenizer.pt")["model"].values())
+
+
+def test_two_processes_go_on_where_one_stopped(data, tmp_path):
+    run(tmp_path, data, "--stage", "1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", "--", "train.py", *SMALL,
+               "--run", str(tmp_path), "--data", data, "--stage", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(checkpoint.load(tmp_path / "tokenizer.pt")["results"]) == ["base", "grow-4", "grow-6", "finetune"]
+
+
+# ------------------------------------------------------------------------------------------------
+# wrong use
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "no/such/folder"], "no such file or folder"),
+    (["--stage", "3"], "stage 3 needs a tokenizer"),
+    (["--stage", "2"], "stage 2 needs stage 1"),
+    (["--image_size", "64", "--data", "shapes"], "32x32"),
+])
+def test_what_cannot_work_is_said_in_one_line(data, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        run(tmp_path / "run", data, *flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--token_schedule", "8", "4"], "must grow"),
+    (["--patch_size", "5"], "try 30 or 35"),
+    (["--epochs", "3"], "unrecognized"),
+    (["--batch", "3"], "unrecognized"),
+])
+def test_a_wrong_command_ends_with_code_2_and_one_line(tmp_path, flags, message):
+    done = subprocess.run([sys.executable, "train.py", "--preset", "tiny", "--run", str(tmp_path / "run"), *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_settings_and_changed_images_are_refused_with_the_difference(finished, data):
+    with pytest.raises(UserError, match="base_steps: 6 -> 7"):
+        run(finished, data, "--base_steps", "7")
+    with pytest.raises(UserError, match="data"):
+        run(finished, "shapes")
+    with pytest.raises(UserError, match="generator_steps: 5 -> 6"):
+        run(finished, data, "--generator_steps", "6", "--stage", "3")
+
+
+def test_a_run_folder_that_cannot_be_made_is_said_before_the_first_step(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another folder"):
+        run(tmp_path / "file" / "run", data)
