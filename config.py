@@ -181,11 +181,11 @@ SMALL = dict(  # 32x32 images; sizes and rates measured on 2 CPU cores [ours]: f
 PRESETS = {
     "tiny": dict(  # the built-in shapes, stages 1 to 3 in minutes on a CPU
         SMALL, token_schedule=(16, 20, 24), codebook_size=256, batch_size=32, tail_drop=0.1, flip=False,
-        learning_rate=1e-3, finetune_learning_rate=7e-4, continuous_steps=300, base_steps=900, grow_steps=150, finetune_steps=500,
-        generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=600,
+        learning_rate=1e-3, finetune_learning_rate=7e-4, continuous_steps=300, base_steps=800, grow_steps=150, finetune_steps=400,
+        generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=350,
         log_every=20, save_every=250, sample_every=250),
     "cifar": dict(  # real 32x32 images, --data needed; about an hour on 2 CPU cores
-        SMALL, codebook_size=512, continuous_steps=300, base_steps=2500, grow_steps=1000, finetune_steps=3500,
+        SMALL, codebook_size=512, continuous_steps=300, base_steps=2500, grow_steps=1000, finetune_steps=2000,
         generator_width=288, generator_depth=6, generator_batch_size=64, generator_steps=2500,
         save_every=500, sample_every=1000),
     "imagenet-32": dict(IMAGENET, token_schedule=(32,)),

@@ -22,7 +22,7 @@ from config import UserError, need
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # no others: Pillow would run Ghostscript for an EPS
-MEND_IMAGE = "replace or remove it, or train with --skip_bad"
+MEND_IMAGE = "replace or remove it (train.py --skip_bad passes over up to 1% of bad ones)"
 
 
 @contextlib.contextmanager

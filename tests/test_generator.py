@@ -38,15 +38,6 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slower with two threads than with one, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 LABELS = torch.tensor([0, 1, 2, 1])
 NO_CLASS = torch.full_like(LABELS, C)
 

@@ -29,15 +29,6 @@ def some_images(batch=8):
     return F.interpolate(coarse, size=16, mode="bicubic", align_corners=True).clamp(-1, 1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slower with two threads than with one, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ------------------------------------------------------------------------------------------------
 # the whole learns
 

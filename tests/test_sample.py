@@ -52,14 +52,6 @@ def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("runs") / "small")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def command(run, *flags) -> tuple[int, str, str]:
     """sample.py in this process, on the CPU -> exit code, stdout, stderr."""
     out, err, code = io.StringIO(), io.StringIO(), 0

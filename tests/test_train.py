@@ -24,13 +24,10 @@ SMALL = ("--preset tiny --encoder_width 32 --encoder_heads 2 --expert_width 32 -
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Few held-out images, one thread, and the signal handlers as they were."""
+    """Few held-out images, and the signal handlers as they were."""
     monkeypatch.setattr(loop, "EVAL_IMAGES", 20)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
     for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
         signal.signal(number, handler)
 
@@ -87,10 +84,7 @@ def finished(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("finished")
     patch = pytest.MonkeyPatch()
     patch.setattr(loop, "EVAL_IMAGES", 20)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     run(folder, data)
-    torch.set_num_threads(threads)
     patch.undo()
     return folder
 
