@@ -10,7 +10,7 @@ import pytest
 import data
 from config import TrainConfig
 from helpers import PNG, folder_of, noise, packed, put, refused
-from shapes import TOTAL
+from shapes import HELD_OUT, TOTAL
 
 # ------------------------------------------------------------------------------------------------
 # folders
@@ -266,7 +266,7 @@ def test_tiny_data_sets_still_have_a_held_out_image(tmp_path, capsys):
 
 
 def test_the_seed_that_sets_images_aside_is_never_negative():
-    refused(lambda: TrainConfig(seed=-1), names=["seed -1", "give 0 or more"])
+    refused(lambda: TrainConfig(seed=-1), names=["seed -1", "0 or above"])
 
 
 def test_given_held_out_images_must_have_the_same_classes_or_none(tmp_path):
@@ -276,4 +276,4 @@ def test_given_held_out_images_must_have_the_same_classes_or_none(tmp_path):
     assert data.train_and_val(root, os.path.dirname(flat), 0, 0)[1].classes == ["all"]
     other = str(folder_of(tmp_path / "other", 2, ("cat", "emu")))
     refused(data.train_and_val, root, other, 0, 0, names=["missing: dog", "extra: emu"])
-    assert [len(part) for part in data.train_and_val("shapes", "", 5, 0)] == [TOTAL - 2000, 2000]
+    assert [len(part) for part in data.train_and_val("shapes", "", 5, 0)] == [TOTAL - HELD_OUT, HELD_OUT]

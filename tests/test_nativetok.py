@@ -103,7 +103,7 @@ def test_an_error_while_encoding_leaves_the_mode_as_it_was():
     model = small().train()
     model.quantizer.continuous = True
     with pytest.raises(RuntimeError):
-        model.encode(torch.zeros(1, 3, 7, 7))
+        model.encode(torch.zeros(1, 3, 16, 16, dtype=torch.float64))
     assert model.training and model.quantizer.continuous
 
 
