@@ -155,30 +155,30 @@ def judge_generator(kind: str, path: str, tokenizer: NativeTok, judge: TinyCNN, 
     return torch.cat(hits).float().mean().item(), torch.cat(features).numpy()
 
 
-def main() -> None:
-    began, procs = time.time(), Processes(ARGS.device)
-    values = read_run(ARGS.run)
+def main(args) -> None:
+    began, procs = time.time(), Processes(args.device)
+    values = read_run(args.run)
     values.pop("preset")
     tok, _, train = build(values)
-    path = {name: os.path.join(ARGS.run, name) for name in ("tokenizer.pt", "tinycnn.pt", "log.jsonl", "summary.json")}
+    path = {name: os.path.join(args.run, name) for name in ("tokenizer.pt", "tinycnn.pt", "log.jsonl", "summary.json")}
     tokenizer = NativeTok.load(path["tokenizer.pt"]).to(procs.device)
     results = checkpoint.load(path["tokenizer.pt"], needs=("results",))["results"]
-    need("base" in results, f"{ARGS.run} has no finished phase yet; let train.py go on")
-    data, val = train_and_val(train.data, train.val_data, train.holdout, train.seed, ARGS.run)
+    need("base" in results, f"{args.run} has no finished phase yet; let train.py go on")
+    data, val = train_and_val(train.data, train.val_data, train.holdout, train.seed, args.run)
     judge, on_real = trained_judge(path["tinycnn.pt"], data, val, tok.image_size, train.flip, procs)
     name = f"fd_tinycnn_{checkpoint.fingerprint(judge.state_dict())[:8]}"
 
-    batches = eval_batches(val, tok.image_size, ARGS.batch_size, np.random.default_rng(0).permutation(len(val))[:2000])
+    batches = eval_batches(val, tok.image_size, args.batch_size, np.random.default_rng(0).permutation(len(val))[:2000])
     real = np.concatenate([judge_images(judge, to_float(images.to(procs.device)))[1].numpy() for images, _ in batches])
     summary = {"psnr_by_tokens": {}, "codebook_used": {}, "class_accuracy": {}, "seconds": {},
-               name: {}, "settings": {"num_samples": ARGS.num_samples, "cfg_scale": ARGS.cfg_scale, "steps": ARGS.steps, "seed": ARGS.seed}}
+               name: {}, "settings": {"num_samples": args.num_samples, "cfg_scale": args.cfg_scale, "steps": args.steps, "seed": args.seed}}
     for phase, result in results.items():                                     # in order: the fine-tune overwrites its length's growth step
         summary["psnr_by_tokens"][str(result["num_tokens"])] = result["psnr"]
         summary["codebook_used"][str(result["num_tokens"])] = result["codebook_used"]
     for kind in GENERATORS:
-        checkpoint_path = os.path.join(ARGS.run, f"generator-{kind}.pt")
+        checkpoint_path = os.path.join(args.run, f"generator-{kind}.pt")
         if checkpoint.exists(checkpoint_path):
-            accuracy, features = judge_generator(kind, checkpoint_path, tokenizer, judge, ARGS, procs)
+            accuracy, features = judge_generator(kind, checkpoint_path, tokenizer, judge, args, procs)
             summary["class_accuracy"][kind] = round(accuracy, 4)
             summary[name][kind] = round(frechet_distance(*statistics(features), *statistics(real)), 3)
     summary["class_accuracy"]["classifier_on_real"] = round(on_real, 4)
@@ -190,13 +190,13 @@ def main() -> None:
     print(f"\n{'phase':12}{'tokens':>8}{'PSNR, held out':>16}{'codebook used':>15}")
     for phase, result in results.items():
         print(f"{phase:12}{result['num_tokens']:>8}{result['psnr']:>13.2f} dB{result['codebook_used']:>15.0%}")
-    print(f"\n{ARGS.num_samples} samples each, guidance {ARGS.cfg_scale:g}; the classifier is right on {on_real:.1%} of held-out real images")
+    print(f"\n{args.num_samples} samples each, guidance {args.cfg_scale:g}; the classifier is right on {on_real:.1%} of held-out real images")
     for kind in summary[name]:
         print(f"{kind:12}{summary['class_accuracy'][kind]:>8.1%} show the class asked for; Fréchet distance in TinyCNN features "
-              f"(not FID) {summary[name][kind]:.2f}, n {ARGS.num_samples} against {len(real)} of {val.name}")
-    print(f"\nseconds: " + ", ".join(f"{phase} {s:.0f}" for phase, s in summary["seconds"].items()))
+              f"(not FID) {summary[name][kind]:.2f}, n {args.num_samples} against {len(real)} of {val.name}")
+    print("\nseconds: " + ", ".join(f"{phase} {s:.0f}" for phase, s in summary["seconds"].items()))
     print(f"written: {path['summary.json']}")
 
 
 if __name__ == "__main__":
-    config.run(main)
+    config.run(lambda: main(ARGS))

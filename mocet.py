@@ -56,8 +56,7 @@ class ExpertGroup(nn.Module):
             bound = gain * (6 / (out + into)) ** 0.5                          # Xavier-uniform, like every ViT here
             return nn.Parameter(torch.empty(n, out, into).uniform_(-bound, bound))
 
-        # Unit-scale queries and QUERY_GAIN make attention pick some patches from the first step on, different
-        # ones for each expert. Where it starts uniform, all tokens say the same for hundreds of steps.
+        # Unit-scale queries make attention pick some patches from the first step on, others for each expert.
         self.query = nn.Parameter(torch.randn(n, E))
         self.pos = nn.Parameter(torch.randn(n, E))                            # the place of token i, for those who read it
         self.layers = nn.ModuleList(nn.ParameterDict(dict(
@@ -155,7 +154,7 @@ class MoCET(nn.Module):
 
         A new expert starts as a copy of an old one, with a query and a place of its own [ours]. Experts that start
         from random weights talk past the frozen codebook: in a trial each of them soon said one code for all
-        images, while copies used 25 to 40 of 256 codes. README, "Growth".
+        images, while copies used 25 to 40 of 256 codes. It does not always help: README, "Growth".
         """
         new = ExpertGroup(num_tokens - self.num_tokens, self.cfg).to(self.embed_code.weight.device)
         if self.groups:
