@@ -3,7 +3,7 @@
 Paper    z_i = T_i(X_latent, z_<i),   i = 1 .. L: expert i emits token i from the image's features and
          the tokens before it. No gate is learned: the position is the routing.
 In       x_latent (B, N, E)   from mit.py, read-only here
-Out      z_q (B, L, d), ids (B, L), losses {"codebook", "commitment"}
+Out      z_q (B, L, d), ids (B, L), losses {"codebook", "commitment", "entropy"}
 Differs  Experts read the prior tokens quantized, as the generator will see them [ours]. Norms inside an
          expert have no scale and shift of their own: the matrices behind them can hold both [ours].
 

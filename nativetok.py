@@ -4,7 +4,7 @@
               (B, N, E)          (B, L) (B, L, d)
 
 In       images (B, 3, H, W) float32 in [-1, 1]
-Out      recon (B, 3, H, W), ids (B, L), losses {"codebook", "commitment"}
+Out      recon (B, 3, H, W), ids (B, L), losses {"codebook", "commitment", "entropy"}
 Source   NativeTok, arXiv 2601.22837; cfg.tokenizer "titok" or "titok-causal" puts a baseline in the
          place of MIT and MoCET, with the same quantizer and decoder
 Try      python nativetok.py

@@ -1,20 +1,25 @@
 """VectorQuantizer: each vector becomes the nearest entry of a codebook, on the unit sphere.
 
-In       z (..., d)                    what an expert wants to say, any length
-Out      z_q (..., d), ids (...), losses {"codebook", "commitment"}
+In       z (B, L, d)                    what the experts want to say, any length
+Out      z_q (B, L, d), ids (B, L), losses {"codebook", "commitment", "entropy"}
 Source   VQ-VAE (arXiv 1711.00937) for the losses and the straight-through estimator; ViT-VQGAN
          (2110.04627) for l2-normalised codes of few channels; TiTok for 4096 x 12 and weight 0.25
 Differs  The first steps of training run without quantization and the codebook is then drawn from
          what the encoder says [ours]; codes that nothing chooses move to where vectors are [ours,
-         as in Jukebox, 2005.00341].
+         as in Jukebox, 2005.00341]; each position is urged to use many codes, as lookup-free
+         quantizers are (MAGVIT-v2, 2310.05737), or new experts fall silent: README, "Growth" [ours].
 Try      python quantizer.py
 """
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import TokenizerConfig
+
+TEMPERATURE = 0.1  # [ours] of the soft choice: a code 0.1 nearer in cosine counts e times as much
 
 
 class VectorQuantizer(nn.Module):
@@ -28,6 +33,7 @@ class VectorQuantizer(nn.Module):
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
         self.codebook = nn.Parameter(F.normalize(torch.randn(cfg.codebook_size, cfg.code_dim), dim=-1))   # (K, d)
+        self.entropy_weight = cfg.entropy_weight                              # only to know whether the term is wanted
         self.continuous = False
         self.register_buffer("count", torch.zeros(cfg.codebook_size, dtype=torch.int64))
         self.recent = None
@@ -61,8 +67,20 @@ class VectorQuantizer(nn.Module):
             if self.training:
                 self.count += torch.bincount(ids.flatten(), minlength=len(self.count))
                 self.recent = z.detach().flatten(0, -2)
-            return {"codebook": F.mse_loss(e, z.detach()),                                # codes move to the vectors
-                    "commitment": F.mse_loss(z, e.detach()) * (not self.continuous)}      # vectors stay near their codes
+            losses = {"codebook": F.mse_loss(e, z.detach()),                              # codes move to the vectors
+                      "commitment": F.mse_loss(z, e.detach()) * (not self.continuous)}    # vectors stay near their codes
+            if self.entropy_weight:
+                losses["entropy"] = self.unevenness(z)
+            return losses
+
+    def unevenness(self, z: Tensor) -> Tensor:
+        """Normalised z (B, L, d) -> scalar: 0 if over the batch each position uses all codes alike, 1 if always the same one.
+
+        1 - entropy / log K of the mean over the batch of softmax(z . e / temperature), a soft choice that has a
+        gradient where the hard one has none. It moves the vectors, not the codes.
+        """
+        share = (z @ self.codes().detach().T / TEMPERATURE).softmax(dim=-1).mean(dim=0)   # (L, K)
+        return 1 - torch.special.entr(share).sum(dim=-1).mean() / math.log(len(self.codebook))
 
     def lookup(self, ids: Tensor) -> Tensor:
         """ids (...) int64 in 0..K-1 -> z_q (..., d)."""

@@ -1,7 +1,7 @@
 """The baselines: latent tokens inside one ViT, unordered (TiTok) or causal among themselves.
 
 In       images (B, 3, H, W) in [-1, 1]
-Out      z_q (B, L, d), ids (B, L), losses {"codebook", "commitment"}, as MIT and MoCET together
+Out      z_q (B, L, d), ids (B, L), losses {"codebook", "commitment", "entropy"}, as MIT and MoCET together
 Source   TiTok (arXiv 2406.07550): L learned latents join the N patches, all attend to all, and the
          latents' outputs are quantized. All tokens appear at once, so none is produced from another.
 Differs  "titok-causal" [ours]: latent i sees the patches and latents 1..i; patches see patches only,

@@ -143,7 +143,7 @@ def train_tokenizer(run: Run, stage: int | None) -> None:
             images = to_float(batch[0])
             recon, _, terms = wrapped(images)
             terms["pixels"] = reconstruction(recon, images)
-            weights = {"pixels": 1.0, "codebook": 1.0, "commitment": tok.commitment_weight}
+            weights = {"pixels": 1.0, "codebook": 1.0, "commitment": tok.commitment_weight, "entropy": tok.entropy_weight}
             if perceptual:
                 terms["perceptual"], weights["perceptual"] = perceptual(recon, images), train.perceptual_weight
             if adversary and steps_before + job.step >= train.adversarial_start:

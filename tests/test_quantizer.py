@@ -110,9 +110,9 @@ def test_both_losses_are_the_mean_squared_distance_to_the_code():
     quantizer, z = small(), some_z(6, 5, d)
     _, ids, losses = quantizer(z)
     expected = (F.normalize(z, dim=-1) - F.normalize(quantizer.codebook[ids], dim=-1)).square().mean()
-    assert set(losses) == {"codebook", "commitment"}
-    for loss in losses.values():
-        torch.testing.assert_close(loss, expected)
+    assert set(losses) == {"codebook", "commitment", "entropy"}
+    for name in ("codebook", "commitment"):
+        torch.testing.assert_close(losses[name], expected)
 
 
 def test_continuous_codes_pass_z_through_while_the_codebook_runs_after_it():
@@ -127,6 +127,37 @@ def test_continuous_codes_pass_z_through_while_the_codebook_runs_after_it():
     codebook, vectors = gradients(quantizer, losses["codebook"], z)
     assert codebook.any() and is_zero(vectors)
     assert losses["commitment"] == 0, "nothing holds z near codes that are not used yet"
+
+
+def test_entropy_loss_anchors_one_code_is_1_and_all_codes_alike_is_0():
+    quantizer = VectorQuantizer(TokenizerConfig(codebook_size=4, code_dim=4))
+    quantizer.codebook.data = torch.eye(4)
+    codes = torch.eye(4)[:, None]                                             # (B=4, L=1, d): the batch says each code once
+    assert quantizer(codes)[2]["entropy"] < 1e-3
+    assert quantizer(codes[:1].expand(4, 1, 4))[2]["entropy"] > 0.99
+    half = quantizer(codes[[0, 0, 1, 1]])[2]["entropy"]
+    torch.testing.assert_close(half, torch.tensor(0.5), atol=2e-3, rtol=0)    # log 2 of log 4
+
+
+def test_entropy_is_asked_of_each_position_not_of_all_together():
+    quantizer = VectorQuantizer(TokenizerConfig(codebook_size=4, code_dim=4))
+    quantizer.codebook.data = torch.eye(4)
+    silent = torch.eye(4).expand(8, 4, 4)                                     # position i says code i, whatever the image
+    assert quantizer(silent)[2]["entropy"] > 0.99
+
+
+def test_the_entropy_loss_moves_vectors_alone_and_apart():
+    quantizer, z = small(), (torch.ones(8, 1, d) + 0.1 * some_z(8, 1, d)).requires_grad_()
+    loss = quantizer(z)[2]["entropy"]
+    codebook, vectors = gradients(quantizer, loss, z)
+    assert is_zero(codebook) and vectors.any()
+    moved = quantizer((z - 10 * vectors).detach())
+    assert moved[2]["entropy"] < loss - 0.01
+
+
+def test_without_a_weight_the_entropy_loss_is_not_computed():
+    quantizer = VectorQuantizer(TokenizerConfig(codebook_size=4, code_dim=4, entropy_weight=0.0))
+    assert set(quantizer(some_z(3, 2, 4))[2]) == {"codebook", "commitment"}
 
 
 # ------------------------------------------------------------------------------------------------

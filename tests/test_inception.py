@@ -1,0 +1,147 @@
+"""inception.py is the network that FID is defined by: compared with the two that everybody uses, without needing them.
+
+tests/golden/inception.npz holds what torch-fidelity 0.4.0 said for the weights and images made below. Recipe, in an
+environment that is thrown away afterwards:
+
+    pip install --no-deps --target site torch-fidelity==0.4.0 pytorch-fid==0.3.0 torchvision
+    (torchvision without its compiled operators: put empty modules named torchvision, torchvision.models,
+     torchvision.transforms with the right __path__ into sys.modules before anything imports them)
+    torch.save(random_state(...), "state.pth")
+    net = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], feature_extractor_weights_path="state.pth")
+    features, logits = net(image);    stored: features[0, ::16], logits[0, ::8] of every image
+
+pytorch-fid's network (its downloader replaced by one that returns the same state) gave the same features to 3e-7 for
+images resized and scaled by torch-fidelity; by itself it resizes in another way and has no logits.
+"""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import inception
+from helpers import refused
+from inception import FIDInceptionV3, resize
+
+GOLDEN = Path(__file__).parent / "golden" / "inception.npz"
+SIZES = ((32, 32), (48, 64), (256, 256), (299, 299))
+
+
+def random_state(keys_and_shapes: dict) -> dict:
+    """{key: shape} -> {key: tensor}: one stream of NumPy random numbers over the sorted keys."""
+    rng, state = np.random.default_rng(20150512), {}
+    for key, shape in sorted(keys_and_shapes.items()):
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.tensor(0)
+            continue
+        if key.endswith(("bn.weight", "running_var")):
+            value = rng.uniform(0.5, 1.5, shape)
+        elif key.endswith("conv.weight"):
+            value = rng.standard_normal(shape) * (2 / np.prod(shape[1:])) ** 0.5
+        else:
+            value = rng.standard_normal(shape) * 0.1
+        state[key] = torch.from_numpy(value.astype(np.float32))
+    return state
+
+
+def image(height: int, width: int) -> torch.Tensor:
+    """Noise over a slope that differs between rows, columns and channels: (1, 3, H, W) uint8."""
+    noise = np.random.default_rng(height * 1000 + width).integers(0, 96, (height, width, 3))
+    slope = np.linspace(0, 80, height)[:, None, None] + np.linspace(0, 40, width)[:, None] + np.array([0, 20, 39])
+    return torch.from_numpy((noise + slope).astype(np.uint8)).permute(2, 0, 1)[None]
+
+
+@pytest.fixture(scope="module")
+def net() -> FIDInceptionV3:
+    return FIDInceptionV3.from_state(random_state({k: tuple(v.shape) for k, v in FIDInceptionV3().state_dict().items()}))
+
+
+def difference(net, size) -> tuple[float, float]:
+    """Largest difference to the golden features and logits, in units of their largest value."""
+    golden = np.load(GOLDEN)
+    features, logits = net(image(*size))
+    return tuple(float(np.abs(mine[0, ::step].numpy() - golden[f"{name}-{size[0]}x{size[1]}"]).max() / np.abs(golden[f"{name}-{size[0]}x{size[1]}"]).max())
+                 for name, mine, step in (("features", features, 16), ("logits", logits, 8)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_features_and_logits_equal_those_of_torch_fidelity(net, size):
+    assert max(difference(net, size)) < 1e-5
+
+
+def test_an_image_of_48_by_64_is_not_mistaken_for_64_by_48(net):
+    features, _ = net(image(48, 64).transpose(2, 3))
+    golden = np.load(GOLDEN)["features-48x64"]
+    assert np.abs(features[0, ::16].numpy() - golden).max() > 1e-2 * np.abs(golden).max()
+
+
+def broken(monkeypatch, net, fault):
+    """Break one thing that implementations of FID have got wrong."""
+    if fault == "pooling counts padding":
+        monkeypatch.setattr(inception, "mean3", lambda x: F.avg_pool2d(x, 3, 1, 1))
+    elif fault == "maximum and average pooling swapped":
+        first, last = net.Mixed_7b.pool, net.Mixed_7c.pool
+        monkeypatch.setattr(net.Mixed_7b, "pool", last), monkeypatch.setattr(net.Mixed_7c, "pool", first)
+    elif fault == "average pooling in the last block":
+        monkeypatch.setattr(net.Mixed_7c, "pool", inception.mean3)
+    elif fault == "default epsilon":
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                monkeypatch.setattr(module, "eps", 1e-5)
+    elif fault == "half-pixel resize":
+        monkeypatch.setattr(inception, "resize", lambda x: F.interpolate(x, (299, 299), mode="bilinear"))
+    elif fault == "antialiased resize":
+        monkeypatch.setattr(inception, "resize", lambda x: F.interpolate(x, (299, 299), mode="bilinear", antialias=True))
+    elif fault == "BGR":
+        monkeypatch.setattr(inception, "resize", lambda x, same=inception.resize: same(x.flip(1)))
+    elif fault == "range 2x/255 - 1":
+        monkeypatch.setattr(inception, "resize", lambda x, same=inception.resize: same(x) / 255 * 256)
+
+
+@pytest.mark.parametrize("fault", ["pooling counts padding", "maximum and average pooling swapped", "average pooling in the last block",
+                                   "default epsilon", "half-pixel resize", "antialiased resize", "BGR", "range 2x/255 - 1"])
+def test_the_comparison_notices(monkeypatch, net, fault):
+    broken(monkeypatch, net, fault)
+    assert difference(net, (48, 64))[0] > 1e-4
+
+
+def test_logits_leave_the_bias_out(net):
+    features, logits = net(image(32, 32))
+    assert torch.equal(logits, features @ net.fc.weight.T)
+    assert not torch.allclose(logits, net.fc(features), atol=1e-3)
+
+
+def test_resize_reads_pixel_i_at_i_times_the_ratio():
+    row = torch.tensor([0.0, 10.0, 20.0, 30.0]).view(1, 1, 1, 4)
+    assert resize(row, 8)[0, 0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]        # the last pixel has no right neighbour
+    assert resize(row, 2)[0, 0, 0].tolist() == [0, 20]                               # and smaller is just skipping: no antialiasing
+    assert torch.equal(resize(image(299, 299).float()), image(299, 299).float())
+
+
+def test_an_image_alone_or_in_a_batch_gives_the_same_features(net):
+    one, two = image(32, 32), image(32, 32).flip(3)
+    alone, together = net(one)[0], net.train()(torch.cat([one, two]))[0]
+    assert torch.allclose(alone[0], together[0], rtol=1e-4, atol=1e-5)               # in train mode it would see its neighbour
+
+
+def test_only_bytes_are_taken(net):
+    refused(net, image(32, 32).float() / 255, names=("uint8",))
+
+
+def test_weights_with_another_hash_are_refused(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"something else")
+    refused(FIDInceptionV3.load, str(tmp_path / "weights.pth"), names=("SHA-256", "weights.pth"))
+    refused(FIDInceptionV3.load, str(tmp_path / "missing.pth"), names=("missing.pth", "--inception"))
+
+
+def test_without_a_network_one_line_says_what_to_put_where(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(inception, "URL", "http://127.0.0.1:9/nothing.pth")
+    refused(FIDInceptionV3.load, names=(str(tmp_path), "127.0.0.1", "--inception"))
+
+
+def test_a_state_with_a_missing_key_names_it():
+    state = FIDInceptionV3().state_dict()
+    state.pop("Mixed_7c.branch_pool.conv.weight")
+    refused(FIDInceptionV3.from_state, state, names=("Mixed_7c.branch_pool.conv.weight",))
