@@ -178,17 +178,17 @@ IMAGENET = dict(random_crop=True, workers=8)  # the defaults above are these pre
 SMALL = dict(  # 32x32 images; sizes and rates measured on 2 CPU cores [ours]: few wide patches learn most per second
     image_size=32, patch_size=8, encoder_width=192, encoder_depth=2, encoder_heads=6, expert_width=128, expert_depth=1, expert_heads=4,
     token_schedule=(8, 12, 16), decoder_width=192, decoder_depth=2, decoder_heads=6, tail_drop=0.1,
-    batch_size=64, learning_rate=2e-3, min_learning_rate=1e-4, finetune_learning_rate=1e-3, warmup_steps=50,
+    batch_size=32, learning_rate=1.5e-3, min_learning_rate=1e-4, finetune_learning_rate=1.5e-3, warmup_steps=50,
     beta2=0.99, ema_decay=0.99, reseed_every=50, generator_heads=6,
     generator_learning_rate=1e-3, generator_min_learning_rate=1e-4, generator_warmup_steps=50)
 PRESETS = {
     "tiny": dict(  # the built-in shapes, stages 1 to 3 in minutes on a CPU
-        SMALL, token_schedule=(16, 20, 24), codebook_size=256, batch_size=32, flip=False,
+        SMALL, token_schedule=(16, 20, 24), codebook_size=256, flip=False,
         learning_rate=1e-3, finetune_learning_rate=7e-4, continuous_steps=300, base_steps=800, grow_steps=150, finetune_steps=400,
         generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=350,
         log_every=20, save_every=250, sample_every=250),
     "cifar": dict(  # real 32x32 images, --data needed; about an hour on 2 CPU cores
-        SMALL, codebook_size=512, finetune_learning_rate=1.5e-3, continuous_steps=200, base_steps=2000, grow_steps=600, finetune_steps=4000,
+        SMALL, codebook_size=512, continuous_steps=200, base_steps=4000, grow_steps=1000, finetune_steps=8000,
         generator_width=288, generator_depth=4, generator_batch_size=64, generator_steps=2500,
         save_every=500, sample_every=1000),
     "imagenet-32": dict(IMAGENET, token_schedule=(32,)),
