@@ -12,7 +12,7 @@ demo: .venv/ready
 	$(BIN)/python train.py --preset tiny --run $(RUN)
 	$(BIN)/python sample.py --run $(RUN) --generator ar
 	$(BIN)/python sample.py --run $(RUN) --generator maskgit
-	$(BIN)/python eval_fid.py --run $(RUN)
+	$(BIN)/python eval_fid.py --run $(RUN) --train_features --num_samples 500
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q

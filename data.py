@@ -1,7 +1,8 @@
 """Many images: a folder, an archive, arrays or the built-in shapes behind one interface.
 
 In       a path: a folder with one folder per class, or with images alone; the same as .tar, .zip, .tar.gz, .tgz
-         or .tar.xz; an .npz with x uint8 (n, H, W, 3) and perhaps y int (n,) and classes; or "shapes"
+         or .tar.xz; an .npz with x uint8 (n, H, W, 3) and perhaps y int (n,) and classes, or with ADM's names
+         for samples, arr_0 and arr_1; or "shapes"
 Out      ImageSet: .load(i) uint8 (H, W, 3), .labels int64 (n,), .classes, .fingerprint
 
     open_images ─► ImageSet ─► train_and_val ─► batches.py
@@ -249,9 +250,10 @@ def decompressed(path: str, cache: str | None) -> str:
 def from_npz(path: str) -> ImageSet:
     with explained(path, "write it with np.savez(path, x=images, y=labels), and copy it completely"):
         with np.load(path, allow_pickle=False) as arrays:
-            need("x" in arrays, f"{path}: has no array x, only {' '.join(arrays)}; name the images x and the labels y")
+            need("x" in arrays or "arr_0" in arrays, f"{path}: has no array x, only {' '.join(arrays)}; name the images x and the labels y")
             # Reading an array to its end compares its check sum, so every flipped bit is found.
-            x, y, names = (np.asarray(arrays[k]) if k in arrays else None for k in ("x", "y", "classes"))
+            wanted = ("x", "y", "classes") if "x" in arrays else ("arr_0", "arr_1", "classes")    # the names that ADM gives to samples
+            x, y, names = (np.asarray(arrays[k]) if k in arrays else None for k in wanted)
     need(x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] == 3 and x.size > 0,
          f"{path}: x is {x.dtype} {x.shape}; images must be uint8 (n, H, W, 3)")
     y = np.zeros(len(x), np.int64) if y is None else y

@@ -1,201 +1,232 @@
-"""How good is a run? Reconstructions and samples, judged by a small classifier trained on the run's own images.
+"""How good are the reconstructions and the samples of a run, or any two sets of images?
 
-Run      python eval_fid.py --run runs/NAME
-Prints   held-out PSNR and codebook use after each phase; for each generator the share of samples in which the
-         classifier sees the class that was asked for, and the Fréchet distance in its features
-Makes    RUN/summary.json, RUN/tinycnn.pt (the classifier, trained once)
-Differs  A distance in TinyCNN features is NOT FID and cannot be compared with anybody's FID: another feature
-         network, other images, another resolution. FID proper, in Inception features, is not implemented yet.
-Try      python eval_fid.py --help
+Run      python eval_fid.py --run runs/NAME --train_features                     in features of a small classifier (not FID)
+         python eval_fid.py --run runs/NAME --features inception --data imagenet/val --num_samples 50000   rFID, gFID, IS
+         python eval_fid.py --run runs/NAME --generator maskgit --sweep cfg_scale=1,1.5,2,3 temperature=0.8,1.0
+         python eval_fid.py --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz --features inception
+         torchrun --nproc_per_node=8 -- eval_fid.py --run runs/NAME ...          the same numbers, sooner
+Judged   real             as many training images: the floor, what nothing can be expected to beat
+         reconstruction   the reference images, encoded and decoded                                   (rFID)
+         ar, maskgit      samples, every class equally often                                          (gFID)
+         --images         a folder, an archive or an .npz in their place
+         --controls       real images made worse on purpose: does the measure notice?
+Against  the run's held-out images, --data, or --reference: an .npz with mu and sigma (ADM's files: what they say of the whole
+         data set is used, never their arr_0, which is a part of it)
+Prints   what was compared with what: weights, reference, n. Small n makes every distance too large.
+Makes    RUN/summary.json, or --json FILE; RUN/tinycnn.pt with --train_features; --save_stats FILE
+Exit     0 done, 1 failure, 2 something to mend
 """
+import argparse
+import os
+
 import config
+from config import need
+
+GRID = {"cfg_scale": float, "temperature": float, "top_k": int, "top_p": float, "steps": int, "randomize_temperature": float}   # what --sweep takes
+
+
+def parse(argv=None) -> argparse.Namespace:
+    """The command line -> namespace. Raises UserError for combinations that would be ignored."""
+    parser = config.Parser(prog="eval_fid.py", usage="%(prog)s --run RUN [flags]", description=__doc__)
+    to = parser.add_argument_group("what is judged")
+    to.add_argument("--run", help="folder of a run of train.py: its reconstructions and its generators")
+    to.add_argument("--images", metavar="PATH", help="judge these images instead: a folder, an archive, or an .npz as sample.py writes it")
+    to.add_argument("--generator", choices=("ar", "maskgit", "both"), default="both", help="which generators of the run (default: both)")
+    to.add_argument("--num_samples", type=int, default=2000, metavar="N", help="images of each kind (default: 2000; papers use 50000)")
+    to.add_argument("--controls", action="store_true", help="also judge real images made worse: blurred, with noise, classes missing")
+    to = parser.add_argument_group("by what and against what")
+    to.add_argument("--features", choices=("tinycnn", "inception"), default="tinycnn", help="whose features (default: tinycnn; inception is FID)")
+    to.add_argument("--train_features", type=int, nargs="?", const=500, default=0, metavar="STEPS", help="train the run's TinyCNN first (500 steps if not given)")
+    to.add_argument("--inception", default="", metavar="FILE", help="Inception's weights (default: torch's cache, downloaded once)")
+    to.add_argument("--data", metavar="PATH", help="reference images, also what is reconstructed (default: the run's held-out images)")
+    to.add_argument("--reference", metavar="FILE", help=".npz with mu and sigma, in place of reference images")
+    to.add_argument("--num_reference", type=int, default=50000, metavar="N", help="reference images at most (default: 50000)")
+    to.add_argument("--save_stats", metavar="FILE", help="write mu and sigma of the reference images, for --reference")
+    to.add_argument("--image_size", type=int, metavar="N", help="crop and resize to this (default: the run's size, else that of the first image)")
+    to = parser.add_argument_group("how samples are drawn")
+    to.add_argument("--cfg_scale", type=float, default=2.0, help="guidance: 0 unconditional, 1 plain, above 1 guided (default: 2)")
+    to.add_argument("--temperature", type=float, default=1.0, help="of the tokens' distribution (default: 1)")
+    to.add_argument("--top_k", type=int, default=0, help="ar: draw from the k likeliest tokens (default: 0, off)")
+    to.add_argument("--top_p", type=float, default=1.0, help="ar: draw from the likeliest tokens that reach this probability (default: 1, off)")
+    to.add_argument("--steps", type=int, help="maskgit: passes (default: 8, at most one per token)")
+    to.add_argument("--randomize_temperature", type=float, default=4.5, help="maskgit: noise on the confidences (default: 4.5)")
+    to.add_argument("--sweep", nargs="+", default=[], metavar="NAME=A,B,C", help=f"every combination of these, of {' '.join(GRID)}")
+    to.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
+    to = parser.add_argument_group("how to run")
+    to.add_argument("--batch_size", type=int, default=250, help="images at a time; another one gives other samples (default: 250)")
+    to.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    to.add_argument("--json", metavar="FILE", help="write all numbers there (default: RUN/summary.json)")
+    args = parser.parse_args(argv)
+    need(args.run or args.images or (args.data and args.save_stats), "give --run, or --images with --reference or --data, or --data with --save_stats")
+    need(args.run or args.features == "inception", "TinyCNN features need --run, whose images it learned from; or use --features inception")
+    need(args.run or args.data or args.reference, "--images need something to be compared with: --reference or --data")
+    need(not (args.data and args.reference), "--data and --reference are two references; give one of them")
+    need(not (args.save_stats and args.reference), "--save_stats writes the statistics of images; leave --reference out")
+    need(not (args.train_features and args.features == "inception"), "--train_features trains the TinyCNN, which --features inception does not use")
+    need(not args.images or not (args.sweep or args.controls), "--sweep and --controls belong to a run's samples; leave --images out")
+    for name, least in (("num_samples", 2), ("num_reference", 2), ("batch_size", 1), ("train_features", 0), ("seed", 0)):
+        need(getattr(args, name) >= least, f"{name} {getattr(args, name)} must be at least {least}")
+    sweep = {}
+    for part in args.sweep:
+        name, _, values = part.partition("=")
+        need(name in GRID, f"--sweep {part}: cannot sweep {name!r}; choose from {', '.join(GRID)}, as in cfg_scale=1,1.5,2")
+        try:
+            sweep[name] = [GRID[name](value) for value in values.split(",")]
+        except ValueError:
+            raise config.UserError(f"--sweep {part}: {values!r} are not numbers with commas between them") from None
+    args.sweep = sweep
+    return args
+
 
 if __name__ == "__main__":                                                    # before torch, so that --help answers at once
-    def parse():
-        parser = config.Parser(prog="eval_fid.py", description=__doc__)
-        parser.add_argument("--run", required=True, help="folder of a run that train.py has finished")
-        parser.add_argument("--num_samples", type=int, default=500, help="samples of each generator, spread evenly over the classes")
-        parser.add_argument("--cfg_scale", type=float, default=2.0, help="guidance: 0 unconditional, 1 plain, above 1 guided")
-        parser.add_argument("--steps", type=int, default=8, help="steps of MaskGIT")
-        parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
-        parser.add_argument("--batch_size", type=int, default=250, help="images at a time; lower it when memory runs out")
-        parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-        args = parser.parse_args()
-        config.need(args.num_samples >= 2, "num_samples must be at least 2, for a covariance")
-        return args
     config.run(lambda: globals().update(ARGS=parse()))
 
 import itertools
 import json
-import os
 import time
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from tqdm import tqdm
 
 import checkpoint
-from batches import ImageStream, eval_batches
-from config import build, need, read_run
-from data import ImageSet, train_and_val
-from generator import GENERATORS, Generator
-from images import to_float, to_uint8
-from nativetok import NativeTok
+from config import build, read_run
+from data import open_images, train_and_val
+from judging import Eye, Reference, controls, generated, inception_eye, judge, look, read_reference, real, reconstruction, tinycnn_eyes
+from measures import frechet_distance  # noqa: F401  the contract's place for it
 from processes import Processes
+from runs import load_tokenizer
+from tinycnn import train_judge
 
 
 # ------------------------------------------------------------------------------------------------
-# the judge
+# telling
 
-class TinyCNN(nn.Module):
-    """images (B, 3, H, W) in [-1, 1] -> class logits (B, classes), features (B, 128). Looks at 32x32 pixels."""
-
-    def __init__(self, classes: int):
-        super().__init__()
-        layers, inputs = [], 3
-        for width in (32, 64, 128):
-            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU(), nn.MaxPool2d(2)]
-            inputs = width
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, 128), nn.ReLU())
-        self.head = nn.Linear(128, classes)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        if images.shape[-1] != 32:
-            images = F.interpolate(images, size=(32, 32), mode="bilinear", antialias=True)
-        features = self.body(images)                                          # (B, 128)
-        return self.head(features), features
+COLUMNS = ("psnr", "ssim", "inception_score", "precision", "recall", "class_accuracy")
 
 
-def trained_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip: bool, procs: Processes, steps: int = 500) -> tuple[TinyCNN, float]:
-    """The classifier for these images and its accuracy on held-out ones, from `path` if it was trained before.
-
-    Half of the batches it learns from are out of focus and noisy: one that has seen sharp images only calls a soft
-    diamond a disc, where a person does not hesitate.
-    """
-    judge = TinyCNN(len(data.classes)).to(procs.device)
-    settings = {"data": data.fingerprint, "steps": steps, "image_size": image_size, "flip": flip}
-    if checkpoint.exists(path):
-        saved = checkpoint.load(path, needs=("settings", "model", "accuracy"))
-        if saved["settings"] == settings:
-            checkpoint.load_strict(judge, saved["model"], path)
-            return judge.eval(), saved["accuracy"]
-    torch.manual_seed(0)
-    judge = TinyCNN(len(data.classes)).to(procs.device)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.01)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    stream = ImageStream(data, image_size, 64, seed=0, flip=flip)
-    for images, labels in tqdm(itertools.islice(stream, steps), total=steps, desc="classifier"):
-        images = to_float(images.to(procs.device))
-        if torch.rand(()) < 0.5:
-            small = F.interpolate(images, scale_factor=float(torch.empty(()).uniform_(0.3, 0.7)), mode="bilinear", antialias=True)
-            images = F.interpolate(small, size=images.shape[-2:], mode="bilinear") + 0.05 * torch.randn_like(images)
-        logits, _ = judge(images)
-        loss = F.cross_entropy(logits, labels.to(procs.device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rates.step()
-    judge.eval()
-    pairs = [(images, labels) for images, labels in eval_batches(val, image_size, 250)]
-    accuracy = float(np.mean(np.concatenate([(judge_images(judge, to_float(i.to(procs.device)))[0] == y).numpy() for i, y in pairs])))
-    checkpoint.save(path, {"settings": settings, "model": judge.state_dict(), "accuracy": accuracy})
-    return judge, accuracy
+def table(rows: list[dict], eyes: list[Eye]) -> str:
+    """The results as text, one row per set of images."""
+    columns = [eye.key for eye in eyes] + [c for c in COLUMNS if any(c in row for row in rows)]
+    names = [row["name"] + "".join(f" {k}={v:g}" for k, v in row.get("swept", {}).items()) for row in rows]
+    wide = max(map(len, names)) + 2
+    lines = [f"{'':{wide}}{'n':>7}" + "".join(f"{c:>{len(c) + 3}}" for c in columns)]
+    for name, row in zip(names, rows):
+        lines.append(f"{name:{wide}}{row['n']:>7}" + "".join(f"{format(row[c], '.4g') if c in row else '-':>{len(c) + 3}}" for c in columns))
+    return "\n".join(lines)
 
 
-@torch.no_grad()
-def judge_images(judge: TinyCNN, images: Tensor) -> tuple[Tensor, Tensor]:
-    """images (B, 3, H, W) -> predicted classes (B,), features (B, 128), both on the CPU."""
-    logits, features = judge(images)
-    return logits.argmax(dim=1).cpu(), features.cpu()
+READ_BY = {"ar": ("cfg_scale", "temperature", "top_k", "top_p"), "maskgit": ("cfg_scale", "temperature", "steps", "randomize_temperature")}
 
 
-# ------------------------------------------------------------------------------------------------
-# distances
-
-def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, f) -> mean (f,), covariance (f, f), in float64 with n - 1."""
-    features = features.astype(np.float64)
-    return features.mean(axis=0), np.cov(features, rowvar=False)
-
-
-def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """|mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^1/2)  [Heusel et al. 2017, arXiv 1706.08500].
-
-    The last trace is the sum of the singular values of sigma1^1/2 sigma2^1/2: no matrix square root of a product
-    that is not symmetric, no complex numbers, and accurate where there are fewer images than features.
-    """
-    def half(sigma):                                                          # H with H H^T = sigma
-        values, vectors = np.linalg.eigh(np.asarray(sigma, np.float64))
-        return vectors * np.sqrt(values.clip(0))
-    cross = np.linalg.svd(half(sigma1).T @ half(sigma2), compute_uv=False).sum()
-    return float(np.square(np.asarray(mu1, np.float64) - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
-
-
-# ------------------------------------------------------------------------------------------------
-
-def balanced(num_samples: int, classes: int) -> Tensor:
-    """Labels (num_samples,), each class as often as the others, up to one."""
-    return torch.arange(num_samples) % classes
-
-
-def judge_generator(kind: str, path: str, tokenizer: NativeTok, judge: TinyCNN, args, procs: Processes) -> tuple[float, np.ndarray]:
-    """-> share of samples that show the class asked for, features of the samples (n, 128)."""
-    model = Generator.load(path).to(procs.device)
-    need(model.tokenizer_fingerprint == tokenizer.fingerprint, f"{path} belongs to another tokenizer; train stage 3 again in a new --run folder")
-    labels, noise = balanced(args.num_samples, model.num_classes), torch.Generator().manual_seed(args.seed)
-    options = {"steps": min(args.steps, model.num_tokens)} if kind == "maskgit" else {}
-    hits, features = [], []
-    for part in tqdm(labels.split(args.batch_size), desc=f"{kind:10}"):
-        ids = model.sample(part.to(procs.device), cfg_scale=args.cfg_scale, generator=noise, **options)
-        images = to_float(to_uint8(tokenizer.decode(ids)))                    # as they would be saved: rounded to 8 bits
-        seen, f = judge_images(judge, images)
-        hits.append(seen == part), features.append(f)
-    return torch.cat(hits).float().mean().item(), torch.cat(features).numpy()
+def options_of(kind: str, args) -> tuple[dict, list[dict]]:
+    """-> what this kind of generator reads of the flags, and every combination of the swept values that it reads."""
+    base = {name: getattr(args, name) for name in READ_BY[kind] if getattr(args, name) is not None}
+    mine = {name: values for name, values in args.sweep.items() if name in READ_BY[kind]}
+    return base, [dict(zip(mine, values)) for values in itertools.product(*mine.values())]
 
 
 def main(args) -> None:
-    began, procs = time.time(), Processes(args.device)
-    values = read_run(args.run)
-    values.pop("preset")
-    tok, _, train = build(values)
-    path = {name: os.path.join(args.run, name) for name in ("tokenizer.pt", "tinycnn.pt", "log.jsonl", "summary.json")}
-    tokenizer = NativeTok.load(path["tokenizer.pt"]).to(procs.device)
-    results = checkpoint.load(path["tokenizer.pt"], needs=("results",))["results"]
-    need("base" in results, f"{args.run} has no finished phase yet; let train.py go on")
-    data, val = train_and_val(train.data, train.val_data, train.holdout, train.seed, args.run)
-    judge, on_real = trained_judge(path["tinycnn.pt"], data, val, tok.image_size, train.flip, procs)
-    name = f"fd_tinycnn_{checkpoint.fingerprint(judge.state_dict())[:8]}"
+    began, procs, summary = time.time(), Processes(args.device), {}
+    data = val = tokenizer = None
+    if args.run:
+        values = read_run(args.run)
+        values.pop("preset")
+        tok, _, train = build(values)
+        tokenizer, size = load_tokenizer(args.run, procs.device), tok.image_size
+        results = checkpoint.load(os.path.join(args.run, "tokenizer.pt"), needs=("results",))["results"]
+        need("base" in results, f"{args.run} has no finished phase yet; let train.py go on")
+        data, val = train_and_val(train.data, train.val_data, train.holdout, train.seed, args.run)
+    compared = open_images(args.data) if args.data else val
+    images = open_images(args.images) if args.images else None
+    size = args.image_size or (size if args.run else min(images.load(0).shape[:2]))
 
-    batches = eval_batches(val, tok.image_size, args.batch_size, np.random.default_rng(0).permutation(len(val))[:2000])
-    real = np.concatenate([judge_images(judge, to_float(images.to(procs.device)))[1].numpy() for images, _ in batches])
-    summary = {"psnr_by_tokens": {}, "codebook_used": {}, "class_accuracy": {}, "seconds": {},
-               name: {}, "settings": {"num_samples": args.num_samples, "cfg_scale": args.cfg_scale, "steps": args.steps, "seed": args.seed}}
-    for phase, result in results.items():                                     # in order: the fine-tune overwrites its length's growth step
+    # 1. The eyes.
+    if args.features == "inception":
+        eyes, accuracy = [inception_eye(args.inception, procs.device)], None
+    else:
+        path = os.path.join(args.run, "tinycnn.pt")
+        if args.train_features and procs.main:
+            train_judge(path, data, val, tok.image_size, train.flip, args.train_features, procs.device)
+        procs.barrier()
+        need(checkpoint.exists(path), f"{args.run} has no classifier yet; add --train_features (trained once, then kept)")
+        eyes, accuracy = tinycnn_eyes(path, data, procs.device)
+
+    # 2. The reference.
+    if args.reference:
+        reference = read_reference(args.reference, eyes)
+    else:
+        shuffled = np.random.default_rng(0).permutation(len(compared))[:args.num_reference]
+        originals = real("reference", compared, np.sort(shuffled), size, args)
+        seen, _ = look(originals, eyes, args, procs)
+        reference = Reference(compared.name, originals.n, {e.key: s.statistics.mu for e, s in zip(eyes, seen)},
+                              {e.key: s.statistics.sigma for e, s in zip(eyes, seen)}, {e.key: s.features() for e, s in zip(eyes, seen)})
+
+    # 3. What is judged.
+    subjects = []
+    if images is not None:
+        subjects.append(real(images.name, images, np.arange(len(images))[:args.num_samples], size, args))
+        subjects[0].labelled = data is not None and images.classes == data.classes
+    elif args.run:
+        subjects.append(real("real", data, np.random.default_rng(0).permutation(len(data))[:args.num_samples], size, args))
+        subjects += controls(data, subjects[0].n, size, args) if args.controls else []
+        if not args.reference:
+            subjects.append(reconstruction(tokenizer, originals, procs.device))
+        for kind in ("ar", "maskgit") if args.generator == "both" else (args.generator,):
+            if args.generator == "both" and not checkpoint.exists(os.path.join(args.run, f"generator-{kind}.pt")):
+                continue
+            base, combinations = options_of(kind, args)
+            for swept in combinations:
+                subjects.append(generated(kind, tokenizer, base, swept, args, procs.device))
+    rows = [judge(subject, eyes, reference, args, procs) for subject in subjects]
+
+    # 4. Tell.
+    if not procs.main:
+        return procs.end()
+    if args.save_stats:
+        with checkpoint.replacing(args.save_stats) as file:
+            np.savez(file, mu=reference.mu[eyes[0].key], sigma=reference.sigma[eyes[0].key], n=reference.n, key=eyes[0].key)
+        print(f"{args.save_stats}: mu and sigma of {reference.name} in {eyes[0].title}, n {reference.n}")
+    count = "n unknown" if reference.n is None else f"n {reference.n}"
+    print(f"\nagainst {reference.name}, {count}, at {size} pixels")
+    for eye in eyes:
+        print(f"{eye.key}: {eye.title}")
+        few = [f"{row['name']} ({row['n']})" for row in rows if row["n"] <= eye.features] + (["the reference"] if (reference.n or 10 ** 9) <= eye.features else [])
+        if few:
+            print(f"warning: not more images than the {eye.features} features: {', '.join(few)}; such a distance is far too large")
+    print("\n" + table(rows, eyes))
+    if accuracy is not None:
+        print(f"\nthe classifier is right on {accuracy:.1%} of {val.name}, held out")
+    out = {"reference": {"name": reference.name, "n": reference.n}, "eyes": {eye.key: eye.title for eye in eyes}, "rows": rows}
+    if args.run and images is None:
+        out = {**run_summary(args.run, results, rows, accuracy), **out}
+        out["seconds"]["eval"] = round(time.time() - began, 1)
+        print("\n" + phases_table(results) + "\n\nseconds: " + ", ".join(f"{phase} {s:.0f}" for phase, s in out["seconds"].items()))
+    path = args.json or (os.path.join(args.run, "summary.json") if args.run and images is None else None)
+    if path:
+        checkpoint.write_json(path, out)
+        print(f"written: {path}")
+    procs.end()
+
+
+def run_summary(folder: str, results: dict, rows: list[dict], accuracy: float | None) -> dict:
+    """What DESIGN promises of summary.json: quality by length, codebook use, class accuracy, seconds."""
+    summary = {"psnr_by_tokens": {}, "codebook_used": {}, "class_accuracy": {}, "seconds": {}}
+    for result in results.values():                                           # in order: the fine-tune overwrites its length's growth step
         summary["psnr_by_tokens"][str(result["num_tokens"])] = result["psnr"]
         summary["codebook_used"][str(result["num_tokens"])] = result["codebook_used"]
-    for kind in GENERATORS:
-        checkpoint_path = os.path.join(args.run, f"generator-{kind}.pt")
-        if checkpoint.exists(checkpoint_path):
-            accuracy, features = judge_generator(kind, checkpoint_path, tokenizer, judge, args, procs)
-            summary["class_accuracy"][kind] = round(accuracy, 4)
-            summary[name][kind] = round(frechet_distance(*statistics(features), *statistics(real)), 3)
-    summary["class_accuracy"]["classifier_on_real"] = round(on_real, 4)
-    with open(path["log.jsonl"], encoding="utf-8") as log:
+    for row in rows:
+        if row["name"] in ("ar", "maskgit") and "class_accuracy" in row and "swept" not in row:
+            summary["class_accuracy"][row["name"]] = row["class_accuracy"]
+    if accuracy is not None:
+        summary["class_accuracy"]["classifier_on_real"] = round(accuracy, 4)
+    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as log:
         summary["seconds"] = {row["phase"]: row["seconds"] for row in map(json.loads, log) if "seconds" in row}
-    summary["seconds"]["eval"] = round(time.time() - began, 1)
-    checkpoint.write_json(path["summary.json"], summary)
+    return summary
 
-    print(f"\n{'phase':12}{'tokens':>8}{'PSNR, held out':>16}{'codebook used':>15}")
-    for phase, result in results.items():
-        print(f"{phase:12}{result['num_tokens']:>8}{result['psnr']:>13.2f} dB{result['codebook_used']:>15.0%}")
-    print(f"\n{args.num_samples} samples each, guidance {args.cfg_scale:g}; the classifier is right on {on_real:.1%} of held-out real images")
-    for kind in summary[name]:
-        print(f"{kind:12}{summary['class_accuracy'][kind]:>8.1%} show the class asked for; Fréchet distance in TinyCNN features "
-              f"(not FID) {summary[name][kind]:.2f}, n {args.num_samples} against {len(real)} of {val.name}")
-    print("\nseconds: " + ", ".join(f"{phase} {s:.0f}" for phase, s in summary["seconds"].items()))
-    print(f"written: {path['summary.json']}")
+
+def phases_table(results: dict) -> str:
+    lines = [f"{'phase':12}{'tokens':>8}{'PSNR, held out':>16}{'codebook used':>15}"]
+    lines += [f"{phase:12}{result['num_tokens']:>8}{result['psnr']:>13.2f} dB{result['codebook_used']:>15.0%}" for phase, result in results.items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,6 @@ def parse(argv=None) -> argparse.Namespace:
 if __name__ == "__main__":                                                    # before torch, so that --help and a wrong flag answer at once
     config.run(lambda: globals().update(ARGS=parse()))
 
-import contextlib
 import difflib
 import re
 import tempfile
@@ -108,27 +107,11 @@ from images import read_image, resize_crop, save_grid, to_float, to_uint8
 from losses import psnr
 from nativetok import NativeTok
 from processes import Processes
+from runs import enough_memory, load_generator, load_tokenizer, sample_batch
 
 
 # ------------------------------------------------------------------------------------------------
-# what the run holds
-
-def load_tokenizer(folder: str, device: torch.device) -> NativeTok:
-    path = os.path.join(folder, "tokenizer.pt")
-    need(checkpoint.exists(path), f"{folder} has no tokenizer.pt; train one: python train.py --run {folder}")
-    return NativeTok.load(path).to(device)
-
-
-def load_generator(folder: str, kind: str, tokenizer: NativeTok, device: torch.device) -> Generator:
-    """The run's generator of this kind. Raises UserError unless it has learned the ids of this very tokenizer."""
-    path, train = os.path.join(folder, f"generator-{kind}.pt"), f"python train.py --run {folder} --stage 3"
-    need(checkpoint.exists(path), f"{folder} has no {kind} generator; train it: {train}")
-    model = Generator.load(path).to(device)
-    # TRAP: ids of another tokenizer run as well, and decode to noise.
-    need(model.tokenizer_fingerprint == tokenizer.fingerprint, f"{path} has learned the ids of another tokenizer than the "
-         f"tokenizer.pt beside it; delete generator-{kind}*.pt and retrain that generator: {train}")
-    return model
-
+# what the command line asks for
 
 def class_number(text: str, names: list[str]) -> int:
     """A name or a number as text -> the class's number. What is both is taken as a name. Raises UserError."""
@@ -151,18 +134,6 @@ def need_room(folder: str) -> None:
         raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
 
 
-@contextlib.contextmanager
-def enough_memory(repair: str):
-    """Running out of memory inside becomes a UserError with the repair."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # A CPU without memory has no exception of its own in torch, only this text.
-        if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            raise UserError(f"out of memory; {repair}") from error
-        raise
-
-
 # ------------------------------------------------------------------------------------------------
 # samples
 
@@ -173,9 +144,7 @@ def draw_samples(model: Generator, tokenizer: NativeTok, labels: Tensor, options
     with bar, enough_memory("lower --batch_size, or ask for fewer samples"):
         images = np.empty((len(labels), tokenizer.cfg.image_size, tokenizer.cfg.image_size, 3), np.uint8)
         for b, part in enumerate(labels.split(batch_size)):                   # (B,)
-            noise = torch.Generator(labels.device).manual_seed(seed * 1_000_003 + b)
-            ids = model.sample(part, generator=noise, **options)              # (B, L)
-            images[b * batch_size:b * batch_size + len(part)] = to_uint8(tokenizer.decode(ids)).cpu().numpy()
+            images[b * batch_size:b * batch_size + len(part)] = sample_batch(model, tokenizer, part, options, seed, b).numpy()
             bar.update(len(part))
     return images
 

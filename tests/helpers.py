@@ -10,8 +10,14 @@ import torch
 from PIL import Image
 
 from config import UserError
+from data import open_images
 
 RED = (200, 30, 60)
+# train.py's flags for a run of seconds, with every phase in it.
+SMALL = ("--preset tiny --encoder_width 32 --encoder_heads 2 --expert_width 32 --expert_heads 2 --decoder_width 32 --decoder_heads 2 "
+         "--token_schedule 2 4 6 --codebook_size 16 --batch_size 8 --base_steps 6 --continuous_steps 3 --grow_steps 4 --finetune_steps 4 "
+         "--generator_width 32 --generator_depth 1 --generator_heads 2 --generator_batch_size 8 --generator_steps 5 --tail_drop 0.5 "
+         "--reseed_every 2 --log_every 1 --save_every 2 --sample_every 3 --device cpu").split()
 
 
 def noise(seed: int, height: int = 20, width: int = 30) -> np.ndarray:
@@ -75,3 +81,10 @@ def take(stream, n: int):
 
 def same(a, b) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for pair in zip(a, b) for x, y in zip(*pair))
+
+
+def some_shapes(path, n: int) -> str:
+    """n of the built-in shapes as .npz: encoding all of them would take longer than training on them."""
+    shapes = open_images("shapes")
+    np.savez(path, x=np.stack([shapes.load(i) for i in range(n)]), y=shapes.labels[:n], classes=np.array(shapes.classes))
+    return str(path)

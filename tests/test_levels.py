@@ -9,12 +9,13 @@ ROOT = Path(__file__).parent.parent
 
 LEVELS = (
     {"config"},
-    {"checkpoint", "layers", "losses", "quantizer", "inception", "processes"},
+    {"checkpoint", "layers", "losses", "quantizer", "inception", "measures", "processes"},
     {"mit", "mocet", "decoder", "titok", "generator", "images"},
     {"nativetok", "shapes"},
-    {"data"},
+    {"data", "runs"},
     {"batches"},
-    {"tokens", "loop"},
+    {"tokens", "loop", "tinycnn"},
+    {"judging"},
     {"train", "sample", "eval_fid", "explain", "bench"},
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

@@ -13,13 +13,11 @@ import config
 import loop
 import train
 from config import UserError
+from helpers import SMALL, some_shapes
 from nativetok import NativeTok, from_checkpoint
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("--preset tiny --encoder_width 32 --encoder_heads 2 --expert_width 32 --expert_heads 2 --decoder_width 32 --decoder_heads 2 "
-         "--token_schedule 2 4 6 --codebook_size 16 --batch_size 8 --base_steps 6 --continuous_steps 3 --grow_steps 4 --finetune_steps 4 "
-         "--generator_width 32 --generator_depth 1 --generator_heads 2 --generator_batch_size 8 --generator_steps 5 --tail_drop 0.5 "
-         "--reseed_every 2 --log_every 1 --save_every 2 --sample_every 3 --device cpu").split()
+
 
 
 @pytest.fixture(autouse=True)
@@ -34,14 +32,7 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """60 shapes as .npz: encoding all of the built-in ones would take longer than the training."""
-    import numpy as np
-
-    import data as project_data
-    path = tmp_path_factory.mktemp("data") / "shapes.npz"
-    shapes = project_data.open_images("shapes")
-    np.savez(path, x=np.stack([shapes.load(i) for i in range(60)]), y=shapes.labels[:60])
-    return str(path)
+    return some_shapes(tmp_path_factory.mktemp("data") / "shapes.npz", 60)
 
 
 def run(folder, data, *flags):

@@ -1,0 +1,245 @@
+"""Promises of eval_fid.py and judging.py: numbers that repeat, that notice faults, and that cannot be taken for others."""
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import config
+import eval_fid
+import judging
+import loop
+import sample
+import train
+from data import open_images
+from helpers import SMALL, some_shapes
+from judging import Eye, Seen
+from tinycnn import random_twin
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a few steps on 60 shapes: bad, but complete, and with a classifier."""
+    folder = tmp_path_factory.mktemp("eval")
+    data, before = some_shapes(folder / "shapes.npz", 60), loop.EVAL_IMAGES
+    loop.EVAL_IMAGES = 20
+    try:
+        train.main(config.parse_run("", [*SMALL, "--run", str(folder / "run"), "--data", data, "--val_data", data]))
+    finally:
+        loop.EVAL_IMAGES = before
+    assert command("--run", folder / "run", "--train_features", 5, "--num_samples", 20)[0] == 0
+    return folder / "run"
+
+
+def command(*flags) -> tuple[int, str, str]:
+    """eval_fid.py in this process -> exit code, stdout, stderr."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            config.run(lambda: eval_fid.main(eval_fid.parse([*map(str, flags), "--device", "cpu", "--batch_size", "16"])))
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def rows(run, tmp_path, *flags) -> dict:
+    """-> {name: row} of the JSON that the command writes."""
+    code, out, err = command("--run", run, "--num_samples", 20, "--json", tmp_path / "out.json", *flags)
+    assert code == 0, err
+    return {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+
+
+def refused(*flags, says=()):
+    code, _, err = command(*flags)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    for text in says:
+        assert text in err, err
+
+
+# ------------------------------------------------------------------------------------------------
+# what is written
+
+def test_summary_holds_what_the_readme_promises(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["psnr_by_tokens"]) == set(summary["codebook_used"]) == {"2", "4", "6"}
+    assert set(summary["class_accuracy"]) == {"ar", "maskgit", "classifier_on_real"}
+    assert {"base", "grow-4", "grow-6", "finetune", "ar", "maskgit", "eval"} <= set(summary["seconds"])
+    assert summary["reference"] == {"name": "shapes.npz", "n": 60}
+    assert [row["name"] for row in summary["rows"]] == ["real", "reconstruction", "ar", "maskgit"]
+    (trained,) = (key for key in summary["rows"][0] if key.startswith("fd_tinycnn_"))
+    assert len(trained) == len("fd_tinycnn_") + 8
+    for row in summary["rows"]:
+        assert row["n"] > 0 and row[trained] >= 0 and 0 <= row["precision"] <= 1 and 0 <= row["class_accuracy"] <= 1
+    assert summary["rows"][2]["settings"]["seed"] == 0 and summary["rows"][3]["settings"]["steps"] == 6
+
+
+def test_it_is_never_called_fid_and_small_n_is_warned_of(run):
+    out = command("--run", run, "--num_samples", 20)[1]
+    assert "not FID" in out and "warning: not more images than the 128 features" in out and "reference" in out
+    assert "fid" not in out.lower().replace("not fid", "").split()
+
+
+def test_the_same_command_gives_the_same_numbers(run, tmp_path):
+    assert rows(run, tmp_path) == rows(run, tmp_path)
+
+
+def test_psnr_of_reconstructions_is_that_of_training(run, tmp_path):
+    row, trained = rows(run, tmp_path)["reconstruction"], json.loads((run / "summary.json").read_text())
+    assert row["psnr"] == pytest.approx(trained["psnr_by_tokens"]["6"], abs=1.5), "other images of the same 60, rounded to bytes"
+    assert 0 < row["ssim"] < 1
+
+
+# ------------------------------------------------------------------------------------------------
+# the same by another way
+
+def test_saved_statistics_stand_in_for_the_images(run, tmp_path):
+    code, _, err = command("--run", run, "--num_samples", 20, "--save_stats", tmp_path / "stats.npz")
+    assert code == 0, err
+    direct, saved = rows(run, tmp_path), rows(run, tmp_path, "--reference", tmp_path / "stats.npz")
+    (key,) = (key for key in direct["ar"] if key.startswith("fd_tinycnn_"))
+    for name in ("real", "ar", "maskgit"):
+        assert saved[name][key] == pytest.approx(direct[name][key], rel=1e-3)
+    assert "reconstruction" not in saved, "statistics hold no images that could be reconstructed"
+
+
+def test_samples_in_an_npz_are_judged_like_the_run_that_made_them(run, tmp_path):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        sample.main(sample.parse(["--run", str(run), "--generator", "ar", "--npz", str(tmp_path / "s.npz"), "--num_samples", "20",
+                                  "--batch_size", "16", "--device", "cpu"]))
+    direct, file = rows(run, tmp_path)["ar"], rows(run, tmp_path, "--images", tmp_path / "s.npz")["s.npz"]
+    keys = [key for key in direct if key.startswith("fd_")]
+    assert len(keys) == 2 and [file[key] for key in keys] == [direct[key] for key in keys]
+
+
+def test_two_processes_give_the_numbers_of_one(run, tmp_path):
+    one = rows(run, tmp_path)
+    flags = ["--run", run, "--num_samples", 20, "--json", tmp_path / "two.json", "--device", "cpu", "--batch_size", 16]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", "--", "eval_fid.py", *map(str, flags)],
+                          cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    two = {row["name"]: row for row in json.loads((tmp_path / "two.json").read_text())["rows"]}
+    assert list(one) == list(two)
+    for name, row in one.items():
+        for key, value in row.items():
+            assert two[name][key] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), (name, key)
+
+
+def test_features_beyond_the_kept_ones_still_count_in_the_distance(run, tmp_path, monkeypatch):
+    everything = rows(run, tmp_path)
+    monkeypatch.setattr(judging, "KEPT", 16)
+    some = rows(run, tmp_path)
+    for name in everything:
+        for key in everything[name]:
+            if key.startswith("fd_"):
+                assert some[name][key] == pytest.approx(everything[name][key], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------
+# does it notice?
+
+def test_images_made_worse_come_out_further_away():
+    """With the random net, which needs no training: more so than real images that were left alone."""
+    net, val, data = random_twin(10), open_images("shapes:val"), open_images("shapes")
+    args = eval_fid.parse(["--run", "x"])
+
+    def look(images):
+        logits, features = net(judging.to_float(images))
+        return features, logits
+    eye, procs = Eye("fd_random", "", look, 128), eval_fid.Processes("cpu")
+    reference = judging.real("reference", val, np.arange(500), 32, args)
+    (seen,), _ = judging.look(reference, [eye], args, procs)
+    against = judging.Reference("val", 500, {eye.key: seen.statistics.mu}, {eye.key: seen.statistics.sigma}, {eye.key: seen.features()})
+    subjects = [judging.real("real", data, np.random.default_rng(0).permutation(4000)[:400], 32, args), *judging.controls(data, 400, 32, args)]
+    floor, *worse = [judging.judge(subject, [eye], against, args, procs) for subject in subjects]
+    assert [row["name"] for row in worse] == ["real, blurred", "real, with noise", "real, half of the classes", "real, one class"]
+    for row in worse:
+        assert row["fd_random"] > 1.5 * floor["fd_random"], row
+    assert worse[3]["recall"] < worse[2]["recall"] < floor["recall"]
+
+
+# ------------------------------------------------------------------------------------------------
+# FID
+
+@pytest.fixture
+def fake_inception(monkeypatch):
+    """Inception's place taken by 6 numbers an image, so that its way through the program can be walked in a second."""
+    def look(images):
+        features = torch.stack([images.float().mean(dim=(1, 2)), images.float().std(dim=(1, 2))], dim=1).flatten(1)
+        return features, torch.zeros(len(images), 1008)
+    monkeypatch.setattr(eval_fid, "inception_eye", lambda path, device: Eye("fid", "FID (fake)", look, 6))
+    return look
+
+
+def test_adms_file_is_taken_at_its_word_and_its_images_are_not_looked_at(run, tmp_path, fake_inception):
+    images = torch.from_numpy(np.stack([open_images("shapes").load(i) for i in range(50)]))
+    seen = Seen(Eye("fid", "", fake_inception, 6), 50)
+    seen.statistics.add(fake_inception(images)[0].numpy())
+    np.savez(tmp_path / "adm.npz", mu=seen.statistics.mu, sigma=seen.statistics.sigma, mu_s=np.zeros(3), arr_0=np.zeros((5, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "same.npz", arr_0=images.numpy())
+    code, out, err = command("--images", tmp_path / "same.npz", "--reference", tmp_path / "adm.npz", "--features", "inception", "--json", tmp_path / "o.json")
+    assert code == 0, err
+    (row,) = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert abs(row["fid"]) < 1e-6 * np.trace(seen.statistics.sigma) and row["inception_score"] == pytest.approx(1)
+    assert "adm.npz, n unknown" in out and "FID (fake)" in out and not (tmp_path / "summary.json").exists()
+
+
+def test_a_run_gets_rfid_gfid_and_inception_score(run, tmp_path, fake_inception):
+    for name, row in rows(run, tmp_path, "--features", "inception").items():
+        assert {"fid", "inception_score", "inception_score_10_splits", "precision", "recall"} <= set(row), name
+        assert "class_accuracy" not in row, "Inception's 1008 classes are not the run's"
+
+
+def test_statistics_of_two_networks_are_never_compared(run, tmp_path, fake_inception):
+    assert command("--run", run, "--num_samples", 20, "--save_stats", tmp_path / "fid.npz", "--features", "inception")[0] == 0
+    refused("--run", run, "--reference", tmp_path / "fid.npz", says=("statistics of fid", "cannot be compared", "--features inception"))
+
+
+# ------------------------------------------------------------------------------------------------
+# sweeps
+
+def test_a_sweep_tries_every_combination_that_a_generator_reads(run, tmp_path):
+    code, out, err = command("--run", run, "--num_samples", 20, "--json", tmp_path / "o.json", "--sweep", "cfg_scale=1,2.5", "steps=1,3")
+    assert code == 0, err
+    found = json.loads((tmp_path / "o.json").read_text())
+    swept = [(row["name"], row.get("swept")) for row in found["rows"][2:]]
+    assert swept == [("ar", {"cfg_scale": s}) for s in (1.0, 2.5)] + [("maskgit", {"cfg_scale": s, "steps": n}) for s in (1.0, 2.5) for n in (1, 3)]
+    assert all(row["settings"][name] == value for row in found["rows"][2:] for name, value in row["swept"].items())
+    assert "maskgit cfg_scale=2.5 steps=3" in out
+    assert "ar" not in found["class_accuracy"], "the best of a sweep is not the run's accuracy"
+
+
+# ------------------------------------------------------------------------------------------------
+# wrong use
+
+@pytest.mark.parametrize("flags, says", [
+    ((), ("--run",)),
+    (("--run", "RUN", "--data", "shapes", "--reference", "x.npz"), ("two references",)),
+    (("--images", "shapes", "--reference", "x.npz"), ("TinyCNN", "--features inception")),
+    (("--images", "shapes", "--features", "inception"), ("--reference",)),
+    (("--run", "RUN", "--sweep", "seed=1,2"), ("seed", "cfg_scale")),
+    (("--run", "RUN", "--sweep", "cfg_scale=1;2"), ("1;2",)),
+    (("--run", "RUN", "--num_samples", "1"), ("num_samples",)),
+    (("--run", "RUN", "--inception", "nowhere.pth", "--features", "inception"), ("nowhere.pth",)),
+    (("--run", "RUN", "--reference", "nowhere.npz"), ("nowhere.npz",)),
+    (("--run", "RUN", "--images", "nowhere"), ("nowhere",)),
+    (("--run", "nowhere"), ("nowhere", "not a run")),
+    (("--run", "RUN", "--nonsense"), ("--nonsense",)),
+    (("--run", "RUN", "--features", "inception", "--train_features"), ("--train_features",)),
+])
+def test_wrong_use_gets_one_line(run, flags, says):
+    refused(*(str(run) if flag == "RUN" else flag for flag in flags), says=says)
+
+
+def test_without_a_classifier_one_line_says_how_to_get_it(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "tinycnn.pt").unlink()
+    refused("--run", tmp_path / "run", says=("no classifier", "--train_features"))

@@ -1,0 +1,49 @@
+"""Promises of tinycnn.py: it learns its classes, is bound to its images, and its random twin is always the same."""
+import pytest
+import torch
+
+from data import open_images
+from helpers import folder_of, refused
+from tinycnn import TinyCNN, load_judge, random_twin, train_judge
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("judge") / "tinycnn.pt")
+    data, val = open_images("shapes"), open_images("shapes:val")
+    train_judge(path, data, val, 32, False, 60, torch.device("cpu"))
+    return path, data
+
+
+def test_a_minute_of_shapes_is_enough_to_tell_them_apart(judged):
+    _, accuracy = load_judge(*judged)
+    assert accuracy > 0.5, "chance is 0.1, and this was only a tenth of the training"
+
+
+def test_loading_gives_the_same_net_again(judged):
+    x = torch.rand(3, 3, 32, 32)
+    a, b = (load_judge(*judged)[0](x) for _ in range(2))
+    assert torch.equal(a[0], b[0]) and a[1].shape == (3, 128)
+
+
+def test_it_is_refused_for_other_images(judged):
+    path, data = judged
+    refused(load_judge, path, data.subset(range(100)), names=("other images", "--train_features"))
+
+
+def test_one_class_is_nothing_to_learn(tmp_path):
+    data = open_images(str(folder_of(tmp_path / "flat", 4, classes=("only",))))
+    refused(train_judge, str(tmp_path / "x.pt"), data, data, 8, False, 2, torch.device("cpu"), names=("single class", "inception"))
+
+
+def test_the_random_twin_is_the_same_every_time_and_leaves_random_numbers_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(random_twin(10)(x)[1], random_twin(10)(x)[1])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_images_of_other_sizes_are_looked_at_in_32_pixels():
+    net = TinyCNN(4)
+    assert [tuple(t.shape) for t in net(torch.rand(2, 3, 48, 64))] == [(2, 4), (2, 128)]

@@ -1,0 +1,102 @@
+"""TinyCNN: a small classifier of a run's own images, to judge what a run makes where Inception would be a stretch.
+
+In       images (B, 3, H, W) in [-1, 1]
+Out      class logits (B, C), features (B, 128)
+Two      trained on the run's images: sees what makes a class, is blind to some faults (noise: half of what it learned from
+         was noisy); with random weights: knows nothing, but any change of texture moves its features
+NOT FID  A distance in these features depends on the data, the training and the net: its name carries the weights'
+         hash, and numbers with different hashes must not be compared.
+Try      python tinycnn.py      (trains on the shapes, CPU, half a minute)
+"""
+import itertools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import checkpoint
+from batches import ImageStream, eval_batches
+from config import need
+from data import ImageSet
+from images import to_float
+
+FEATURES = 128
+
+
+class TinyCNN(nn.Module):
+    """Looks at 32x32 pixels, whatever the size of the images."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        layers, inputs = [], 3
+        for width in (32, 64, 128):
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU(), nn.MaxPool2d(2)]
+            inputs = width
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, FEATURES), nn.ReLU())
+        self.head = nn.Linear(FEATURES, classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if images.shape[-2:] != (32, 32):
+            images = F.interpolate(images, size=(32, 32), mode="bilinear", antialias=True)
+        features = self.body(images)                                          # (B, 128)
+        return self.head(features), features
+
+
+def random_twin(classes: int) -> TinyCNN:
+    """The same net, never trained; the same one every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return TinyCNN(classes).eval()
+
+
+def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip: bool, steps: int, device: torch.device) -> None:
+    """Train a TinyCNN on `data` for `steps` batches of 64 and write it to `path` with its accuracy on `val`.
+
+    Half of the batches are out of focus and noisy: a net that has seen sharp images only calls a soft diamond a disc,
+    where a person does not hesitate.
+    """
+    torch.manual_seed(0)
+    need(len(data.classes) > 1, f"{data.name} has a single class, and a classifier learns nothing from it; use --features inception")
+    judge = TinyCNN(len(data.classes)).to(device)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.01)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    stream = ImageStream(data, image_size, 64, seed=0, flip=flip)
+    for images, labels in tqdm(itertools.islice(stream, steps), total=steps, desc="classifier"):
+        images = to_float(images.to(device))
+        if torch.rand(()) < 0.5:
+            small = F.interpolate(images, scale_factor=float(torch.empty(()).uniform_(0.3, 0.7)), mode="bilinear", antialias=True)
+            images = F.interpolate(small, size=images.shape[-2:], mode="bilinear") + 0.05 * torch.randn_like(images)
+        logits, _ = judge(images)
+        loss = F.cross_entropy(logits, labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rates.step()
+    judge.eval()
+    with torch.no_grad():
+        right = [(judge(to_float(images.to(device)))[0].argmax(dim=1).cpu() == labels).numpy() for images, labels in eval_batches(val, image_size, 250)]
+    checkpoint.save(path, {"classes": data.classes, "data": data.fingerprint, "steps": steps, "model": judge.state_dict(),
+                           "accuracy": float(np.mean(np.concatenate(right)))})
+
+
+def load_judge(path: str, data: ImageSet) -> tuple[TinyCNN, float]:
+    """-> the classifier at `path`, its accuracy on held-out images. Raises UserError when it learned from other images."""
+    saved = checkpoint.load(path, needs=("classes", "data", "steps", "model", "accuracy"))
+    need(saved["data"] == data.fingerprint, f"{path} was trained on other images than {data.name}; train it anew with --train_features")
+    judge = TinyCNN(len(saved["classes"]))
+    checkpoint.load_strict(judge, saved["model"], path)
+    return judge.eval(), saved["accuracy"]
+
+
+if __name__ == "__main__":
+    import os
+    import tempfile
+
+    from data import open_images
+    with tempfile.TemporaryDirectory() as folder:
+        path, data, val = os.path.join(folder, "tinycnn.pt"), open_images("shapes"), open_images("shapes:val")
+        train_judge(path, data, val, 32, False, 150, torch.device("cpu"))
+        judge, accuracy = load_judge(path, data)
+    print(f"right on {accuracy:.1%} of held-out shapes after 150 steps; a coin with {len(data.classes)} sides: {1 / len(data.classes):.0%}")
