@@ -226,6 +226,22 @@ def load_strict(module: nn.Module, state: dict, what: str) -> None:
     module.load_state_dict(state, strict=True)
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, what: str, may_be_new: bool = False) -> None:
+    """Load `state` into `optimizer`. Raises UserError when it belongs to other parameters or lacks some.
+
+    may_be_new   it may be that of an optimizer that has not made a step
+
+    TRAP: torch loads a state without the moments of a parameter as well, and that parameter then starts anew.
+    """
+    wanted = sum(len(group["params"]) for group in optimizer.param_groups)
+    found = len(state.get("state", {}))
+    need("param_groups" in state and (found == wanted or (found == 0 and may_be_new)), f"{what} does not fit: it has moments of {found} parameters, not of {wanted}")
+    try:
+        optimizer.load_state_dict(state)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{what} does not fit: {error}") from error
+
+
 def random_state() -> dict[str, Tensor]:
     """The state of torch's random numbers in this process: CPU, and its current GPU when there is one.
 

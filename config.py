@@ -147,6 +147,7 @@ class TrainConfig:
     workers: int = 0  # data-loading processes per training process
     precision: str = "auto"  # auto (bf16 where the GPU has it), fp32 or bf16
     compile: bool = False  # torch.compile the model
+    timeout: int = 600  # seconds that a process waits for the others before it gives up and ends the run
     log_every: int = 50  # steps between lines of log.jsonl
     save_every: int = 1000  # steps between checkpoints
     sample_every: int = 5000  # steps between pictures in samples/
@@ -154,7 +155,7 @@ class TrainConfig:
     def __post_init__(self):
         choose("generators", self.generators, ("ar", "maskgit", "both"))
         choose("precision", self.precision, ("auto", "fp32", "bf16"))
-        at_least_one(self, "batch_size", "generator_batch_size", "accumulate", "log_every", "save_every", "sample_every", "holdout",
+        at_least_one(self, "batch_size", "generator_batch_size", "accumulate", "log_every", "save_every", "sample_every", "holdout", "timeout",
                      "base_steps", "grow_steps", "finetune_steps", "generator_steps")
         shares(self, "beta2", "ema_decay", "generator_beta2")
         for name in ("learning_rate", "min_learning_rate", "finetune_learning_rate", "weight_decay", "generator_learning_rate", "grad_clip",
@@ -170,7 +171,7 @@ class TrainConfig:
 
 
 # May differ when a run is resumed.
-RUN_ONLY = ("generators", "workers", "precision", "compile", "log_every", "save_every", "sample_every", "skip_bad")
+RUN_ONLY = ("generators", "workers", "precision", "compile", "timeout", "log_every", "save_every", "sample_every", "skip_bad")
 CONFIGS = (TokenizerConfig, GeneratorConfig, TrainConfig)
 GENERATOR_FIELDS = tuple(f.name for f in dataclasses.fields(GeneratorConfig))
 

@@ -19,7 +19,6 @@ import lzma
 import math
 import operator
 import os
-import shutil
 import sys
 import tarfile
 import zipfile
@@ -34,6 +33,9 @@ from config import UserError, need
 from images import ENDINGS, MEND_IMAGE, decode, explained, read_image
 
 MEND_ARCHIVE = "is it complete? copy it again"
+# No archive of photographs comes near these; a bomb, kilobytes that unpack to terabytes, is stopped at them.
+MAX_RATIO, ALWAYS_ALLOWED = 200, 1 << 30                      # unpacked bytes: a GiB, and 200 for each packed one
+MAX_FILE = 1 << 28                                            # bytes of one image file in an archive
 
 
 def digest(*parts: str | bytes) -> str:
@@ -188,6 +190,7 @@ def list_tar(path: str, shown: str) -> tuple[dict, list[str]]:
             elif is_image(member.name):
                 need(member.isreg() and not member.issparse(), f"{shown}: {member.name} is a link or a sparse file; "
                      "pack it again with tar --dereference --hard-dereference")
+                need(member.size <= MAX_FILE, f"{shown}: {member.name} has {member.size:,} bytes, and an image may have {MAX_FILE:,}; remove it")
                 files[member.name] = (member.offset_data, member.size)
         # TRAP: tarfile takes a damaged header for the end of the archive; a true end is marked by a block of zeros.
         with open(path, "rb") as file:
@@ -207,6 +210,9 @@ def read_from_tar(path: str, key: np.void) -> np.ndarray:
 def list_zip(path: str) -> tuple[dict, list[str]]:
     with explained(path, MEND_ARCHIVE), zipfile.ZipFile(path) as archive:
         infos = [info for info in archive.infolist() if not hidden(info.filename)]
+    for info in infos:                                        # zipfile reads no more of a member than its size says
+        need(info.file_size <= MAX_FILE or not is_image(info.filename), f"{path}: {info.filename} unpacks to {info.file_size:,} bytes, "
+             f"and an image may have {MAX_FILE:,}; remove it")
     return ({info.filename: (info.header_offset, info.file_size) for info in infos if is_image(info.filename)},
             [info.filename for info in infos if info.is_dir()])
 
@@ -224,6 +230,12 @@ def read_from_zip(path: str, key: np.void) -> np.ndarray:
     return decode(data, name)
 
 
+def need_sane(path: str, packed: int, unpacked: int) -> None:
+    """Raise UserError for an archive that unpacks to far more bytes than pictures do."""
+    need(unpacked <= ALWAYS_ALLOWED + MAX_RATIO * packed, f"{path}: its {packed:,} bytes unpack to more than {ALWAYS_ALLOWED:,} and {MAX_RATIO} "
+         "for each of them, as no archive of pictures does; unpack it yourself if you trust it")
+
+
 def decompressed(path: str, cache: str | None) -> str:
     """.tar.gz, .tgz, .tar.xz -> path of a plain .tar in `cache`, made once: a compressed stream has no random access."""
     source = os.stat(path)
@@ -238,7 +250,9 @@ def decompressed(path: str, cache: str | None) -> str:
         checkpoint.sweep(folder or ".")                       # a killed run may have left as much as it had unpacked
         opener = lzma.open if path.lower().endswith(".xz") else gzip.open
         with checkpoint.replacing(target) as plain, explained(path, repair), opener(path) as packed:
-            shutil.copyfileobj(packed, plain, 1 << 20)
+            while chunk := packed.read(1 << 20):
+                plain.write(chunk)
+                need_sane(path, source.st_size, plain.tell())
             plain.flush()
             list_tar(plain.name, path)                        # only what can be read to its end gets the lasting name
     return target
@@ -249,6 +263,8 @@ def decompressed(path: str, cache: str | None) -> str:
 
 def from_npz(path: str) -> ImageSet:
     with explained(path, "write it with np.savez(path, x=images, y=labels), and copy it completely"):
+        with zipfile.ZipFile(path) as archive:
+            need_sane(path, os.path.getsize(path), sum(info.file_size for info in archive.infolist()))
         with np.load(path, allow_pickle=False) as arrays:
             need("x" in arrays or "arr_0" in arrays, f"{path}: has no array x, only {' '.join(arrays)}; name the images x and the labels y")
             # Reading an array to its end compares its check sum, so every flipped bit is found.

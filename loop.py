@@ -36,7 +36,7 @@ class Run:
 
     def __init__(self, args):
         self.tok, self.gen, self.train, self.folder = args.tok, args.gen, args.train, args.run
-        self.procs = Processes(args.device)
+        self.procs = Processes(args.device, self.train.timeout)
         need(self.train.data != "shapes" or self.tok.image_size == 32,
              f"the built-in shapes are 32x32 pixels, not {self.tok.image_size}; give --data or --image_size 32")
         for turn in (True, False):                                            # the main process first: it may unpack an archive
@@ -65,11 +65,11 @@ class Run:
         if self.procs.main:
             checkpoint.append_jsonl(self.path("log.jsonl"), row)
 
-    def resume(self, path: str, fixed: dict, data: str) -> dict | None:
-        """The checkpoint at `path` if there is one and it belongs to these settings and images."""
+    def resume(self, path: str, fixed: dict, data: str, needs: tuple[str, ...] = ()) -> dict | None:
+        """The checkpoint at `path` if there is one; it must belong to these settings and images and hold what is needed."""
         if not checkpoint.exists(path):
             return None
-        saved = checkpoint.load(path, needs=("settings", "data", "phase", "step", "model", "ema", "optimizer", "random"))
+        saved = checkpoint.load(path, needs=("settings", "data", "phase", "step", "model", "ema", "optimizer", "random", *needs))
         checkpoint.check_same(saved["settings"], fixed, f"{path}: settings")
         checkpoint.check_same({"images": saved["data"]}, {"images": data}, f"{path}: data")
         if self.procs.main:                                                   # rows after the checkpoint will be written again
@@ -87,6 +87,7 @@ class Run:
         random = self.procs.gather(checkpoint.random_state())
         if self.procs.main:
             checkpoint.save(path, {"random": random, "data": self.data.fingerprint, "classes": self.data.classes, **content})
+        self.procs.barrier()                                                  # or another process would look for it too early
 
     def grid(self, name: str, rows: list[Tensor]) -> None:
         """Write samples/NAME.png from rows of float images (n, 3, H, W), all with the same n."""

@@ -217,10 +217,6 @@ class Adversary:
     def state_dict(self) -> dict:
         return {"net": self.net.state_dict(), "lecam": self.lecam.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
-        for name in ("net", "lecam", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
-
 
 if __name__ == "__main__":
     torch.manual_seed(0)

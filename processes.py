@@ -17,14 +17,29 @@ from torch.nn.parallel import DistributedDataParallel
 from config import need
 
 
+def fresh_store(timeout: int) -> dict:
+    """Where processes find each other, as arguments of init_process_group: not where they did before torchrun restarted them.
+
+    TRAP: torchrun keeps its store through --max-restarts, and a restarted process would read the dead ones' addresses
+    there. On several nodes restarts are counted by each node for itself, so there torch's own way has to do.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return {}
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    return {"store": dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), "rank": rank, "world_size": world}
+
+
 class Processes:
     """This process among those that torchrun started, or alone.
 
     stop     True once SIGTERM or SIGINT has come: finish the step, save, leave; a second one quits at once
     """
 
-    def __init__(self, device: str = "auto"):
-        """device   auto, cpu or cuda. Raises UserError when cuda is asked for and absent."""
+    def __init__(self, device: str = "auto", timeout: int = 600):
+        """device   auto, cpu or cuda. Raises UserError when cuda is asked for and absent.
+
+        timeout   seconds to wait for another process; after that this one fails, and torchrun ends them all
+        """
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main, self.stop = self.rank == 0, False
         need(device != "cuda" or torch.cuda.is_available(), "no CUDA device was found; use --device cpu")
@@ -34,7 +49,7 @@ class Processes:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")                        # TF32 where autocast leaves float32
         if "RANK" in os.environ and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), **fresh_store(timeout))
 
     def catch_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -78,7 +93,11 @@ class Processes:
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         return DistributedDataParallel(model, broadcast_buffers=False)
 
-    def autocast(self, precision: str):
-        """bf16 matrix products where the GPU has them (auto) or where asked for; weights stay float32."""
-        bf16 = precision == "bf16" or (precision == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported())
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+    def precision(self, wanted: str) -> str:
+        """auto, fp32 or bf16 -> fp32 or bf16: auto is bf16 where the GPU has it."""
+        bf16 = wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported())
+        return "bf16" if bf16 else "fp32"
+
+    def autocast(self, wanted: str):
+        """Matrix products in that precision; weights stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision(wanted) == "bf16")

@@ -19,6 +19,7 @@ if __name__ == "__main__":                                                    # 
 
 import copy
 import math
+import os
 import time
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ from loop import Job, Run, fit, new_optimizer
 from losses import Adversary, Perceptual, psnr, reconstruction
 from nativetok import NativeTok, from_checkpoint
 from quantizer import usage
+from runs import enough_memory
 from tokens import TokenStream, cache_tokens
 
 
@@ -97,12 +99,20 @@ def evaluate(model: NativeTok, run: Run) -> dict:
             "perplexity": [round(p, 1) for p in perplexity.tolist()], "images": len(run.eval_indices)}
 
 
+def load_adversary(adversary: Adversary, parts: dict, path: str) -> None:
+    missing = [name for name in ("net", "lecam", "optimizer") if name not in parts]
+    need(not missing, f"{path}: adversary has no {', '.join(missing)}")
+    checkpoint.load_strict(adversary.net, parts["net"], f"{path}: adversary net")
+    checkpoint.load_strict(adversary.lecam, parts["lecam"], f"{path}: adversary lecam")
+    checkpoint.load_optimizer(adversary.optimizer, parts["optimizer"], f"{path}: adversary optimizer", may_be_new=True)   # before adversarial_start
+
+
 def train_tokenizer(run: Run, stage: int | None) -> None:
     """The phases of stages 1 and 2 that are not finished yet; of one stage if it is given."""
     tok, train, procs, path = run.tok, run.train, run.procs, run.path("tokenizer.pt")
     plan, fixed = phases(tok, train), settings("tokenizer", tok, train)
     run.say(phase_table(plan))
-    saved = run.resume(path, fixed, run.data.fingerprint)
+    saved = run.resume(path, fixed, run.data.fingerprint, needs=("num_tokens", "results", "tokenizer_config", "adversary"))
     results = saved["results"] if saved else {}
     missing = [p.name for p in plan if p.stage < (stage or 1) and p.name not in results]
     need(not missing, f"stage {stage} needs stage 1, and {', '.join(missing)} is not finished in {run.folder}; run it without --stage, or with --stage 1")
@@ -118,7 +128,7 @@ def train_tokenizer(run: Run, stage: int | None) -> None:
     perceptual = Perceptual().to(procs.device) if train.perceptual_weight else None
     adversary = Adversary(train.learning_rate, procs.device) if train.adversarial_weight else None
     if saved and adversary:
-        adversary.load_state_dict(saved["adversary"])
+        load_adversary(adversary, saved["adversary"] or {}, path)
     show = to_float(next(eval_batches(run.val, tok.image_size, 16, run.eval_indices[:: max(1, len(run.eval_indices) // 16)]))[0])
 
     for number, phase in enumerate(plan):
@@ -133,7 +143,7 @@ def train_tokenizer(run: Run, stage: int | None) -> None:
         freeze(model, phase.learns)
         optimizer = new_optimizer(model, train.weight_decay, train.beta2)
         if start:
-            optimizer.load_state_dict(saved["optimizer"])
+            checkpoint.load_optimizer(optimizer, saved["optimizer"], f"{path}: optimizer")
         run.seed(saved["random"] if start else None, number)
         model.quantizer.continuous = number == 0 and start < train.continuous_steps
         run.say(f"{phase.name}: {model.num_tokens} tokens, {count_parameters(model, learning_only=True):,} of "
@@ -228,7 +238,7 @@ def train_generator(run: Run, kind: str) -> None:
     if saved:
         checkpoint.load_strict(model, saved["model"], path)
         checkpoint.load_strict(ema, saved["ema"], path)
-        optimizer.load_state_dict(saved["optimizer"])
+        checkpoint.load_optimizer(optimizer, saved["optimizer"], f"{path}: optimizer")
     run.seed(saved["random"] if saved else None, 100 + len(kind))
     run.say(f"{kind}: {count_parameters(model):,} parameters, {ids.shape[0]:,} images in {ids.shape[1]} copies, step {start} of {train.generator_steps}")
 
@@ -271,14 +281,17 @@ def train_generator(run: Run, kind: str) -> None:
 
 def main(args) -> None:
     run = Run(args)
-    run.say(f"{run.folder}: {run.procs.world} x {run.procs.device.type}, images {run.data.name}: {len(run.data):,} to learn from, "
-            f"{len(run.val):,} held out, {len(run.data.classes)} classes")
-    if args.stage in (None, 1, 2):
-        train_tokenizer(run, args.stage)
-    if args.stage in (None, 3):
-        for kind in run.train.generator_kinds:
-            train_generator(run, kind)
-    run.say(f"finished; everything is in {run.folder}")
+    procs = run.procs
+    run.say(f"{run.folder}: {procs.world} x {procs.device.type} ({torch.get_num_threads()} threads each), {procs.precision(run.train.precision)}; images {run.data.name}: "
+            f"{len(run.data):,} to learn from, {len(run.val):,} held out, {len(run.data.classes)} classes")
+    with enough_memory("lower --batch_size or --generator_batch_size, or raise --accumulate, and repeat the command"):
+        if args.stage in (None, 1, 2):
+            train_tokenizer(run, args.stage)
+        if args.stage in (None, 3):
+            for kind in run.train.generator_kinds:
+                train_generator(run, kind)
+    made = [name for name in ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt", "log.jsonl", "samples") if os.path.exists(run.path(name))]
+    run.say(f"finished; in {run.folder}: {' '.join(made)}")
     run.procs.end()
 
 

@@ -88,3 +88,19 @@ def some_shapes(path, n: int) -> str:
     shapes = open_images("shapes")
     np.savez(path, x=np.stack([shapes.load(i) for i in range(n)]), y=shapes.labels[:n], classes=np.array(shapes.classes))
     return str(path)
+
+
+def same_content(a, b) -> bool:
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_content(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_content, a, b))
+    return a == b
+
+
+def without_times(saved: dict) -> dict:
+    results = {name: {k: v for k, v in result.items() if k != "seconds"} for name, result in saved.get("results", {}).items()}
+    return {**saved, "results": results}

@@ -1,4 +1,5 @@
 """data.py: folders, archives and arrays as people have them, what is refused and how, and the held-out images."""
+import gzip
 import os
 import pickle
 import shutil
@@ -277,3 +278,25 @@ def test_given_held_out_images_must_have_the_same_classes_or_none(tmp_path):
     other = str(folder_of(tmp_path / "other", 2, ("cat", "emu")))
     refused(data.train_and_val, root, other, 0, 0, names=["missing: dog", "extra: emu"])
     assert [len(part) for part in data.train_and_val("shapes", "", 5, 0)] == [TOTAL - HELD_OUT, HELD_OUT]
+
+
+# ------------------------------------------------------------------------------------------------
+# bombs: a few bytes that unpack to very many
+
+def test_a_compressed_archive_stops_at_the_limit_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ALWAYS_ALLOWED", 1 << 20)
+    path = put(tmp_path / "bomb.tar.gz", gzip.compress(bytes(1 << 26)))       # 64 MiB of zeros in 65 kB
+    refused(data.open_images, path, names=("bomb.tar.gz", "unpack to more than"))
+    assert [p.name for p in tmp_path.iterdir()] == ["bomb.tar.gz"]
+
+
+@pytest.mark.parametrize("ending", ["zip", "tar"])
+def test_an_image_file_that_is_too_large_is_named_before_it_is_read(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(data, "MAX_FILE", 50)
+    refused(data.open_images, packed(folder_of(tmp_path / "d", 4), tmp_path / f"x.{ending}", "d/"), names=("image", "an image may have 50"))
+
+
+def test_an_npz_that_unpacks_to_far_too_much_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ALWAYS_ALLOWED", 1 << 20)
+    np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros((20000, 32, 32, 3), np.uint8))
+    refused(data.open_images, str(tmp_path / "bomb.npz"), names=("bomb.npz", "unpack to more than"))

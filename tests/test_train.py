@@ -13,7 +13,7 @@ import config
 import loop
 import train
 from config import UserError
-from helpers import SMALL, some_shapes
+from helpers import SMALL, same_content, some_shapes, without_times
 from nativetok import NativeTok, from_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -52,22 +52,6 @@ def interrupt_at(monkeypatch, phase: str, step: int) -> None:
 
 def rows(folder):
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-
-
-def same(a, b) -> bool:
-    """Equal to the bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def without_times(saved: dict) -> dict:
-    results = {name: {k: v for k, v in result.items() if k != "seconds"} for name, result in saved.get("results", {}).items()}
-    return {**saved, "results": results}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +134,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, data, tmp_path, 
     assert stopped.value.code == loop.INTERRUPTED
     run(tmp_path, data)
     for name in ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt"):
-        assert same(without_times(checkpoint.load(tmp_path / name)), without_times(checkpoint.load(finished / name))), name
+        assert same_content(without_times(checkpoint.load(tmp_path / name)), without_times(checkpoint.load(finished / name))), name
     steps = [(row["phase"], row["step"]) for row in rows(tmp_path) if "loss" in row]
     assert steps == [(row["phase"], row["step"]) for row in rows(finished) if "loss" in row]     # each step is logged once
 

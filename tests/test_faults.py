@@ -1,0 +1,282 @@
+"""What must survive, each proved by doing it: `make test-faults`. The table is in tests/README.md.
+
+Training runs as a user would start it, in processes of its own; faulty_train.py builds the accident in.
+"""
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from helpers import SMALL, same_content, some_shapes, without_times
+
+pytestmark = pytest.mark.faults
+ROOT = Path(__file__).parent.parent
+STEPS = 18                                                                    # base 6, grow 4 and 4, fine-tune 4
+NAMES = ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt")
+ADVERSARY = ["--adversarial_weight", "0.1", "--adversarial_start", "3"]
+PORT = iter(range(29700, 29999))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return some_shapes(tmp_path_factory.mktemp("data") / "shapes.npz", 60)
+
+
+def start(folder, data, *flags, fault="none:0:0", ranks=1, once=None, launcher=(), group=False, limit=None) -> subprocess.Popen:
+    """train.py on `ranks` processes of one thread; a limit on file sizes stands for a full disk."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={next(PORT)}", *launcher, "--"] if ranks > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault, **({"FAULT_ONCE": str(once)} if once else {})}
+    return subprocess.Popen([sys.executable, *torchrun, str(ROOT / "tests" / "faulty_train.py"), *SMALL, "--run", str(folder), "--data", data, *map(str, flags)],
+                            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=group,
+                            preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None)
+
+
+def finish(process, timeout=180) -> tuple[int, str]:
+    """-> exit code, everything that was printed to stderr. A job that hangs fails here."""
+    try:
+        _, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError("the job hangs") from None
+    return process.returncode, err
+
+
+def train(*args, **kwargs) -> tuple[int, str]:
+    return finish(start(*args, **kwargs))
+
+
+def done(*args, **kwargs) -> None:
+    code, err = train(*args, **kwargs)
+    assert code == 0, err[-3000:]
+
+
+def contents(folder, names=NAMES) -> dict:
+    return {name: without_times(checkpoint.load(folder / name)) for name in names}
+
+
+def equal(one, other) -> bool:
+    return same_content(contents(one), contents(other))
+
+
+def wait_for(condition, seconds=60) -> None:
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "it never came"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run that nothing happened to, with one process."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done(folder, data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_adversary(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adversary") / "run"
+    done(folder, data, *ADVERSARY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_two(data, tmp_path_factory):
+    """A run that nothing happened to, with two processes."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    done(folder, data, ranks=2)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------
+# interrupted and resumed equals uninterrupted
+
+@pytest.mark.parametrize("step", [3, 8, 12, 16])              # within an epoch of base, grow-4, grow-6, the fine-tune
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_and_resume_gives_the_same_bits(whole, data, tmp_path, step, workers):
+    code, err = train(tmp_path, data, "--workers", workers, fault=f"term:0:{step}")
+    assert code == 3, err
+    done(tmp_path, data, "--workers", workers)
+    assert equal(tmp_path, whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_after_the_adversarial_loss_has_started(whole_adversary, data, tmp_path, workers):
+    assert train(tmp_path, data, *ADVERSARY, "--workers", workers, fault="term:0:5")[0] == 3
+    assert checkpoint.load(tmp_path / "tokenizer.pt")["adversary"]["optimizer"]["state"], "the adversary has learned"
+    done(tmp_path, data, *ADVERSARY, "--workers", workers)
+    assert equal(tmp_path, whole_adversary)
+
+
+@pytest.mark.parametrize("step", [4, 10])
+def test_the_same_with_two_processes(whole_two, data, tmp_path, step):
+    code, err = train(tmp_path, data, fault=f"term:1:{step}", ranks=2)        # one of them gets the signal, both stop
+    assert code != 0 and checkpoint.load(tmp_path / "tokenizer.pt")["step"] > 0, err
+    done(tmp_path, data, ranks=2)
+    assert equal(tmp_path, whole_two)
+
+
+def test_killed_ten_times_in_the_middle_of_saving_and_still_the_same(whole, data, tmp_path):
+    for number in range(10):
+        code, err = train(tmp_path, data, "--stage", "1" if number < 5 else "2", fault=f"save:0:{1 + 2 * number}")
+        assert code in (0, -signal.SIGKILL), err              # the ninth fsync may come after the end
+        if number == 4:
+            done(tmp_path, data, "--stage", "1")
+    done(tmp_path, data)
+    assert equal(tmp_path, whole)
+
+
+def test_killed_between_two_phases_and_in_the_middle_of_the_token_cache(whole, data, tmp_path):
+    done(tmp_path, data, "--stage", "1")
+    done(tmp_path, data, "--stage", "2")
+    assert train(tmp_path, data, "--stage", "3", fault="tokens:0:5")[0] == -signal.SIGKILL
+    shards = sorted(path.name for path in (tmp_path / "tokens").glob("*.npy"))
+    assert shards and not (tmp_path / "generator-ar.pt").exists()
+    done(tmp_path, data, "--stage", "3", fault="tokens:0:0")  # no accident, but the same small shards
+    assert len(list((tmp_path / "tokens").glob("*.npy"))) > len(shards)
+    assert equal(tmp_path, whole)
+
+
+def test_a_finished_run_is_left_as_it_is(whole, data):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    done(whole, data)
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_another_number_of_processes_goes_on_with_the_same_order_of_images(data, tmp_path):
+    assert train(tmp_path, data, fault="term:0:8")[0] == 3
+    done(tmp_path, data, ranks=2)
+    assert list(checkpoint.load(tmp_path / "tokenizer.pt")["results"]) == ["base", "grow-4", "grow-6", "finetune"]
+
+
+# ------------------------------------------------------------------------------------------------
+# signals
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("group", [False, True])
+def test_a_signal_saves_and_exits_with_3_also_when_the_whole_group_gets_it(whole, data, tmp_path, number, group):
+    process = start(tmp_path, data, "--workers", 2, "--base_steps", 6, group=True)
+    wait_for(lambda: (tmp_path / "log.jsonl").exists())
+    (os.killpg if group else os.kill)(process.pid, number)
+    code, err = finish(process)
+    assert code == 3 and "Traceback" not in err, err
+    done(tmp_path, data, "--workers", 2)
+    assert equal(tmp_path, whole)
+
+
+def test_sigterm_to_torchrun_saves_on_its_way_out(whole_two, data, tmp_path):
+    process = start(tmp_path, data, ranks=2)
+    wait_for(lambda: (tmp_path / "log.jsonl").exists())
+    process.send_signal(signal.SIGTERM)
+    code, err = finish(process)
+    assert code != 0 and checkpoint.exists(tmp_path / "tokenizer.pt"), err
+    done(tmp_path, data, ranks=2)
+    assert equal(tmp_path, whole_two)
+
+
+def test_a_second_signal_quits_at_once(data, tmp_path):
+    process = start(tmp_path, data, fault="hang:0:3")         # the step never ends, so the first signal cannot be answered
+    wait_for(lambda: (tmp_path / "log.jsonl").exists())
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, timeout=10)[0] == -signal.SIGTERM
+
+
+# ------------------------------------------------------------------------------------------------
+# several processes
+
+@pytest.mark.parametrize("kind", ["raise", "kill", "hang"])
+def test_a_rank_that_fails_ends_the_job_and_leaves_a_good_checkpoint(whole_two, data, tmp_path, kind):
+    began = time.time()
+    code, err = train(tmp_path, data, "--timeout", 10, fault=f"{kind}:1:9", ranks=2)
+    assert code != 0 and time.time() - began < 90, err
+    assert checkpoint.load(tmp_path / "tokenizer.pt")["phase"] in ("base", "grow-4")
+    done(tmp_path, data, ranks=2)
+    assert equal(tmp_path, whole_two)
+
+
+def test_max_restarts_resumes_by_itself_to_the_same_result(whole_two, data, tmp_path):
+    done(tmp_path / "run", data, fault="raise:1:9", once=tmp_path / "happened", ranks=2, launcher=["--max-restarts=1"])
+    assert (tmp_path / "happened").exists() and equal(tmp_path / "run", whole_two)
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(whole_two, data, tmp_path):
+    for rank in (0, 1):
+        done(tmp_path / str(rank), data, "--stage", "1", fault=f"nan:{rank}:4", ranks=2)
+    zero, one = (contents(tmp_path / name, ["tokenizer.pt"])["tokenizer.pt"] for name in "01")
+    assert same_content(zero["model"], one["model"]), "whoever met it, everybody skipped the same step"
+    assert all(torch.isfinite(p).all() for p in zero["model"].values())
+
+
+@pytest.mark.parametrize("images", [3, 61])
+def test_a_data_set_smaller_than_a_batch_or_uneven_over_ranks_works(tmp_path, images):
+    done(tmp_path / "run", some_shapes(tmp_path / "few.npz", images), ranks=2)
+    assert all((tmp_path / "run" / name).exists() for name in NAMES)
+
+
+# ------------------------------------------------------------------------------------------------
+# disks and workers
+
+def test_a_full_disk_ends_the_run_with_the_old_checkpoint_and_no_remains(whole, data, tmp_path):
+    assert train(tmp_path, data, fault="term:0:3")[0] == 3
+    before = checkpoint.load(tmp_path / "tokenizer.pt")
+    size = (tmp_path / "tokenizer.pt").stat().st_size
+    code, err = train(tmp_path, data, limit=size // 2)
+    assert code == 2 and "is the disk full" in err and "Traceback" not in err, err
+    assert same_content(before, checkpoint.load(tmp_path / "tokenizer.pt"))
+    assert not list(tmp_path.glob(".*tmp*"))
+    done(tmp_path, data)
+    assert equal(tmp_path, whole)
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(data):
+    code, err = train("/proc/no", data)
+    assert code == 2 and "choose another folder" in err and err.count("\n") == 1, err
+
+
+def test_a_killed_data_worker_is_one_line_and_the_run_goes_on_later(whole, data, tmp_path):
+    code, err = train(tmp_path, data, "--workers", 2, fault="kill-worker:0:3")
+    assert code == 2 and "a data worker died" in err and "Traceback" not in err, err
+    done(tmp_path, data, "--workers", 2)
+    assert equal(tmp_path, whole)
+
+
+# ------------------------------------------------------------------------------------------------
+# a state that lacks something
+
+KEYS = ["settings", "data", "phase", "step", "model", "ema", "optimizer", "random", "results", "num_tokens", "adversary"]
+
+
+@pytest.fixture(scope="module")
+def stopped(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    assert train(folder, data, *ADVERSARY, fault="term:0:5")[0] == 3
+    return checkpoint.load(folder / "tokenizer.pt"), folder
+
+
+@pytest.mark.parametrize("key", [*KEYS, "model/decoder.norm.weight", "ema/quantizer.codebook", "optimizer/state", "adversary/net",
+                                 "adversary/lecam/real_anchor", "adversary/optimizer", "optimizer/state/3"])
+def test_each_state_that_is_taken_away_is_named(stopped, data, tmp_path, key):
+    import shutil
+    saved, folder = stopped
+    shutil.copytree(folder, tmp_path / "run")
+
+    def without(tree, path):
+        first, *rest = path
+        first = int(first) if first.isdigit() else first
+        return {k: without(v, rest) if k == first and rest else v for k, v in tree.items() if k != first or rest}
+    (tmp_path / "run" / "tokenizer.pt").unlink()
+    checkpoint.previous(tmp_path / "run" / "tokenizer.pt").unlink(missing_ok=True)
+    checkpoint.save(tmp_path / "run" / "tokenizer.pt", without({k: v for k, v in saved.items() if k != "format"}, key.split("/")))
+    code, err = train(tmp_path / "run", data, *ADVERSARY)
+    name = {"optimizer/state/3": "optimizer", "adversary/lecam/real_anchor": "real_anchor"}.get(key, key.split("/")[-1])
+    assert code == 2 and name in err and err.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in err, err
