@@ -1,12 +1,13 @@
 # make demo    everything from nothing: packages, training on the built-in shapes, samples, pictures, a summary
 # make test    packages and the test suite
+# make test-faults    the slow tests: kill, tear and fill things
 # make clean   remove the packages, the demo's run and caches
 
 PYTHON ?= python3
 BIN    := .venv/bin
 RUN    := runs/demo
 
-.PHONY: demo test clean
+.PHONY: demo test test-faults clean
 
 demo: .venv/ready
 	$(BIN)/python train.py --preset tiny --run $(RUN)
@@ -16,6 +17,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q
+
+test-faults: .venv/ready
+	$(BIN)/python -m pytest -q -m faults
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

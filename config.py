@@ -185,7 +185,7 @@ SMALL = dict(  # 32x32 images; sizes and rates measured on 2 CPU cores [ours]: f
 PRESETS = {
     "tiny": dict(  # the built-in shapes, stages 1 to 3 in minutes on a CPU
         SMALL, token_schedule=(16, 20, 24), codebook_size=256, flip=False,
-        learning_rate=1e-3, finetune_learning_rate=7e-4, continuous_steps=300, base_steps=800, grow_steps=150, finetune_steps=400,
+        learning_rate=1e-3, finetune_learning_rate=7e-4, continuous_steps=100, base_steps=800, grow_steps=150, finetune_steps=400,
         generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=350,
         log_every=20, save_every=250, sample_every=250),
     "cifar": dict(  # real 32x32 images, --data needed; about an hour on 2 CPU cores

@@ -142,9 +142,10 @@ class Generator(nn.Module):
         With caches (one per block) only the rows that are not cached yet are computed and returned.
         """
         done = caches[0].length if caches else 0
-        x = torch.cat([self.label(labels)[:, None], self.token(ids)], dim=1)    # (B, 1+T, D)
-        x = (x + self.position[:x.shape[1]])[:, done:]                          # (B, R, D), R = 1+T - done new rows
-        rotary = self.rotary[done:done + x.shape[1]]                            # (R, D/heads/2)
+        # Row 0 is the class; R = 1+T - done rows are new.
+        x = self.token(ids[:, done - 1:]) if done else torch.cat([self.label(labels)[:, None], self.token(ids)], dim=1)   # (B, R, D)
+        x = x + self.position[done:done + x.shape[1]]
+        rotary = self.rotary[done:done + x.shape[1]]                            # (R, D/heads/2, 2)
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, self.causal, caches[i] if caches else None)
         return self.head(self.norm(x))                                          # (B, R, K)

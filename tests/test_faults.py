@@ -280,3 +280,12 @@ def test_each_state_that_is_taken_away_is_named(stopped, data, tmp_path, key):
     code, err = train(tmp_path / "run", data, *ADVERSARY)
     name = {"optimizer/state/3": "optimizer", "adversary/lecam/real_anchor": "real_anchor"}.get(key, key.split("/")[-1])
     assert code == 2 and name in err and err.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in err, err
+
+
+# ------------------------------------------------------------------------------------------------
+# hostile files
+
+def test_ten_thousand_damaged_files_of_each_kind_give_a_result_or_a_clear_error():
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "fuzz.py")], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("10000 damaged files") == 4 and done.stdout.count(" 0 anything else") == 4
