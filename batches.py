@@ -56,16 +56,6 @@ def obey_only_the_parent(worker: int) -> None:
         threading.Thread(target=listen, daemon=True).start()
 
 
-def survivors(batches):
-    """The batches, with one line in place of DataLoader's traceback when a worker was killed, mostly for want of memory."""
-    try:
-        yield from batches
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"a data worker died ({str(error).splitlines()[0]}); is memory short? lower --workers and repeat the command to go on") from None
-
-
 class Batches:
     """Batches by number, as DataLoader's map-style data set.
 
@@ -105,7 +95,7 @@ class Batches:
         skipped = set()
         with stop_signals_blocked() if workers else contextlib.nullcontext():
             batches = iter(loader)
-        for images, labels, errors in survivors(batches):
+        for images, labels, errors in batches:
             for error in errors:
                 if self.limit and error not in skipped:
                     print(f"skipped {error}", file=sys.stderr)

@@ -3,7 +3,6 @@
 Run      python bench.py                                 all rows, under ten minutes on 2 CPU cores
          python bench.py --rows query_block help         some of them
          python bench.py --json bench.json               rows with name, value, unit, target, met (null: no target)
-         python bench.py --scaling scaling.png           how the cost of encoding grows with tokens and patches
 Ratios   compare two ways on the same machine, so they carry over to other machines better than seconds do
 Peak     the rate of a plain matrix product on this machine, in the same precision; "of peak" stands where products dominate
 Floor    of a sampling step at batch 1: reading every weight once, at the rate of a plain matrix-vector product
@@ -36,7 +35,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    parser.add_argument("--scaling", metavar="PNG", help="instead of the rows: cost of encoding against tokens and patches")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)         # measured in a process of its own, for its peak memory
     args = parser.parse_args()
     for name in args.rows:
@@ -363,7 +361,7 @@ def help(bench: Bench) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# how cost grows
+# for experiments/scaling.py
 
 def encode_once(num_tokens: int, patches: int, device) -> tuple[float, float]:
     """Seconds and GiB of encoding 4 images, for the child process."""
@@ -380,30 +378,6 @@ def encode_once(num_tokens: int, patches: int, device) -> tuple[float, float]:
     return statistics.median(times[1:]), peak_gib(device) - before
 
 
-def scaling(bench: Bench, path: str) -> None:
-    """Encode against tokens and against patches: a table, fitted exponents, and a picture."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise config.UserError("--scaling draws with matplotlib: pip install matplotlib") from None
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    for axis, what, points in ((axes[0], "tokens", [(L, 256) for L in (16, 32, 64, 128, 256)]), (axes[1], "patches", [(64, N) for N in (64, 144, 256, 576, 1024)])):
-        x = [point[what == "patches"] for point in points]
-        found = [in_child(bench, "encode", *point) for point in points]
-        slopes = [np.polyfit(np.log(x), np.log([max(value[k], 1e-9) for value in found]), 1)[0] for k in (0, 1)]
-        for value, (s, gib) in zip(x, found):
-            print(f"{value:5} {what:8}{s / 4 * 1e3:9.1f} ms an image{gib * 1024:9.0f} MiB for the batch of 4", flush=True)
-        print(f"      time grows like {what}^{slopes[0]:.2f}, memory like {what}^{slopes[1]:.2f}")
-        axis.loglog(x, [s / 4 * 1e3 for s, _ in found], "o-", label=f"ms an image, exponent {slopes[0]:.2f}")
-        axis.loglog(x, [gib * 1024 for _, gib in found], "s--", label=f"MiB of activations, batch 4, exponent {slopes[1]:.2f}")
-        axis.set_xlabel(f"{what}  ({'256 patches' if what == 'tokens' else '64 tokens'})")
-        axis.set_xticks(x, x), axis.minorticks_off(), axis.legend(), axis.grid(alpha=0.3)
-    with checkpoint.replacing(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-
-
 def main(args) -> None:
     bench = Bench(args)
     if args.child:
@@ -412,8 +386,6 @@ def main(args) -> None:
         return print(json.dumps(result))
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else platform.machine()
     print(f"{bench.device.type} {name}, {torch.get_num_threads()} threads, torch {torch.__version__}, python bench.py {' '.join(sys.argv[1:])}")
-    if args.scaling:
-        return scaling(bench, args.scaling)
     peak = bench.peak
     print(f"matrix peak {2 * peak[torch.float32] / 1e9:.0f} GFLOP/s in float32, {2 * peak[torch.bfloat16] / 1e9:.0f} in bf16; "
           f"matrix-vector {bench.bandwidth / 1e9:.1f} GB/s; rows are float32 unless they say otherwise\n", flush=True)

@@ -125,7 +125,7 @@ def options_of(kind: str, args) -> tuple[dict, list[dict]]:
 
 
 def main(args) -> None:
-    began, procs, summary = time.time(), Processes(args.device), {}
+    began, procs = time.time(), Processes(args.device)
     data = val = tokenizer = None
     if args.run:
         values = read_run(args.run)

@@ -89,19 +89,27 @@ def mlp(w: SimpleNamespace, x: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(norm(x), w.w1, w.b1)), w.w2, w.b2)
 
 
-def block_layer(w: SimpleNamespace, x: Tensor, heads: int) -> Tensor:
+def watch(trace: list | None, q: Tensor, k: Tensor) -> None:
+    """Note how the last row of q looks at the rows of k: appends (B, heads, T); for pictures only."""
+    if trace is not None:
+        trace.append((q[:, :, -1:] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)[:, :, 0])
+
+
+def block_layer(w: SimpleNamespace, x: Tensor, heads: int, trace: list | None = None) -> Tensor:
     """Published form: all rows x (B, T, E) ask all rows, and all are rewritten."""
     c = norm(x)
     q, k, v = (split_heads(F.linear(c, m), heads).transpose(1, 2) for m in (w.wq, w.wk, w.wv))   # (B, heads, T, E/heads)
+    watch(trace, q, k)
     x = x + F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), w.wo, w.bo)
     return x + mlp(w, x)
 
 
-def query_layer(w: SimpleNamespace, h: Tensor, context: Tensor, heads: int) -> Tensor:
+def query_layer(w: SimpleNamespace, h: Tensor, context: Tensor, heads: int, trace: list | None = None) -> Tensor:
     """Query form, written out: h (B, E) asks the rows of context (B, T, E) and itself; only h is rewritten."""
     rows = torch.cat([context, norm(h)[:, None]], dim=1)                      # (B, T+1, E)
     q = split_heads(F.linear(norm(h), w.wq), heads)[:, :, None]               # (B, heads, 1, E/heads)
     k, v = (split_heads(F.linear(rows, m), heads).transpose(1, 2) for m in (w.wk, w.wv))         # (B, heads, T+1, E/heads)
+    watch(trace, q, k)
     h = h + F.linear(F.scaled_dot_product_attention(q, k, v).flatten(1), w.wo, w.bo)
     return h + mlp(w, h)
 
@@ -205,8 +213,11 @@ class MoCET(nn.Module):
         scores = cx @ u.flatten(0, 1).T                                       # (B, N, n*heads)
         return scores.transpose(1, 2).unflatten(1, (n, heads)).unbind(1)
 
-    def forward_loop(self, x_latent: Tensor, quantizer: VectorQuantizer) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """forward, slowly and in the paper's words: the oracle that tests hold forward against."""
+    def forward_loop(self, x_latent: Tensor, quantizer: VectorQuantizer, trace: list | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """forward, slowly and in the paper's words: the oracle that tests hold forward against.
+
+        trace   a list to which each layer of each expert appends its attention (B, heads, N + tokens so far + 1)
+        """
         heads = self.cfg.expert_heads
         rows = x_latent                                                       # (B, N, E), later followed by the tokens
         z, z_q, ids = [], [], []
@@ -216,11 +227,11 @@ class MoCET(nn.Module):
                 h = group.query[i].expand(len(rows), -1)                      # (B, E)
                 if self.cfg.expert == "query":
                     for w in layers:
-                        h = query_layer(w, h, norm(rows), heads)
+                        h = query_layer(w, h, norm(rows), heads, trace)
                 else:
                     x = torch.cat([rows, h[:, None]], dim=1)
                     for w in layers:
-                        x = block_layer(w, x, heads)
+                        x = block_layer(w, x, heads, trace)
                     h = x[:, -1]
                 q_i, id_i, z_i = quantizer.quantize(norm(h) @ group.head[i].T + group.head_bias[i], quantizer.codes())
                 rows = torch.cat([rows, (self.embed_code(q_i) + group.pos[i])[:, None]], dim=1)

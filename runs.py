@@ -5,6 +5,7 @@ Out      load_tokenizer, load_generator; sample_batch: labels -> uint8 images
 """
 import contextlib
 import os
+import tempfile
 
 import torch
 from torch import Tensor
@@ -42,11 +43,23 @@ def sample_batch(model: Generator, tokenizer: NativeTok, labels: Tensor, options
 
 @contextlib.contextmanager
 def enough_memory(repair: str):
-    """Running out of memory inside becomes a UserError with the repair."""
+    """Running out of memory inside, here or in a data worker, becomes a UserError with the repair."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        # TRAP: DataLoader raises this from a signal handler, so it can come out of any line of the main process.
+        if "DataLoader worker" in str(error):
+            raise UserError(f"a data worker died ({str(error).splitlines()[0]}); is memory short? lower --workers, and repeat the command to go on") from None
         # A CPU without memory has no exception of its own in torch, only this text.
         if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
             raise UserError(f"out of memory; {repair}") from error
         raise
+
+
+def need_room(folder: str) -> None:
+    """Raise UserError unless files can be written into `folder`, which is made if need be: now, not after hours."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error

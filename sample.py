@@ -92,7 +92,6 @@ if __name__ == "__main__":                                                    # 
 
 import difflib
 import re
-import tempfile
 import time
 
 import numpy as np
@@ -107,7 +106,7 @@ from images import read_image, resize_crop, save_grid, to_float, to_uint8
 from losses import psnr
 from nativetok import NativeTok
 from processes import Processes
-from runs import enough_memory, load_generator, load_tokenizer, sample_batch
+from runs import enough_memory, load_generator, load_tokenizer, need_room, sample_batch
 
 
 # ------------------------------------------------------------------------------------------------
@@ -123,15 +122,6 @@ def class_number(text: str, names: list[str]) -> int:
     few = ", ".join(f"{k} {name}" for k, name in enumerate(names[:5])) + (", ..." if len(names) > 5 else "")
     raise UserError(f"class {text!r} is unknown; " + (
         f"did you mean {' or '.join(map(repr, close[:3]))}?" if close else f"the run has {len(names)} classes: {few}"))
-
-
-def need_room(folder: str) -> None:
-    """Raise UserError unless files can be written into `folder`, which is made if need be: now, not after hours."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
 
 
 # ------------------------------------------------------------------------------------------------
