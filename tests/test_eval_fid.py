@@ -15,11 +15,8 @@ import torch
 import config
 import eval_fid
 import judging
-import loop
 import sample
-import train
 from data import open_images
-from helpers import SMALL, some_shapes
 from judging import Eye, Seen
 from tinycnn import random_twin
 
@@ -27,17 +24,11 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of a few steps on 60 shapes: bad, but complete, and with a classifier."""
-    folder = tmp_path_factory.mktemp("eval")
-    data, before = some_shapes(folder / "shapes.npz", 60), loop.EVAL_IMAGES
-    loop.EVAL_IMAGES = 20
-    try:
-        train.main(config.parse_run("", [*SMALL, "--run", str(folder / "run"), "--data", data, "--val_data", data]))
-    finally:
-        loop.EVAL_IMAGES = before
-    assert command("--run", folder / "run", "--train_features", 5, "--num_samples", 20)[0] == 0
-    return folder / "run"
+def run(small_run, tmp_path_factory):
+    """A complete run with a classifier."""
+    folder = shutil.copytree(small_run, tmp_path_factory.mktemp("eval") / "run")
+    assert command("--run", folder, "--train_features", 5, "--num_samples", 20)[0] == 0
+    return folder
 
 
 def command(*flags) -> tuple[int, str, str]:

@@ -16,7 +16,8 @@ LEVELS = (
     {"batches"},
     {"tokens", "loop", "tinycnn"},
     {"judging"},
-    {"train", "sample", "eval_fid", "explain", "bench"},
+    {"train", "sample", "eval_fid", "explain"},
+    {"bench"},
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))

@@ -1,0 +1,114 @@
+"""Promises of explain.py: every picture is there and true to the model, and the page needs nothing but its own folder."""
+import contextlib
+import io
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import config
+import explain
+from images import to_float
+from processes import Processes
+from runs import load_generator, load_tokenizer
+
+
+def command(run, *flags, out) -> tuple[int, str, str]:
+    import argparse
+    args = argparse.Namespace(run=str(run), against=None, images=3, out=str(out), device="cpu", **{})
+    for name, value in zip(flags[::2], flags[1::2]):
+        setattr(args, name.lstrip("-"), value)
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            config.run(lambda: explain.main(args))
+        except SystemExit as stop:
+            code = stop.code
+    return code, stdout.getvalue(), stderr.getvalue()
+
+
+@pytest.fixture(scope="module")
+def page(small_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("explain") / "page"
+    code, said, err = command(small_run, out=out)
+    assert code == 0, err
+    return out, said
+
+
+def test_every_picture_of_the_page_exists_and_nothing_comes_from_elsewhere(page):
+    out, said = page
+    text = (out / "index.html").read_text(encoding="utf-8")
+    shown = re.findall(r'src="([^"]+)"', text)
+    assert {"tokens.png", "added.png", "attention.png", "swaps.png", "codes.png", "ar.png", "maskgit.png", "guidance.png"} <= set(shown)
+    assert all((out / name).exists() for name in shown) and {path.name for path in out.glob("*.png")} == set(shown)
+    assert not re.search(r"https?://|<script", text), "it must open without a network"
+    assert all(str(out / name) in said for name in shown)
+
+
+def test_curves_are_drawn_or_their_absence_is_said(page):
+    out, said = page
+    try:
+        import matplotlib  # noqa: F401
+        assert (out / "order.png").exists() and (out / "training.png").exists()
+    except ImportError:
+        assert "needs matplotlib" in said and "needs matplotlib" in (out / "index.html").read_text(encoding="utf-8")
+
+
+def test_without_matplotlib_the_page_is_still_made(small_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    code, said, err = command(small_run, out=tmp_path)
+    assert code == 0 and "order: needs matplotlib" in said and not (tmp_path / "order.png").exists(), err
+
+
+def test_the_last_column_of_the_token_picture_is_the_reconstruction(small_run, page):
+    model = load_tokenizer(str(small_run), torch.device("cpu"))
+    _, pixels, _ = explain.held_out(str(small_run))
+    recon = explain.decode(model, model.encode(to_float(pixels[:3]))).numpy()
+    sheet = np.asarray(Image.open(page[0] / "tokens.png"))
+    columns = 1 + len(explain.prefixes(model.num_tokens))
+    step, last = 64 + 2, 2 + (columns - 1) * 66
+    for i in range(3):
+        cell = sheet[2 + i * step:2 + i * step + 64:2, last:last + 64:2]
+        assert np.abs(cell.astype(int) - recon[i]).max() <= 1
+
+
+def test_attention_of_the_loop_sums_to_one_and_leaves_the_ids_alone(small_run):
+    model = load_tokenizer(str(small_run), torch.device("cpu"))
+    x, trace = torch.rand(2, 3, 32, 32) * 2 - 1, []
+    with torch.no_grad():
+        plain = model.mocet.forward_loop(model.mit(x), model.quantizer)[1]
+        watched = model.mocet.forward_loop(model.mit(x), model.quantizer, trace)[1]
+    assert torch.equal(plain, watched) and len(trace) == model.num_tokens * model.cfg.expert_depth
+    for i, a in enumerate(trace):
+        assert a.shape[-1] == model.cfg.num_patches + i // model.cfg.expert_depth + 1
+        torch.testing.assert_close(a.sum(-1), torch.ones(a.shape[:-1]))
+
+
+def test_bits_are_those_of_the_generators_loss(small_run):
+    model = load_tokenizer(str(small_run), torch.device("cpu"))
+    ar = load_generator(str(small_run), "ar", model, torch.device("cpu"))
+    _, pixels, labels = explain.held_out(str(small_run))
+    ids = explain.encoded(model, pixels)
+    bits, marginal = explain.bits_per_position(model, ar, ids, labels)
+    assert len(bits) == len(marginal) == model.num_tokens
+    assert bits.mean() * np.log(2) == pytest.approx(ar.loss(ids, labels)[0].item(), rel=1e-4)
+    assert (marginal <= np.log2(model.cfg.codebook_size) + 1e-6).all() and (marginal >= 0).all()
+
+
+def test_another_run_is_compared_only_on_the_same_images(small_run, tmp_path):
+    code, _, err = command(small_run, "--against", str(small_run), out=tmp_path / "a")
+    assert code == 0, err
+    other = shutil.copytree(small_run, tmp_path / "other")
+    settings = (other / "config.json").read_text()
+    (other / "config.json").write_text(settings.replace("shapes.npz", "missing.npz"))
+    code, _, err = command(small_run, "--against", str(other), out=tmp_path / "b")
+    assert code == 2 and "missing.npz" in err and err.count("\n") == 1
+
+
+def test_wrong_use_gets_one_line(tmp_path):
+    code, _, err = command(tmp_path / "nowhere", out=tmp_path / "x")
+    assert code == 2 and "no tokenizer.pt" in err and err.count("\n") == 1
+    assert Processes("cpu").main
