@@ -34,7 +34,7 @@ DIGITS = (len(SHAPES), len(COLOURS), len(BACKGROUNDS), len(RADII), len(PLACES), 
 TOTAL, HELD_OUT = math.prod(DIGITS), 500
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def coverage(shape: int, size: int, row: int, column: int) -> np.ndarray:
     """How many of the 4x4 points in each pixel lie inside: int (32, 32), 0 to 16."""
     point = 2 * np.arange(128) + 1

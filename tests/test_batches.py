@@ -126,7 +126,7 @@ def test_skip_bad_puts_the_next_image_in_its_place_and_says_so_once(tmp_path, ca
     put(root / "cat" / "004.png", b"")
     dataset = data.open_images(str(root))
     plain = dict(image_size=8, batch_size=10, flip=False, random_crop=False, skip_bad=True, workers=workers)
-    for images, labels in take(stream(dataset, **plain), 3):
+    for images, _ in take(stream(dataset, **plain), 3):
         shown = [image.numpy().tobytes() for image in images]
         assert shown.count(dataset.load(5).tobytes()) == 2 and len(set(shown)) == 9
     assert capfd.readouterr().err.count("004.png") == 1

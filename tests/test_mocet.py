@@ -36,7 +36,7 @@ def small(form, depth=1, grown=False) -> tuple[MoCET, Watched]:
     if grown:
         mocet.grow(LONG)
         mocet.eval()
-    for name, p in mocet.named_parameters():                   # biases start at zero; here they count
+    for p in mocet.parameters():                                # biases start at zero; here they count
         if not p.any():
             torch.nn.init.normal_(p, std=0.3)
     return mocet, quantizer
