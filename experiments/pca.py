@@ -50,6 +50,7 @@ def main() -> None:
     mean = x.mean(axis=0)
     _, basis = np.linalg.eigh(np.cov(x, rowvar=False))
     basis = basis[:, ::-1][:, :256]                                           # (pixels, components), the strongest first
+    count = basis.shape[1]
     c, h = (x - mean) @ basis, (held_out - mean) @ basis
     errors = [[float((column ** 2).mean())] for column in c.T]                # [component][bits]
 
@@ -57,14 +58,14 @@ def main() -> None:
         while len(errors[i]) <= bits:
             errors[i].append(float(((c[:, i] - quantize(c[:, i], lloyd(c[:, i], 2 ** len(errors[i])))) ** 2).mean()))
         return errors[i][bits]
-    given, done = np.zeros(256, int), 0
+    given, done = np.zeros(count, int), 0
     for total in sorted(args.bits):
         while done < total:
             # The components come in order of strength, so the next silent one is the only silent candidate.
-            candidates = [i for i in range(min(np.count_nonzero(given) + 1, 256))]
+            candidates = range(min(np.count_nonzero(given) + 1, count))
             best = max(candidates, key=lambda i: error(i, given[i]) - error(i, given[i] + 1))
             given[best], done = given[best] + 1, done + 1
-        coded = np.stack([quantize(h[:, i], lloyd(c[:, i], 2 ** given[i])) if given[i] else np.zeros(len(h)) for i in range(256)], axis=1)
+        coded = np.stack([quantize(h[:, i], lloyd(c[:, i], 2 ** given[i])) if given[i] else np.zeros(len(h)) for i in range(count)], axis=1)
         recon = (coded @ basis.T + mean).clip(-1, 1)
         print(f"{total:4} bits over {np.count_nonzero(given):3} components: {10 * np.log10(4 / ((recon - held_out) ** 2).mean()):.2f} dB")
 

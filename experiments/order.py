@@ -1,0 +1,517 @@
+"""Does native order help? The same generator on tokens of different tokenizers, under one budget, in one table.
+
+Arms     titok               latent tokens inside a ViT, unordered
+         titok-causal        the same, with a causal mask among the latents
+         titok-taildrop      the same as titok, ordered by dropping tails in half of the training steps
+         nativetok-joint     MIT and MoCET at full length from the start
+         nativetok-hnt       MIT and MoCET, grown: the paper
+         nativetok-block     like joint, with the published two-layer block experts (narrower, see below)
+         nativetok-reversed  control: nativetok-hnt's tokens, and the generator gets them last one first
+         nativetok-shuffled  control: the same in a random order, another one for each seed
+Shared   images and their order, steps (HNT's phases together take as many as the others), optimizer, codebook, decoder,
+         number of tokens, generator; encoders have as many parameters as NativeTok's, within 10%: the ViT of titok is twice
+         as deep as MIT and as wide as it takes, block experts are as wide as it takes. No arm but one drops tails.
+Bits     AR code length of held-out images per position, -log2 p(id | class, ids before it). Beside it what a position costs
+         when only its frequencies are known, learned from the training ids (marginal). The difference is what order, and the
+         class, explain. Few bits alone prove nothing: tokens that say nothing cost nothing. So look at them with PSNR.
+Samples  Fréchet distance in the features of one TinyCNN that judges all arms of a data set (not FID, see tinycnn.py). Guidance
+         is the best of SCALES by that distance; MaskGIT's is chosen at 8 steps.
+Run      python experiments/order.py --preset tiny                    the shapes, one seed, on a CPU
+         python experiments/order.py --preset cifar --data DIR --val_data DIR --seeds 0 1 2
+         python experiments/order.py --quick                          tiny sizes, minutes: does it run?
+Resume   repeat the command: finished arms are skipped, a broken-off one goes on where it was saved; another --out starts anew
+Makes    OUT/ARM-SEED.json, pca.json, table.md, order.png (with matplotlib), tinycnn.pt, the judge; OUT/runs/, the runs themselves
+Exit     0 finished, 1 failure, 2 something to mend, 3 interrupted and saved
+"""
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import config
+from config import PRESETS, need
+
+ARMS = {  # name: (settings beside those that all arms share, order in which the generator gets the tokens)
+    "titok": ({"tokenizer": "titok"}, "as made"),
+    "titok-causal": ({"tokenizer": "titok-causal"}, "as made"),
+    "titok-taildrop": ({"tokenizer": "titok", "tail_drop": 0.5}, "as made"),
+    "nativetok-joint": ({}, "as made"),
+    "nativetok-hnt": ({}, "as made"),
+    "nativetok-block": ({"expert": "block", "expert_depth": 2}, "as made"),
+    "nativetok-reversed": ({}, "reversed"),
+    "nativetok-shuffled": ({}, "shuffled"),
+}
+GROWN = "nativetok-hnt"                                                        # also the arm whose tokens the controls take
+SCALES = (1.5, 2.0, 3.0)                                                      # guidance that is tried beside 1, plain
+PLANS = {  # beside the preset: its settings that change here, steps of tokenizer and generators, samples, steps of the judge
+    # 16 tokens instead of 24, or eight arms would take well over an hour on 2 CPU cores.
+    "tiny": (dict(token_schedule=(8, 12, 16)), 1000, 350, 500, 500),
+    "cifar": (dict(), 14000, 2500, 2000, 2000),
+    "quick": (dict(encoder_width=64, encoder_heads=2, expert_width=32, expert_heads=2, decoder_width=64, decoder_heads=2, token_schedule=(4, 6, 8),
+                   codebook_size=32, batch_size=16, reseed_every=10, generator_width=32, generator_depth=2, generator_heads=2, generator_batch_size=16),
+              60, 40, 100, 20),
+}
+
+
+def parse(argv=None) -> argparse.Namespace:
+    """The command line -> namespace, with the plan's numbers where none were given. Raises UserError for wrong use."""
+    parser = config.Parser(prog="order.py", description=__doc__)
+    parser.add_argument("--preset", choices=("tiny", "cifar"), default="tiny", help="settings to start from (default: tiny)")
+    parser.add_argument("--data", default="shapes", help="training images, in any form that train.py takes (default: the built-in shapes)")
+    parser.add_argument("--val_data", default="", help="held-out images; not needed for the shapes")
+    parser.add_argument("--out", metavar="DIR", help="results (default: experiments/results/order-PRESET, or order-quick)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="of weights, data order and samples (default: 0)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="only these (default: all)")
+    parser.add_argument("--budget", type=int, metavar="STEPS", help="steps of each tokenizer, all its phases together")
+    parser.add_argument("--generator_steps", type=int, metavar="STEPS", help="steps of each generator")
+    parser.add_argument("--num_samples", type=int, metavar="N", help="images per setting of each generator")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and few steps, to see that everything runs")
+    parser.add_argument("--table", action="store_true", help="train nothing; make table and figure anew from the results that are there")
+    args = parser.parse_args(argv)
+    args.command = "python experiments/order.py " + shlex.join(sys.argv[1:] if argv is None else argv)
+    plan = "quick" if args.quick else args.preset
+    args.out = args.out or os.path.join("experiments", "results", f"order-{plan}")
+    args.sizes, budget, generator_steps, num_samples, args.judge_steps = PLANS[plan]
+    args.budget, args.generator_steps = args.budget or budget, args.generator_steps or generator_steps
+    args.num_samples = args.num_samples or num_samples
+    for arm in args.arms:
+        config.choose("arm", arm, ARMS)
+    need(args.budget >= 20, f"budget {args.budget} must be at least 20 steps, since HNT cuts it into phases")
+    need(args.generator_steps >= 1, f"generator_steps {args.generator_steps} must be at least 1")
+    need(args.num_samples >= 2, f"num_samples {args.num_samples} must be at least 2")
+    need(min(args.seeds) >= 0, f"seeds {min(args.seeds)} is negative; give 0 or more")
+    need(args.preset != "cifar" or args.data != "shapes" or args.quick or args.table, "--preset cifar needs images: give --data and --val_data")
+    # Held-out images cut from --data would differ between seeds, and so would their judge.
+    need(args.data == "shapes" or args.val_data or args.table, "--data needs --val_data, so that all seeds are judged by the same images")
+    return args
+
+
+if __name__ == "__main__":                                                    # before torch, so that --help answers at once
+    config.run(lambda: globals().update(ARGS=parse()))
+
+import contextlib
+import json
+import math
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import train
+from batches import eval_batches
+from config import TokenizerConfig
+from data import train_and_val
+from images import to_float, to_uint8
+from judging import Reference, generated, judge, look, real, reconstruction, tinycnn_eyes
+from layers import count_parameters
+from loop import fit
+from losses import psnr
+from nativetok import NativeTok, from_checkpoint
+from processes import Processes
+from quantizer import usage
+from runs import load_generator, load_tokenizer
+from tinycnn import train_judge
+from tokens import cache_tokens
+
+
+# ------------------------------------------------------------------------------------------------
+# one budget, and encoders of one size
+
+def encoder_parameters(tok: TokenizerConfig) -> int:
+    """Parameters of what makes tokens of images, at full length: all but the codebook and the decoder, which are shared."""
+    with torch.device("meta"):                                                # counted without making them
+        model = NativeTok(tok).grow_to(tok.num_tokens)
+    return count_parameters(model) - count_parameters(model.quantizer) - count_parameters(model.decoder)
+
+
+def matched(tok: TokenizerConfig, name: str, step: int, target: int) -> int:
+    """The multiple of `step` that, as the value of tok's field `name`, brings the encoder nearest to `target` parameters."""
+    best, value = None, step
+    while True:
+        off = abs(encoder_parameters(replace(tok, **{name: value})) - target)
+        if best is not None and off > best[0]:                                # past the nearest, as wider is only ever larger
+            return best[1]
+        best, value = (off, value), value + step
+
+
+def settings_of(arm: str, args) -> tuple[dict, int, int]:
+    """-> settings of train.py for this arm beside the preset's, its encoder's parameters, those of NativeTok."""
+    preset = {**PRESETS[args.preset], **args.sizes}
+    longer, L = preset["token_schedule"][1:], preset["token_schedule"][-1]
+
+    # 1. Steps. HNT's phases share the budget in the preset's proportions; joint training is one phase of all steps.
+    total = preset["base_steps"] + len(longer) * preset["grow_steps"] + preset["finetune_steps"]
+    base, grow = (max(1, round(args.budget * preset[name] / total)) for name in ("base_steps", "grow_steps"))
+    settings = {**args.sizes, "tail_drop": 0.0, "token_schedule": (L,), "base_steps": args.budget, "generator_steps": args.generator_steps,
+                "continuous_steps": min(preset["continuous_steps"], base // 3), **ARMS[arm][0]}
+    if arm == GROWN or ARMS[arm][1] != "as made":
+        settings |= {"token_schedule": preset["token_schedule"], "base_steps": base, "grow_steps": grow,
+                     "finetune_steps": args.budget - base - len(longer) * grow}
+
+    # 2. Parameters.
+    native, tok = (config.build({**PRESETS[args.preset], **values})[0] for values in ({**args.sizes, "token_schedule": (L,)}, settings))
+    target = encoder_parameters(native)
+    if tok.tokenizer != "nativetok":
+        deep = replace(tok, encoder_depth=2 * native.encoder_depth)
+        width = matched(deep, "encoder_width", math.lcm(4, tok.encoder_heads), target)
+        settings |= {"encoder_depth": deep.encoder_depth, "encoder_width": width}
+    elif tok.expert == "block":
+        settings |= {"expert_width": matched(tok, "expert_width", tok.expert_heads, target)}
+    return settings, encoder_parameters(config.build({**PRESETS[args.preset], **settings})[0]), target
+
+
+def command(settings: dict, seed: int, args, folder: str) -> list[str]:
+    """The flags of train.py for these settings, tokenizer and generators."""
+    flags = ["--preset", args.preset, "--run", folder, "--data", args.data, "--val_data", args.val_data, "--seed", str(seed), "--device", args.device]
+    for name, value in settings.items():
+        flags += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return flags
+
+
+# ------------------------------------------------------------------------------------------------
+# training
+
+class Permuted(nn.Module):
+    """A tokenizer whose tokens come in another order: place i of its ids is token order[i] of the one inside."""
+
+    def __init__(self, tokenizer: NativeTok, order: Tensor):
+        super().__init__()
+        self.tokenizer, self.num_tokens, self.cfg = tokenizer, tokenizer.num_tokens, tokenizer.cfg
+        self.register_buffer("order", order)
+        self.fingerprint = checkpoint.fingerprint({"order": order}, {"tokenizer": tokenizer.fingerprint})
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.tokenizer.encode(images)[:, self.order]                   # (B, L)
+
+    def decode(self, ids: Tensor) -> Tensor:
+        return self.tokenizer.decode(ids[:, self.order.argsort()])            # all L of them: a prefix has holes when put back
+
+
+def in_order_of(arm: str, seed: int, tokenizer: NativeTok) -> NativeTok | Permuted:
+    """The tokenizer as this arm's generator sees it."""
+    how, L = ARMS[arm][1], tokenizer.num_tokens
+    if how == "as made":
+        return tokenizer
+    order = torch.arange(L).flip(0) if how == "reversed" else torch.randperm(L, generator=torch.Generator().manual_seed(seed))
+    return Permuted(tokenizer, order.to(tokenizer.quantizer.codebook.device))
+
+
+def watched_fit(job, run) -> None:
+    """loop.fit, and a line in the log with the phase's peak of memory in MiB: of a GPU its tensors, of a CPU the whole process (Linux only)."""
+    cuda, status = run.procs.device.type == "cuda", Path("/proc/self/status")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")                     # the peak becomes what is in use now
+    fit(job, run)
+    if cuda or status.exists():
+        peak = torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1024
+        run.log(phase=job.name, step=job.steps, peak_mb=round(peak))
+
+
+def train_stages(flags: list[str], *stages: int) -> None:
+    """train.py's stages in this process, what is finished already left out. Exits with 3 when interrupted, as train.py does."""
+    try:
+        with mock.patch.object(train, "fit", watched_fit):
+            for stage in stages:
+                train.main(config.parse_run("", [*flags, "--stage", str(stage)]))
+    finally:                                                                  # nobody listens to train.py's handlers any more
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def train_arm(arm: str, seed: int, source: list[str], flags: list[str]) -> None:
+    """Tokenizer and generators of one arm; `source` are the flags of the run whose tokenizer it takes, its own but for the controls."""
+    train_stages(source, 1, 2)
+    if ARMS[arm][1] == "as made":
+        return train_stages(flags, 3)
+    folders = [config.parse_run("", words).run for words in (source, flags)]
+    os.makedirs(folders[1], exist_ok=True)
+    shutil.copyfile(*(os.path.join(folder, "tokenizer.pt") for folder in folders))
+    # train.py knows nothing of other orders and need not: it is handed a tokenizer that has one. Its token cache, its pictures and
+    # the generators' mark of whose ids they have learned follow, so no other program can take these ids for the tokenizer's own.
+    with mock.patch.object(train, "from_checkpoint", lambda saved, path: in_order_of(arm, seed, from_checkpoint(saved, path))):
+        train_stages(flags, 3)
+
+
+# ------------------------------------------------------------------------------------------------
+# measuring
+
+def costs(folder: str, settings) -> dict:
+    """log.jsonl of a run -> {phase: steps, seconds, peak_mb, loss_by_tenth: has it flattened?}.
+
+    Seconds follow from the logged rates, since the clock of a resumed phase starts anew; loss is that of the pixels or ids.
+    """
+    found = {}
+    rows = [json.loads(line) for line in Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        mine = [row for row in rows if row["phase"] == phase]
+        steps = [(row["step"], row["per_second"], row.get("pixels", row.get("loss"))) for row in mine if "per_second" in row]
+        size = settings.generator_batch_size if phase in ("ar", "maskgit") else settings.batch_size
+        seconds = sum(size * (step - before) / rate for (step, rate, _), before in zip(steps, [0, *(step for step, *_ in steps)]))
+        found[phase] = {"steps": steps[-1][0], "seconds": round(seconds, 3), "peak_mb": max(row.get("peak_mb", 0) for row in mine),
+                        "loss_by_tenth": [round(float(part.mean()), 5) for part in np.array_split([loss for *_, loss in steps], 10) if len(part)]}
+    return found
+
+
+def doubling(L: int) -> list[int]:
+    """1, 2, 4, ... and L itself."""
+    return [2 ** k for k in range(L.bit_length()) if 2 ** k < L] + [L]
+
+
+def marginal_bits(learned: np.ndarray, ids: Tensor, codebook_size: int) -> list[float]:
+    """Bits of ids (m, L) per position when all that is known are the frequencies in learned (n, L), half a count added to each."""
+    bits = []
+    for seen, column in zip(learned.T, ids.cpu().numpy().T):
+        share = (np.bincount(seen, minlength=codebook_size) + 0.5) / (len(seen) + 0.5 * codebook_size)
+        bits.append(float(-np.log2(share[column]).mean()))
+    return bits
+
+
+@torch.no_grad()
+def ar_bits(model: nn.Module, ids: Tensor, labels: Tensor) -> tuple[list[float], float]:
+    """-> bits of ids (m, L) per position, and of an image; the second from the model's own mean loss."""
+    by_position, total = 0.0, 0.0
+    for i, y in zip(ids.split(250), labels.split(250)):
+        loss, logs = model.loss(i, y)
+        by_position += logs["nll_by_position"].double() * (len(i) / len(ids) / math.log(2))
+        total += loss.item() * ids.shape[1] * (len(i) / len(ids) / math.log(2))
+    return by_position.tolist(), total
+
+
+def prefix_psnr(tokenizer: NativeTok, ids: Tensor, images: Tensor) -> dict:
+    """{k: PSNR in dB of what the decoder makes of the first k tokens}, in 8-bit RGB as in eval_fid.py."""
+    found = {}
+    for k in doubling(tokenizer.num_tokens):
+        errors = [10 ** (-psnr(to_float(to_uint8(tokenizer.decode(i[:, :k])).cpu()), to_float(x)).double() / 10)
+                  for i, x in zip(ids.split(250), images.split(250))]
+        found[str(k)] = round(-10 * math.log10(torch.cat(errors).mean().item()), 3)
+    return found
+
+
+def sample_rows(judged, num_tokens: int) -> list[dict]:
+    """What the judge says of samples: AR by guidance; MaskGIT by guidance at 8 steps, and by steps without and with the best one."""
+    rows = [judged("ar", cfg_scale=float(scale)) for scale in (1, *SCALES)]
+    eight = min(8, num_tokens)
+    rows += [judged("maskgit", steps=eight, cfg_scale=float(scale)) for scale in (1, *SCALES)]
+    best = min(rows[-1 - len(SCALES):], key=lambda row: row[fd_key(row)])["cfg_scale"]
+    rows += [judged("maskgit", steps=n, cfg_scale=scale) for n in doubling(num_tokens) if n != eight for scale in sorted({1.0, best})]
+    return rows
+
+
+def fd_key(row: dict) -> str:
+    (key,) = (key for key in row if key.startswith("fd_tinycnn_"))
+    return key
+
+
+def measure(arm: str, seed: int, source: str, run, args, procs: Processes, data, val) -> dict:
+    """Everything that is told of one arm and seed but where it comes from; source: the folder of its tokenizer's run."""
+    device, folder, K, size = procs.device, run.run, run.tok.codebook_size, run.tok.image_size
+    inside = load_tokenizer(source, device)
+    tokenizer = in_order_of(arm, seed, inside)
+    judge_path = os.path.join(args.out, "tinycnn.pt")
+    if not checkpoint.exists(judge_path):
+        train_judge(judge_path, data, val, size, run.train.flip, args.judge_steps, device)
+    (eye, _), accuracy = tinycnn_eyes(judge_path, data, device)
+    asked = argparse.Namespace(run=folder, num_samples=args.num_samples, batch_size=250, seed=seed)
+
+    # 1. Reconstruction.
+    originals = real("held out", val, np.arange(len(val)), size, asked)
+    (seen,), _ = look(originals, [eye], asked, procs)
+    reference = Reference(val.name, originals.n, {eye.key: seen.statistics.mu}, {eye.key: seen.statistics.sigma}, {eye.key: seen.features()})
+
+    def judged(subject) -> dict:
+        row = judge(subject, [eye], reference, asked, procs)
+        return {"name": row.pop("name"), "n": row.pop("n"), **row.pop("settings", {}), **{k: v for k, v in row.items() if k != "swept"}}
+    some = np.random.default_rng(0).permutation(len(data))[:args.num_samples]
+    rebuilt = judged(reconstruction(inside, originals, device))
+
+    # 2. Tokens of the held-out images and what they cost, position by position as the generator gets them.
+    batches = list(eval_batches(val, size, 250))
+    images, labels = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]).to(device)
+    ids = torch.cat([inside.encode(to_float(x.to(device))) for x, _ in batches])   # (m, L)
+    order = tokenizer.order if isinstance(tokenizer, Permuted) else torch.arange(ids.shape[1], device=device)
+    used, perplexity = usage(ids[:, order], K)
+    bits, total = ar_bits(load_generator(folder, "ar", tokenizer, device), ids[:, order], labels)
+    learned, _ = cache_tokens(os.path.join(folder, "tokens"), tokenizer.fingerprint, data, size, run.train.flip, None, procs)   # made in training
+    marginal = marginal_bits(learned.reshape(-1, ids.shape[1]), ids[:, order], K)
+
+    # 3. Samples.
+    rows = sample_rows(lambda kind, **options: judged(generated(kind, tokenizer, {}, options, asked, device)), ids.shape[1])
+    return {"psnr": rebuilt["psnr"], "ssim": rebuilt["ssim"], eye.key: rebuilt[eye.key], "reconstruction": rebuilt,
+            "real": judged(real("real", data, some, size, asked)), "judge_accuracy": round(accuracy, 4), "prefix_psnr": prefix_psnr(inside, ids, images),
+            "order": order.tolist(), "codebook_used": round(used, 4), "perplexity": [round(p, 2) for p in perplexity.tolist()],
+            "ar_bits": [round(b, 4) for b in bits], "ar_bits_total": round(total, 3),
+            "marginal_bits": [round(b, 4) for b in marginal], "marginal_bits_total": round(sum(marginal), 3), "samples": rows,
+            "costs": {**costs(source, run.train), **costs(folder, run.train)}}
+
+
+def provenance(args, device: torch.device) -> dict:
+    """Where numbers come from: command, commit, versions, machine."""
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True) if shutil.which("git") else None
+        return done.stdout.strip() if done and done.returncode == 0 else ""
+    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {"command": args.command, "commit": (git("rev-parse", "HEAD") or "unknown") + changed, "torch": torch.__version__, "device": name}
+
+
+def run_arm(arm: str, seed: int, args, procs: Processes, data, val) -> None:
+    """Train and measure one arm with one seed and write its result, unless that has been done."""
+    path = os.path.join(args.out, f"{arm}-{seed}.json")
+    settings, parameters, target = settings_of(arm, args)
+    asked = {"preset": args.preset, **settings, "num_samples": args.num_samples, "judge_steps": args.judge_steps, "images": data.fingerprint, "held_out": val.fingerprint}
+    asked = json.loads(json.dumps(asked))                                     # as it comes back from a file: no tuples
+    if os.path.exists(path):
+        found = checkpoint.read_json(path)["settings"]
+        changed = [f"{k}: {found.get(k)} -> {asked.get(k)}" for k in {**found, **asked} if found.get(k) != asked.get(k)]
+        need(not changed, f"{path} was measured with other settings ({', '.join(changed)}); give another --out, or delete it")
+        print(f"{arm}, seed {seed}: finished before")
+        return
+    print(f"\n--- {arm}, seed {seed}: encoder of {parameters:,} parameters, {parameters / target - 1:+.1%} of NativeTok's", flush=True)
+    source, folder = (os.path.join(args.out, "runs", f"{name}-{seed}") for name in (arm if ARMS[arm][1] == "as made" else GROWN, arm))
+    source_flags, flags = (command(settings, seed, args, run) for run in (source, folder))
+    train_arm(arm, seed, source_flags, flags)
+    checkpoint.write_json(path, {
+        "arm": arm, "seed": seed, **provenance(args, procs.device), "tokenizer_command": "python train.py " + shlex.join(source_flags), "settings": asked,
+        "encoder_parameters": parameters, "encoder_parameters_off": round(parameters / target - 1, 4),
+        **measure(arm, seed, source, config.parse_run("", flags), args, procs, data, val)})
+    print(f"written: {path}")
+
+
+def run_pca(args) -> None:
+    """The yardstick of experiments/pca.py at an eighth, a quarter, half and all of the tokens' bits -> pca.json."""
+    path = os.path.join(args.out, "pca.json")
+    if os.path.exists(path):
+        return
+    values = {**PRESETS[args.preset], **args.sizes}
+    most = values["token_schedule"][-1] * math.log2(values["codebook_size"])
+    flags = ["--data", args.data, "--val_data", args.val_data, "--bits", *(str(int(most * share)) for share in (0.125, 0.25, 0.5, 1))]
+    done = subprocess.run([sys.executable, str(ROOT / "experiments" / "pca.py"), *flags], capture_output=True, text=True)
+    need(done.returncode == 0, f"experiments/pca.py failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    points = [[int(bits), float(db)] for bits, db in re.findall(r"(\d+) bits.*: ([\d.]+) dB", done.stdout)]
+    checkpoint.write_json(path, {**provenance(args, torch.device("cpu")), "pca_command": "python experiments/pca.py " + shlex.join(flags), "bits_and_psnr": points})
+
+
+# ------------------------------------------------------------------------------------------------
+# telling
+
+def read_results(out: str) -> dict[str, list[dict]]:
+    """{arm: its results, by seed}, in the order of ARMS. Raises UserError for none, or when they had different judges."""
+    found = {arm: [checkpoint.read_json(path) for path in sorted(Path(out).glob(f"{arm}-[0-9]*.json"))] for arm in ARMS}
+    found = {arm: results for arm, results in found.items() if results}
+    need(found, f"{out} holds no results yet; leave --table out, or give --out")
+    judges = {fd_key(result) for results in found.values() for result in results}
+    need(len(judges) == 1, f"{out}: distances of different judges ({', '.join(sorted(judges))}) cannot be compared; delete the older results")
+    return found
+
+
+def columns(result: dict) -> dict[str, dict[str, float]]:
+    """One result -> {table: {column: number}}. Guidance 1 is none; "best" is the best of the sweep."""
+    fd, rows, training = fd_key(result), result["samples"], result["costs"]
+    ar = [row for row in rows if row["name"] == "ar"]
+    maskgit = {n: [row for row in rows if row["name"] == "maskgit" and row["steps"] == n] for n in doubling(len(result["order"]))}
+    best, best_ar = {n: min(some, key=lambda row: row[fd]) for n, some in maskgit.items()}, min(ar, key=lambda row: row[fd])
+    eight = max(n for n in maskgit if n <= 8)
+    tokenizer = {phase: cost for phase, cost in training.items() if phase not in ("ar", "maskgit")}
+    return {
+        "Reconstruction and bits": {
+            "encoder, M": result["encoder_parameters"] / 1e6, "PSNR": result["psnr"], "FD": result[fd], "codes used": result["codebook_used"],
+            "perplexity": statistics.mean(result["perplexity"]), "marginal bits": result["marginal_bits_total"], "AR bits": result["ar_bits_total"],
+            "bits explained": 1 - result["ar_bits_total"] / max(result["marginal_bits_total"], 1e-9)},
+        "Samples": {
+            "real FD": result["real"][fd], "AR FD": ar[0][fd], "AR accuracy": ar[0]["class_accuracy"], "AR best FD": best_ar[fd],
+            "AR best accuracy": best_ar["class_accuracy"], "AR best guidance": best_ar["cfg_scale"],
+            "MaskGIT best FD": best[eight][fd], "MaskGIT best accuracy": best[eight]["class_accuracy"], "MaskGIT best guidance": best[eight]["cfg_scale"]},
+        "FD of MaskGIT samples by steps": {
+            **{f"{n} steps": next(row[fd] for row in some if row["cfg_scale"] == 1) for n, some in maskgit.items()},
+            **{f"{n} steps, best": best[n][fd] for n in maskgit}},
+        "PSNR of the first k tokens": {f"{k} tokens": value for k, value in result["prefix_psnr"].items()},
+        "Cost of training": {
+            "tokenizer s": sum(cost["seconds"] for cost in tokenizer.values()), "AR s": training["ar"]["seconds"], "MaskGIT s": training["maskgit"]["seconds"],
+            **{f"{phase} ms a step": 1000 * cost["seconds"] / cost["steps"] for phase, cost in tokenizer.items()},
+            **{f"{phase} peak MB": cost["peak_mb"] for phase, cost in tokenizer.items() if cost["peak_mb"]}},
+    }
+
+
+def write_tables(found: dict[str, list[dict]], out: str) -> str:
+    """table.md, one table after the other, one row per arm; -> its text."""
+    each, lines = {arm: [columns(result) for result in results] for arm, results in found.items()}, []
+
+    def cell(values: list[float]) -> str:
+        return "" if not values else f"{statistics.mean(values):.4g}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
+    for title in next(iter(each.values()))[0]:
+        names = list(dict.fromkeys(name for tables in each.values() for name in tables[0][title]))
+        lines += [f"## {title}", "", f"| arm | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+        lines += [f"| {arm} | " + " | ".join(cell([t[title][name] for t in tables if name in t[title]]) for name in names) + " |" for arm, tables in each.items()]
+        lines.append("")
+    first = next(iter(found.values()))[0]
+    lines.append(f"Mean ± standard deviation over seeds ({', '.join(f'{arm}: {len(results)}' for arm, results in found.items())}). FD is {fd_key(first)}, not FID, "
+                 f"of {first['real']['n']} samples, and of all {first['reconstruction']['n']} reconstructions, against held-out images. {first['device']}: {first['command']}")
+    with checkpoint.replacing(os.path.join(out, "table.md")) as file:
+        file.write(("\n".join(lines) + "\n").encode())
+    return "\n".join(lines)
+
+
+def draw_figure(found: dict[str, list[dict]], out: str) -> None:
+    """order.png: bits by position; sample quality against reconstruction; reconstruction against bits."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return print("no figure: it takes matplotlib (pip install matplotlib), then repeat with --table")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4), constrained_layout=True)
+    for colour, (arm, results) in zip(plt.get_cmap("tab10").colors, found.items()):
+        places = np.arange(1, len(results[0]["ar_bits"]) + 1)
+        left.plot(places, np.mean([r["ar_bits"] for r in results], axis=0), color=colour, label=arm)
+        left.plot(places, np.mean([r["marginal_bits"] for r in results], axis=0), "--", color=colour, linewidth=0.9)
+        tables = [columns(r) for r in results]
+        quality, fd, bits = ([t[title][name] for t in tables] for title, name in (
+            ("Reconstruction and bits", "PSNR"), ("Samples", "AR best FD"), ("Reconstruction and bits", "AR bits")))
+        for axis, x, y in ((middle, quality, fd), (right, bits, quality)):
+            axis.scatter(x, y, s=12, color=colour, alpha=0.5)                 # each seed, and their mean
+            axis.scatter(np.mean(x), np.mean(y), s=60, color=colour, label=arm)
+    if os.path.exists(os.path.join(out, "pca.json")):
+        right.plot(*zip(*checkpoint.read_json(os.path.join(out, "pca.json"))["bits_and_psnr"]), "k.--", label="PCA transform code")
+    for axis, title, x, y in ((left, "solid: AR, dashed: marginal", "position", "bits"), (middle, "samples against reconstruction", "held-out PSNR, dB", "FD of AR samples, best guidance"),
+                              (right, "reconstruction against AR bits", "bits of an image", "held-out PSNR, dB")):
+        axis.set(title=title, xlabel=x, ylabel=y), axis.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    with checkpoint.replacing(os.path.join(out, "order.png")) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+
+
+def main(args) -> None:
+    if not args.table:
+        procs = Processes(args.device)
+        data, val = train_and_val(args.data, args.val_data, 0, 0)
+        need(val.classes == data.classes and len(data.classes) > 1, f"{args.data} and {args.val_data} need the same classes, two or more")
+        os.makedirs(os.path.join(args.out, "runs"), exist_ok=True)
+        for seed in args.seeds:                                               # a whole table first, then its spread
+            for arm in args.arms:
+                run_arm(arm, seed, args, procs, data, val)
+        if not args.quick:
+            run_pca(args)
+    found = read_results(args.out)
+    print("\n" + write_tables(found, args.out))
+    draw_figure(found, args.out)
+
+
+if __name__ == "__main__":
+    config.run(lambda: main(ARGS))
