@@ -186,7 +186,7 @@ PRESETS = {
     "tiny": dict(  # the built-in shapes, stages 1 to 3 in minutes on a CPU
         SMALL, token_schedule=(16, 20, 24), codebook_size=256, flip=False,
         learning_rate=1e-3, finetune_learning_rate=7e-4, continuous_steps=100, base_steps=800, grow_steps=150, finetune_steps=400,
-        generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=350,
+        generator_width=192, generator_depth=4, generator_dropout=0.0, generator_batch_size=32, generator_steps=450,
         log_every=20, save_every=250, sample_every=250),
     "cifar": dict(  # real 32x32 images, --data needed; about an hour on 2 CPU cores
         SMALL, codebook_size=512, continuous_steps=200, base_steps=4000, grow_steps=1000, finetune_steps=8000,

@@ -75,15 +75,14 @@ def parse(argv=None) -> argparse.Namespace:
     args.command = "python experiments/order.py " + shlex.join(sys.argv[1:] if argv is None else argv)
     plan = "quick" if args.quick else args.preset
     args.out = args.out or os.path.join("experiments", "results", f"order-{plan}")
-    args.sizes, budget, generator_steps, num_samples, args.judge_steps = PLANS[plan]
-    args.budget, args.generator_steps = args.budget or budget, args.generator_steps or generator_steps
-    args.num_samples = args.num_samples or num_samples
+    args.sizes, *numbers, args.judge_steps = PLANS[plan]
+    # 20: HNT cuts the budget into phases. 4: precision and recall ask for the third neighbour.
+    for name, least, number in zip(("budget", "generator_steps", "num_samples"), (20, 1, 4), numbers):
+        setattr(args, name, number if getattr(args, name) is None else getattr(args, name))
+        need(getattr(args, name) >= least, f"{name} {getattr(args, name)} must be at least {least}")
+    need(min(args.seeds) >= 0, f"seeds {min(args.seeds)} is negative; give 0 or more")
     for arm in args.arms:
         config.choose("arm", arm, ARMS)
-    need(args.budget >= 20, f"budget {args.budget} must be at least 20 steps, since HNT cuts it into phases")
-    need(args.generator_steps >= 1, f"generator_steps {args.generator_steps} must be at least 1")
-    need(args.num_samples >= 2, f"num_samples {args.num_samples} must be at least 2")
-    need(min(args.seeds) >= 0, f"seeds {min(args.seeds)} is negative; give 0 or more")
     need(args.preset != "cifar" or args.data != "shapes" or args.quick or args.table, "--preset cifar needs images: give --data and --val_data")
     # Held-out images cut from --data would differ between seeds, and so would their judge.
     need(args.data == "shapes" or args.val_data or args.table, "--data needs --val_data, so that all seeds are judged by the same images")
