@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[36, 72, 144])
     args = parser.parse_args()
     train, val = train_and_val(args.data, args.val_data, 1000, 0)
-    x, held_out = pixels(train, args.image_size, 20000), pixels(val, args.image_size, 2000)
+    x, held_out = pixels(train, args.image_size, 20000), pixels(val, args.image_size, 10000)
     mean = x.mean(axis=0)
     _, basis = np.linalg.eigh(np.cov(x, rowvar=False))
     basis = basis[:, ::-1][:, :256]                                           # (pixels, components), the strongest first
