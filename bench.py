@@ -302,16 +302,15 @@ def maskgit(bench: Bench) -> None:
 
 def waiting(stream, step, steps: int) -> tuple[float, float]:
     """Share of the time of `steps` steps that went by in next(stream), and seconds a step; the first batches are not counted."""
-    waited = worked = 0.0
+    worked = 0.0
     for number, batch in zip(range(steps + 3), stream):
-        pass_began = time.perf_counter()
+        step_began = time.perf_counter()
         step(batch)
-        worked += (time.perf_counter() - pass_began) * (number >= 3)
+        worked += (time.perf_counter() - step_began) * (number >= 3)
         if number == 2:
             began = time.perf_counter()
     total = time.perf_counter() - began
-    waited = total - worked
-    return waited / total, total / steps
+    return 1 - worked / total, total / steps
 
 
 def learner(model: nn.Module, loss, beta2: float):

@@ -163,7 +163,9 @@ def main(args) -> None:
     # 3. What is judged.
     subjects = []
     if images is not None:
-        subjects.append(real(images.name, images, np.arange(len(images))[:args.num_samples], size, args))
+        # TRAP: the first n images of a folder are those of its first classes.
+        chosen = np.random.default_rng(0).permutation(len(images))[:args.num_samples]
+        subjects.append(real(images.name, images, chosen, size, args))
         subjects[0].labelled = data is not None and images.classes == data.classes
     elif args.run:
         subjects.append(real("real", data, np.random.default_rng(0).permutation(len(data))[:args.num_samples], size, args))

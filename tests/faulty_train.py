@@ -1,7 +1,8 @@
 """train.py with an accident built in, for test_faults.py: FAULT="kind:rank:step" in the environment, once per FAULT_ONCE file.
 
 The step is counted over the tokenizer's training steps of this process, from 1. Kinds:
-raise   an exception    kill   SIGKILL    hang   sleep for an hour    nan   a loss that is not a number
+raise   an exception    kill   SIGKILL    hang   sleep for an hour    nan   a loss that is not a number, and its gradients
+inf   a loss that is not finite while its gradients are, so nobody else notices by himself
 term    SIGTERM to this process           kill-worker   SIGKILL to a data worker        tokens   SIGKILL in the middle of the token cache
 save-N  SIGKILL at the N-th fsync of a save
 """
@@ -33,7 +34,7 @@ def accident() -> None:
         time.sleep(3600)
     if kind == "kill-worker":
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    elif kind != "nan":
+    elif kind not in ("nan", "inf"):
         os.kill(os.getpid(), signal.SIGTERM if kind == "term" else signal.SIGKILL)
 
 
@@ -43,7 +44,7 @@ def counted(recon, images, original=train.reconstruction):
     loss = original(recon, images)
     if mine and count == int(step):
         accident()
-        loss = loss * float("nan") if kind == "nan" else loss
+        loss = loss * float("nan") if kind == "nan" else loss + float("inf") if kind == "inf" else loss
     return loss
 
 

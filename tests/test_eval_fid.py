@@ -108,7 +108,22 @@ def test_samples_in_an_npz_are_judged_like_the_run_that_made_them(run, tmp_path)
                                   "--batch_size", "16", "--device", "cpu"]))
     direct, file = rows(run, tmp_path)["ar"], rows(run, tmp_path, "--images", tmp_path / "s.npz")["s.npz"]
     keys = [key for key in direct if key.startswith("fd_")]
-    assert len(keys) == 2 and [file[key] for key in keys] == [direct[key] for key in keys]
+    assert len(keys) == 2 and [file[key] for key in keys] == pytest.approx([direct[key] for key in keys], rel=1e-3)
+
+
+def test_fewer_images_than_a_folder_holds_are_drawn_from_all_classes(run, tmp_path):
+    shapes = open_images("shapes").subset(np.argsort(open_images("shapes").labels, kind="stable")[:2000])     # sorted by class
+    np.savez(tmp_path / "sorted.npz", x=np.stack([shapes.load(i) for i in range(0, 2000, 5)]), y=shapes.labels[::5])
+    some = rows(run, tmp_path, "--images", tmp_path / "sorted.npz")["sorted.npz"]
+    first = rows(run, tmp_path, "--images", some_first(tmp_path, shapes))["first.npz"]
+    (key,) = (key for key in some if key.startswith("fd_random_"))
+    assert some["n"] == first["n"] == 20 and some[key] < first[key]
+
+
+def some_first(tmp_path, shapes) -> Path:
+    """What taking the first 20 would have given: one class only."""
+    np.savez(tmp_path / "first.npz", x=np.stack([shapes.load(i) for i in range(20)]), y=shapes.labels[:20])
+    return tmp_path / "first.npz"
 
 
 def test_two_processes_give_the_numbers_of_one(run, tmp_path):

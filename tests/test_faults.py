@@ -209,9 +209,10 @@ def test_max_restarts_resumes_by_itself_to_the_same_result(whole_two, data, tmp_
     assert (tmp_path / "happened").exists() and equal(tmp_path / "run", whole_two)
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(whole_two, data, tmp_path):
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(data, tmp_path, kind):
     for rank in (0, 1):
-        done(tmp_path / str(rank), data, "--stage", "1", fault=f"nan:{rank}:4", ranks=2)
+        done(tmp_path / str(rank), data, "--stage", "1", fault=f"{kind}:{rank}:4", ranks=2)
     zero, one = (contents(tmp_path / name, ["tokenizer.pt"])["tokenizer.pt"] for name in "01")
     assert same_content(zero["model"], one["model"]), "whoever met it, everybody skipped the same step"
     assert all(torch.isfinite(p).all() for p in zero["model"].values())
