@@ -53,6 +53,8 @@ def replacing(path: str | Path, keep_previous: bool = False) -> Iterator[BinaryI
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
+        if "DataLoader worker" in str(error):                        # raised by a signal handler that happened to run here
+            raise
         # torch.save turns a full disk into a puzzling RuntimeError; what really happened is its context.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         raise UserError(f"cannot write {path}: {_reason(cause)}; is the disk full or the folder not writable? "
