@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import checkpoint
 from config import GeneratorConfig, need
-from layers import KVCache, LlamaBlock, RMSNorm, rotary_table
+from layers import KVCache, Linear, LlamaBlock, RMSNorm, rotary_table
 
 
 # ------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class Generator(nn.Module):
         self.register_buffer("rotary", rotary_table(rows, D // heads), persistent=False)
         self.blocks = nn.ModuleList(LlamaBlock(D, heads, cfg.generator_dropout) for _ in range(depth))
         self.norm = RMSNorm(D)
-        self.head = nn.Linear(D, codebook_size, bias=False)
+        self.head = Linear(D, codebook_size, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
