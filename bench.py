@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)         # measured in a process of its own, for its peak memory
+    parser.add_argument("--child", choices=("joint", "grow"), help=argparse.SUPPRESS)         # measured in a process of its own, for its peak memory
     args = parser.parse_args()
     for name in args.rows:
         config.choose("row", name, ROWS)
@@ -221,17 +221,17 @@ def peak_gib(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30       # a Mac counts in bytes
 
 
-def in_child(bench: Bench, *what) -> list[float]:
-    """-> seconds, GiB of `what`, measured by another process, since a peak of memory is that of a whole process."""
+def in_child(bench: Bench, script: str, *what) -> list[float]:
+    """-> seconds, GiB that `script --child what` finds, since a peak of memory is that of a whole process."""
     threads = ["--threads", str(bench.threads)] if bench.threads else []
-    command = [sys.executable, os.path.abspath(__file__), "--device", bench.device.type, *threads, "--child", *map(str, what)]
+    command = [sys.executable, os.path.abspath(script), "--device", bench.device.type, *threads, "--child", *map(str, what)]
     done = subprocess.run(command, capture_output=True, text=True)
     need(done.returncode == 0, f"{' '.join(map(str, what))} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def grow(bench: Bench) -> None:
-    (grow_s, grow_gib), (joint_s, joint_gib) = in_child(bench, "grow"), in_child(bench, "joint")
+    (grow_s, grow_gib), (joint_s, joint_gib) = in_child(bench, __file__, "grow"), in_child(bench, __file__, "joint")
     bench.row("growth step against joint step, time", grow_s / joint_s, "x", 0.6, least=False, note=f"{grow_s:.2f} s against {joint_s:.2f}")
     bench.row("growth step against joint step, peak memory", grow_gib / joint_gib, "x", 0.6, least=False, note=f"{grow_gib:.1f} GiB against {joint_gib:.1f}")
 
@@ -364,29 +364,11 @@ def help(bench: Bench) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# for experiments/scaling.py
-
-def encode_once(num_tokens: int, patches: int, device) -> tuple[float, float]:
-    """Seconds and GiB of encoding 4 images, for the child process."""
-    cfg = tokenizer_config(token_schedule=(num_tokens,), image_size=int(patches ** 0.5) * 16)
-    torch.manual_seed(0)
-    model, images = NativeTok(cfg).to(device).eval(), torch.rand(4, 3, cfg.image_size, cfg.image_size, device=device) * 2 - 1
-    before, times = peak_gib(device), []
-    for _ in range(4):
-        began = time.perf_counter()
-        model.encode(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:]), peak_gib(device) - before
-
 
 def main(args) -> None:
     bench = Bench(args)
     if args.child:
-        kind, *sizes = args.child
-        result = encode_once(*map(int, sizes), bench.device) if kind == "encode" else step_of(kind, bench.device)
-        return print(json.dumps(result))
+        return print(json.dumps(step_of(args.child, bench.device)))
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else platform.machine()
     print(f"{bench.device.type} {name}, {torch.get_num_threads()} threads, torch {torch.__version__}, python bench.py {' '.join(sys.argv[1:])}")
     peak = bench.peak

@@ -5,25 +5,49 @@ How      the encoder of imagenet-128 (MIT-B and query experts) at 4 images, each
          memory is that of a process; memory is the growth of that peak while encoding
 """
 import argparse
+import json
+import statistics
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import config
-from bench import Bench, in_child
+from bench import Bench, in_child, peak_gib, tokenizer_config
+from nativetok import NativeTok
 
 TOKENS, PATCHES = (16, 32, 64, 128, 256), (64, 144, 256, 576, 1024)
+
+
+def encode_once(num_tokens: int, patches: int, device) -> tuple[float, float]:
+    """Seconds and GiB of encoding 4 images, for the child process."""
+    cfg = tokenizer_config(token_schedule=(num_tokens,), image_size=int(patches ** 0.5) * 16)
+    torch.manual_seed(0)
+    model, images = NativeTok(cfg).to(device).eval(), torch.rand(4, 3, cfg.image_size, cfg.image_size, device=device) * 2 - 1
+    before, times = peak_gib(device), []
+    for _ in range(4):
+        began = time.perf_counter()
+        model.encode(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:]), peak_gib(device) - before
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="scaling.png", help="the picture")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--child", type=int, nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    bench = Bench(argparse.Namespace(repeats=3, device=args.device, threads=0))
+    bench = Bench(argparse.Namespace(repeats=3, device=args.device, threads=args.threads))
+    if args.child:
+        return print(json.dumps(encode_once(*args.child, bench.device)))
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -33,7 +57,7 @@ def main() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     for axis, what, points in ((axes[0], "tokens", [(L, 256) for L in TOKENS]), (axes[1], "patches", [(64, N) for N in PATCHES])):
         x = [point[what == "patches"] for point in points]
-        found = [in_child(bench, "encode", *point) for point in points]
+        found = [in_child(bench, __file__, *point) for point in points]
         slopes = [np.polyfit(np.log(x), np.log([max(value[k], 1e-9) for value in found]), 1)[0] for k in (0, 1)]
         for value, (s, gib) in zip(x, found):
             print(f"{value:5} {what:8}{s / 4 * 1e3:9.1f} ms an image{gib * 1024:9.0f} MiB for the batch of 4", flush=True)
