@@ -91,6 +91,12 @@ class Page:
             file.write(PAGE.format(title=html.escape(title), intro=html.escape(intro), figures="\n".join(self.figures)).encode())
 
 
+def wrapped(cells: Tensor, columns: int) -> list[Tensor]:
+    """uint8 images (n, H, W, 3) -> rows of `columns` images, the last filled up with white: n in one row would be too small to see."""
+    missing = -len(cells) % columns
+    return list(torch.cat([cells, torch.full((missing, *cells.shape[1:]), 255, dtype=torch.uint8)]).split(columns))
+
+
 def prefixes(L: int) -> list[int]:
     return sorted({*(2 ** i for i in range(L.bit_length())), L})
 
@@ -133,11 +139,14 @@ def attention(page: Page, model: NativeTok, images: Tensor, x: Tensor) -> None:
         scaled = maps / maps.amax(dim=1, keepdim=True).clamp_min(1e-9)
         mask = F.interpolate(scaled.view(-1, 1, side, side), size=under.shape[:2], mode="nearest")            # (L, 1, H, W)
         return (under.float() * (0.15 + 0.85 * mask.permute(0, 2, 3, 1))).to(torch.uint8)
-    white = torch.full_like(images[0], 255)
-    page.grid("attention", "Where each expert looks", f"Experts 1 to {model.num_tokens} from left to right. Top: attention over the patches, averaged over {len(x)} images and all heads. "
+    white, L, columns = torch.full_like(images[0], 255), model.num_tokens, 12
+    looks = [shown(maps.mean(dim=0), white), *(shown(maps[i], images[i]) for i in range(min(4, len(images))))]
+    blocks = list(zip(*(wrapped(row, columns) for row in looks)))             # one per 12 experts
+    blank = torch.full_like(torch.cat([white[None]] * columns), 255)
+    rows = [row for block in blocks for row in (*block, blank)][:-1]
+    page.grid("attention", "Where each expert looks", f"Experts 1 to {L}, from left to right, {columns} to a block. First row of a block: attention over the patches, averaged over {len(x)} images and all heads. "
               "Below: for single images, bright where the expert looks. A map that is the same in every row asks for a fixed place; one that moves follows what is in the image. "
-              f"The rest of their attention goes to earlier tokens and to the query itself: {on_tokens[0]:.0%} at expert 1, {on_tokens[-1]:.0%} at expert {model.num_tokens}.",
-              [shown(maps.mean(dim=0), white), *(shown(maps[i], images[i]) for i in range(min(4, len(images))))])
+              f"The rest of their attention goes to earlier tokens and to the query itself: {on_tokens[0]:.0%} at expert 1, {on_tokens[-1]:.0%} at expert {L}.", rows)
 
 
 def swaps(page: Page, model: NativeTok, images: Tensor, ids: Tensor) -> None:
@@ -146,8 +155,8 @@ def swaps(page: Page, model: NativeTok, images: Tensor, ids: Tensor) -> None:
         mixed = ids[a].repeat(model.num_tokens, 1)
         places = torch.arange(model.num_tokens)
         mixed[places, places] = ids[b]
-        rows.append(torch.cat([images[a:a + 1], decode(model, ids[a:a + 1]), images[b:b + 1], decode(model, mixed)]))
-    page.grid("swaps", "One token from another image", f"Each row: an image, its reconstruction, another image; then the first one's reconstruction with token 1, 2, ... {model.num_tokens} "
+        rows += wrapped(torch.cat([images[a:a + 1], decode(model, ids[a:a + 1]), images[b:b + 1], decode(model, mixed)]), 9)
+    page.grid("swaps", "One token from another image", f"Twice, read like text: an image, its reconstruction, another image; then the first one's reconstruction with token 1, 2, ... {model.num_tokens} "
               "taken from the other. What changes is what that position says. Positions after it were chosen with the old token in view, so the picture can fall apart.", rows)
 
 
@@ -216,8 +225,10 @@ def order(page: Page, found: list[tuple[str, np.ndarray, np.ndarray]], n: int) -
             axes.plot(place, marginal, "--", color=f"C{k}", label=f"{name}: marginal entropy, {marginal.sum():.0f} bits in all")
             axes.plot(place, bits, "o-", color=f"C{k}", label=f"{name}: under the AR model, {bits.sum():.0f} bits in all")
         axes.set_xlabel("position"), axes.set_ylabel("bits"), axes.set_ylim(bottom=0), axes.grid(alpha=0.3), axes.legend(fontsize=8)
+    over = [name for name, bits, marginal in found if bits.sum() > marginal.sum()]
     page.plot("order", "What order explains", f"Bits needed for each token of {n} held-out images, given the class and the tokens before it, against the entropy of the position by itself. "
-              "The gap is what the order explains. The marginal entropy of few images is too small where a position uses many codes, so the gap is a lower bound.", draw)
+              "The gap is what the order and the class explain. The marginal entropy of few images is too small where a position uses many codes, so the gap is a lower bound. " +
+              (f"Nothing can be read from it for {', '.join(over)}: there the model needs more bits than the marginal has, so it knows its training images by heart, or too few are held out." if over else ""), draw)
 
 
 def training(page: Page, folder: str) -> None:

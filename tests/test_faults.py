@@ -2,6 +2,7 @@
 
 Training runs as a user would start it, in processes of its own; faulty_train.py builds the accident in.
 """
+import json
 import os
 import resource
 import signal
@@ -172,11 +173,13 @@ def test_a_signal_saves_and_exits_with_3_also_when_the_whole_group_gets_it(whole
 
 
 def test_sigterm_to_torchrun_saves_on_its_way_out(whole_two, data, tmp_path):
-    process = start(tmp_path, data, ranks=2)
+    process = start(tmp_path, data, "--save_every", 1000, ranks=2)            # so there is no checkpoint but that of the way out
     wait_for(lambda: (tmp_path / "log.jsonl").exists())
     process.send_signal(signal.SIGTERM)
     code, err = finish(process)
-    assert code != 0 and checkpoint.exists(tmp_path / "tokenizer.pt"), err
+    last = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][-1]
+    saved = checkpoint.load(tmp_path / ("tokenizer.pt" if last["phase"] not in ("ar", "maskgit") else f"generator-{last['phase']}.pt"))
+    assert code != 0 and (saved["phase"], saved["step"]) == (last["phase"], last["step"]), err
     done(tmp_path, data, ranks=2)
     assert equal(tmp_path, whole_two)
 
