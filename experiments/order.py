@@ -20,7 +20,8 @@ Run      python experiments/order.py --preset tiny                    the shapes
          python experiments/order.py --preset cifar --data DIR --val_data DIR --seeds 0 1 2
          python experiments/order.py --quick                          tiny sizes, minutes: does it run?
 Resume   repeat the command: finished arms are skipped, a broken-off one goes on where it was saved; another --out starts anew
-Makes    OUT/ARM-SEED.json, pca.json, table.md, order.png (with matplotlib), tinycnn.pt, the judge; OUT/runs/, the runs themselves
+Makes    OUT/ARM-SEED.json, pca.json, tinycnn.pt, the judge; OUT/runs/, the runs themselves; tables and a figure by order_table.py.
+         What has been measured so far is kept in experiments/results/
 Exit     0 finished, 1 failure, 2 something to mend, 3 interrupted and saved
 """
 import argparse
@@ -62,7 +63,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=("tiny", "cifar"), default="tiny", help="settings to start from (default: tiny)")
     parser.add_argument("--data", default="shapes", help="training images, in any form that train.py takes (default: the built-in shapes)")
     parser.add_argument("--val_data", default="", help="held-out images; not needed for the shapes")
-    parser.add_argument("--out", metavar="DIR", help="results (default: experiments/results/order-PRESET, or order-quick)")
+    parser.add_argument("--out", metavar="DIR", help="results (default: runs/order-PRESET, or runs/order-quick)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="of weights, data order and samples (default: 0)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="only these (default: all)")
     parser.add_argument("--budget", type=int, metavar="STEPS", help="steps of each tokenizer, all its phases together")
@@ -74,7 +75,7 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.command = "python experiments/order.py " + shlex.join(sys.argv[1:] if argv is None else argv)
     plan = "quick" if args.quick else args.preset
-    args.out = args.out or os.path.join("experiments", "results", f"order-{plan}")
+    args.out = args.out or os.path.join("runs", f"order-{plan}")
     args.sizes, *numbers, args.judge_steps = PLANS[plan]
     # 20: HNT cuts the budget into phases. 4: precision and recall ask for the third neighbour.
     for name, least, number in zip(("budget", "generator_steps", "num_samples"), (20, 1, 4), numbers):
@@ -99,7 +100,6 @@ import platform
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 from dataclasses import replace
 from unittest import mock
@@ -119,6 +119,7 @@ from layers import count_parameters
 from loop import fit
 from losses import psnr
 from nativetok import NativeTok, from_checkpoint
+from order_table import costs, doubling, draw_figure, fd_key, read_results, write_tables
 from processes import Processes
 from quantizer import usage
 from runs import load_generator, load_tokenizer
@@ -250,28 +251,6 @@ def train_arm(arm: str, seed: int, source: list[str], flags: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------
 # measuring
 
-def costs(folder: str, settings) -> dict:
-    """log.jsonl of a run -> {phase: steps, seconds, peak_mb, loss_by_tenth: has it flattened?}.
-
-    Seconds follow from the logged rates, since the clock of a resumed phase starts anew; loss is that of the pixels or ids.
-    """
-    found = {}
-    rows = [json.loads(line) for line in Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    for phase in dict.fromkeys(row["phase"] for row in rows):
-        mine = [row for row in rows if row["phase"] == phase]
-        steps = [(row["step"], row["per_second"], row.get("pixels", row.get("loss"))) for row in mine if "per_second" in row]
-        size = settings.generator_batch_size if phase in ("ar", "maskgit") else settings.batch_size
-        seconds = sum(size * (step - before) / rate for (step, rate, _), before in zip(steps, [0, *(step for step, *_ in steps)]))
-        found[phase] = {"steps": steps[-1][0], "seconds": round(seconds, 3), "peak_mb": max(row.get("peak_mb", 0) for row in mine),
-                        "loss_by_tenth": [round(float(part.mean()), 5) for part in np.array_split([loss for *_, loss in steps], 10) if len(part)]}
-    return found
-
-
-def doubling(L: int) -> list[int]:
-    """1, 2, 4, ... and L itself."""
-    return [2 ** k for k in range(L.bit_length()) if 2 ** k < L] + [L]
-
-
 def marginal_bits(learned: np.ndarray, ids: Tensor, codebook_size: int) -> list[float]:
     """Bits of ids (m, L) per position when all that is known are the frequencies in learned (n, L), half a count added to each."""
     bits = []
@@ -310,11 +289,6 @@ def sample_rows(judged, num_tokens: int) -> list[dict]:
     best = min(rows[-1 - len(SCALES):], key=lambda row: row[fd_key(row)])["cfg_scale"]
     rows += [judged("maskgit", steps=n, cfg_scale=scale) for n in doubling(num_tokens) if n != eight for scale in sorted({1.0, best})]
     return rows
-
-
-def fd_key(row: dict) -> str:
-    (key,) = (key for key in row if key.startswith("fd_tinycnn_"))
-    return key
 
 
 def measure(arm: str, seed: int, source: str, run, args, procs: Processes, data, val) -> dict:
@@ -406,96 +380,6 @@ def run_pca(args) -> None:
     checkpoint.write_json(path, {**provenance(args, torch.device("cpu")), "pca_command": "python experiments/pca.py " + shlex.join(flags), "bits_and_psnr": points})
 
 
-# ------------------------------------------------------------------------------------------------
-# telling
-
-def read_results(out: str) -> dict[str, list[dict]]:
-    """{arm: its results, by seed}, in the order of ARMS. Raises UserError for none, or when they had different judges."""
-    found = {arm: [checkpoint.read_json(path) for path in sorted(Path(out).glob(f"{arm}-[0-9]*.json"))] for arm in ARMS}
-    found = {arm: results for arm, results in found.items() if results}
-    need(found, f"{out} holds no results yet; leave --table out, or give --out")
-    judges = {fd_key(result) for results in found.values() for result in results}
-    need(len(judges) == 1, f"{out}: distances of different judges ({', '.join(sorted(judges))}) cannot be compared; delete the older results")
-    return found
-
-
-def columns(result: dict) -> dict[str, dict[str, float]]:
-    """One result -> {table: {column: number}}. Guidance 1 is none; "best" is the best of the sweep."""
-    fd, rows, training = fd_key(result), result["samples"], result["costs"]
-    ar = [row for row in rows if row["name"] == "ar"]
-    maskgit = {n: [row for row in rows if row["name"] == "maskgit" and row["steps"] == n] for n in doubling(len(result["order"]))}
-    best, best_ar = {n: min(some, key=lambda row: row[fd]) for n, some in maskgit.items()}, min(ar, key=lambda row: row[fd])
-    eight = max(n for n in maskgit if n <= 8)
-    tokenizer = {phase: cost for phase, cost in training.items() if phase not in ("ar", "maskgit")}
-    return {
-        "Reconstruction and bits": {
-            "encoder, M": result["encoder_parameters"] / 1e6, "PSNR": result["psnr"], "FD": result[fd], "codes used": result["codebook_used"],
-            "perplexity": statistics.mean(result["perplexity"]), "marginal bits": result["marginal_bits_total"], "AR bits": result["ar_bits_total"],
-            "bits explained": 1 - result["ar_bits_total"] / max(result["marginal_bits_total"], 1e-9)},
-        "Samples": {
-            "real FD": result["real"][fd], "AR FD": ar[0][fd], "AR accuracy": ar[0]["class_accuracy"], "AR best FD": best_ar[fd],
-            "AR best accuracy": best_ar["class_accuracy"], "AR best guidance": best_ar["cfg_scale"],
-            "MaskGIT best FD": best[eight][fd], "MaskGIT best accuracy": best[eight]["class_accuracy"], "MaskGIT best guidance": best[eight]["cfg_scale"]},
-        "FD of MaskGIT samples by steps": {
-            **{f"{n} steps": next(row[fd] for row in some if row["cfg_scale"] == 1) for n, some in maskgit.items()},
-            **{f"{n} steps, best": best[n][fd] for n in maskgit}},
-        "PSNR of the first k tokens": {f"{k} tokens": value for k, value in result["prefix_psnr"].items()},
-        "Cost of training": {
-            "tokenizer s": sum(cost["seconds"] for cost in tokenizer.values()), "AR s": training["ar"]["seconds"], "MaskGIT s": training["maskgit"]["seconds"],
-            **{f"{phase} ms a step": 1000 * cost["seconds"] / cost["steps"] for phase, cost in tokenizer.items()},
-            **{f"{phase} peak MB": cost["peak_mb"] for phase, cost in tokenizer.items() if cost["peak_mb"]}},
-    }
-
-
-def write_tables(found: dict[str, list[dict]], out: str) -> str:
-    """table.md, one table after the other, one row per arm; -> its text."""
-    each, lines = {arm: [columns(result) for result in results] for arm, results in found.items()}, []
-
-    def cell(values: list[float]) -> str:
-        return "" if not values else f"{statistics.mean(values):.4g}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
-    for title in next(iter(each.values()))[0]:
-        names = list(dict.fromkeys(name for tables in each.values() for name in tables[0][title]))
-        lines += [f"## {title}", "", f"| arm | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-        lines += [f"| {arm} | " + " | ".join(cell([t[title][name] for t in tables if name in t[title]]) for name in names) + " |" for arm, tables in each.items()]
-        lines.append("")
-    first = next(iter(found.values()))[0]
-    lines.append(f"Mean ± standard deviation over seeds ({', '.join(f'{arm}: {len(results)}' for arm, results in found.items())}). FD is {fd_key(first)}, not FID, "
-                 f"of {first['real']['n']} samples, and of all {first['reconstruction']['n']} reconstructions, against held-out images. {first['device']}: {first['command']}")
-    with checkpoint.replacing(os.path.join(out, "table.md")) as file:
-        file.write(("\n".join(lines) + "\n").encode())
-    return "\n".join(lines)
-
-
-def draw_figure(found: dict[str, list[dict]], out: str) -> None:
-    """order.png: bits by position; sample quality against reconstruction; reconstruction against bits."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("no figure: it takes matplotlib (pip install matplotlib), then repeat with --table")
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4), constrained_layout=True)
-    for colour, (arm, results) in zip(plt.get_cmap("tab10").colors, found.items()):
-        places = np.arange(1, len(results[0]["ar_bits"]) + 1)
-        left.plot(places, np.mean([r["ar_bits"] for r in results], axis=0), color=colour, label=arm)
-        left.plot(places, np.mean([r["marginal_bits"] for r in results], axis=0), "--", color=colour, linewidth=0.9)
-        tables = [columns(r) for r in results]
-        quality, fd, bits = ([t[title][name] for t in tables] for title, name in (
-            ("Reconstruction and bits", "PSNR"), ("Samples", "AR best FD"), ("Reconstruction and bits", "AR bits")))
-        for axis, x, y in ((middle, quality, fd), (right, bits, quality)):
-            axis.scatter(x, y, s=12, color=colour, alpha=0.5)                 # each seed, and their mean
-            axis.scatter(np.mean(x), np.mean(y), s=60, color=colour, label=arm)
-    if os.path.exists(os.path.join(out, "pca.json")):
-        right.plot(*zip(*checkpoint.read_json(os.path.join(out, "pca.json"))["bits_and_psnr"]), "k.--", label="PCA transform code")
-    for axis, title, x, y in ((left, "solid: AR, dashed: marginal", "position", "bits"), (middle, "samples against reconstruction", "held-out PSNR, dB", "FD of AR samples, best guidance"),
-                              (right, "reconstruction against AR bits", "bits of an image", "held-out PSNR, dB")):
-        axis.set(title=title, xlabel=x, ylabel=y), axis.grid(alpha=0.3)
-    right.legend(fontsize=8)
-    with checkpoint.replacing(os.path.join(out, "order.png")) as file:
-        figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
-
-
 def main(args) -> None:
     if not args.table:
         procs = Processes(args.device)
@@ -507,7 +391,7 @@ def main(args) -> None:
                 run_arm(arm, seed, args, procs, data, val)
         if not args.quick:
             run_pca(args)
-    found = read_results(args.out)
+    found = read_results(args.out, ARMS)
     print("\n" + write_tables(found, args.out))
     draw_figure(found, args.out)
 

@@ -2,6 +2,7 @@
 import io
 import itertools
 import tarfile
+from pathlib import Path
 import zipfile
 
 import numpy as np
@@ -91,9 +92,11 @@ def some_shapes(path, n: int) -> str:
 
 
 def same_content(a, b) -> bool:
-    """Equal to the bit, through dicts and lists."""
+    """Equal to the bit, through dicts and lists, types included."""
+    if type(a) is not type(b):
+        return False
     if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
+        return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same_content(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
@@ -104,3 +107,7 @@ def same_content(a, b) -> bool:
 def without_times(saved: dict) -> dict:
     results = {name: {k: v for k, v in result.items() if k != "seconds"} for name, result in saved.get("results", {}).items()}
     return {**saved, "results": results}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())

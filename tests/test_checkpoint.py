@@ -15,6 +15,7 @@ from torch import nn
 
 import checkpoint
 from config import UserError
+from helpers import names, same_content
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,23 +23,6 @@ ROOT = Path(__file__).parent.parent
 def content(step: int) -> dict:
     """What a small run might save; every number in it tells the step."""
     return {"step": step, "model": {"weight": torch.full((50, 7), float(step))}}
-
-
-def same(a, b) -> bool:
-    """Equality of nested plain values, tensors by bits, types included."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
 
 
 def start(code: str, *args) -> subprocess.Popen:
@@ -68,14 +52,14 @@ def test_what_was_saved_comes_back_with_types_and_bits(tmp_path):
              "scalar": torch.tensor(3), "random": checkpoint.random_state(),
              "plain": ["text", 1, 0.5, True, None, (1, (2,)), {3: "int key"}]}
     checkpoint.save(tmp_path / "x.pt", saved)
-    assert same(checkpoint.load(tmp_path / "x.pt"), saved)
+    assert same_content(checkpoint.load(tmp_path / "x.pt"), saved)
 
 
 def test_a_state_dict_comes_back_as_a_plain_dict(tmp_path):
     state = nn.Linear(3, 2).state_dict()
     assert type(state) is OrderedDict
     checkpoint.save(tmp_path / "x.pt", {"model": state})
-    assert same(checkpoint.load(tmp_path / "x.pt")["model"], dict(state))
+    assert same_content(checkpoint.load(tmp_path / "x.pt")["model"], dict(state))
 
 
 def test_the_newest_two_are_kept_and_nothing_else(path):
@@ -119,14 +103,14 @@ def test_a_missing_key_is_named(path):
 def test_a_torn_newest_falls_back_to_the_previous_with_a_warning(path, capsys, share):
     size = path.stat().st_size
     os.truncate(path, 1 if share == "one byte" else int(size * share))
-    assert same(checkpoint.load(path), content(1))
+    assert same_content(checkpoint.load(path), content(1))
     warning = capsys.readouterr().err
     assert warning.startswith("warning: tokenizer.pt: ") and warning.endswith("using tokenizer.prev.pt instead\n")
     assert warning.count("\n") == 1
 
 
 def test_a_whole_newest_gives_no_warning(path, capsys):
-    assert same(checkpoint.load(path), content(2))
+    assert same_content(checkpoint.load(path), content(2))
     assert capsys.readouterr().err == ""
 
 
@@ -141,7 +125,7 @@ def test_a_flipped_bit_in_the_weights_is_noticed(path, capsys):
     begin = whole.index(content(2)["model"]["weight"].numpy().tobytes())
     for position in (begin, begin + 1, begin + 700, begin + 50 * 7 * 4 - 1):
         flip(path, whole, position, bit=position % 8)
-        assert same(checkpoint.load(path), content(1)), position
+        assert same_content(checkpoint.load(path), content(1)), position
         assert "altered" in capsys.readouterr().err
 
 
@@ -156,7 +140,7 @@ def test_a_flipped_bit_anywhere_gives_a_good_checkpoint_or_the_one_before(path):
     for position, bit in places:
         flip(path, whole, position, bit)
         found = checkpoint.load(path)
-        assert same(found, content(1)) or same(found, content(2)), (position, bit)
+        assert same_content(found, content(1)) or same_content(found, content(2)), (position, bit)
 
 
 def test_two_damaged_ones_are_both_named(path):
@@ -180,7 +164,7 @@ class Hostile:
 def test_a_hostile_pickle_never_runs(path, capsys):
     victim = path.parent / "victim"
     torch.save({"format": checkpoint.FORMAT, "model": Hostile(victim)}, path)
-    assert same(checkpoint.load(path), content(1))
+    assert same_content(checkpoint.load(path), content(1))
     assert not victim.exists()
     assert "more than plain data" in capsys.readouterr().err
     torch.load(path, weights_only=False)    # so the file was dangerous
@@ -224,7 +208,7 @@ def test_at_every_instant_of_a_save_a_good_checkpoint_can_be_loaded(tmp_path, mo
     for copy in copies:
         assert checkpoint.exists(copy / path.name)
         found = checkpoint.load(copy / path.name)
-        assert same(found, content(found["step"]))
+        assert same_content(found, content(found["step"]))
         steps.append(found["step"])
     assert steps == sorted(steps) and steps[0] == (1 if damaged else 2) and steps[-1] == 3
 
@@ -337,117 +321,3 @@ def test_what_load_would_refuse_is_refused_by_save_with_the_way_to_it(path, odd,
     with pytest.raises(TypeError, match=rf"tokenizer\.pt: config\.list\.1 is a .*{kind}"):
         checkpoint.save(path, {"config": {"list": [0, odd]}})
     assert checkpoint.load(path)["step"] == 2
-
-
-# ------------------------------------------------------------------------------------------------
-# states
-
-def test_a_strict_load_names_the_keys_and_changes_nothing():
-    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    before = {k: v.clone() for k, v in module.state_dict().items()}
-    state = {k: v + 1 for k, v in before.items()}
-    del state["1.bias"]
-    state["2.bias"] = torch.zeros(1)
-    state["0.weight"] = torch.zeros(5, 2)
-    with pytest.raises(UserError) as error:
-        checkpoint.load_strict(module, state, "tokenizer.pt, model")
-    assert str(error.value) == ("tokenizer.pt, model does not fit this configuration (missing: 1.bias; unexpected: 2.bias; "
-                                "wrong shape: 0.weight (5, 2), not (3, 2)); use the settings it was trained with")
-    assert same(dict(module.state_dict()), before)
-
-
-def test_a_strict_load_counts_what_it_does_not_name():
-    module = nn.Sequential(*(nn.Linear(1, 1) for _ in range(4)))
-    with pytest.raises(UserError, match=r"missing: 0.weight, 0.bias, 1.weight and 5 more\)"):
-        checkpoint.load_strict(module, {}, "x")
-
-
-def test_a_strict_load_of_fitting_weights_loads_them():
-    a, b = nn.Linear(2, 3), nn.Linear(2, 3)
-    checkpoint.load_strict(b, dict(a.state_dict()), "x")
-    assert same(dict(a.state_dict()), dict(b.state_dict()))
-
-
-def test_random_numbers_go_on_where_the_state_was_saved(tmp_path):
-    torch.rand(3)
-    checkpoint.save(tmp_path / "x.pt", {"random": checkpoint.random_state()})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    first = torch.rand(5), torch.randn(5, device=device)
-    checkpoint.set_random_state(checkpoint.load(tmp_path / "x.pt")["random"])
-    assert same(first, (torch.rand(5), torch.randn(5, device=device)))
-
-
-def test_a_fingerprint_changes_with_one_bit_one_name_one_shape_one_type_one_setting():
-    state = {"b": torch.arange(6.), "a": torch.ones(2, dtype=torch.bfloat16), "step": torch.tensor(1)}
-    one_bit = {**state, "b": torch.nextafter(state["b"], torch.tensor([0., 0., 9., 3., 4., 5.]))}    # b[2], the last bit
-    prints = [checkpoint.fingerprint(s, *extra) for s, *extra in (
-        (state,), (one_bit,), ({**state, "b": state["b"].view(2, 3)},), ({**state, "b": state["b"].view(torch.int32)},),
-        ({"c": state["b"], "a": state["a"], "step": state["step"]},), ({**state, "step": torch.tensor(2)},),
-        (state, {"lr": 1}), (state, {"lr": 2}), (state, {"lr": 1}, {}))]
-    assert len(set(prints)) == len(prints)
-    assert all(len(p) == 16 and int(p, 16) >= 0 for p in prints)
-
-
-def test_a_fingerprint_depends_on_values_and_not_on_order_or_memory():
-    weight = torch.arange(6.).view(2, 3)
-    a = checkpoint.fingerprint({"x": weight, "y": torch.ones(4)}, {"p": 1, "q": 2})
-    b = checkpoint.fingerprint({"y": torch.ones(1).expand(4), "x": weight.t().contiguous().t()}, {"q": 2, "p": 1})
-    assert a == b
-
-
-def test_changed_settings_are_refused_with_every_difference_shown():
-    checkpoint.check_same({"lr": 0.1, "seed": 0}, {"seed": 0, "lr": 0.1}, "the configuration")
-    with pytest.raises(UserError) as error:
-        checkpoint.check_same({"lr": 0.1, "seed": 0, "old": 1}, {"lr": 0.2, "seed": 0, "new": [2]}, "the configuration")
-    assert str(error.value) == ("the configuration changed (lr: 0.1 -> 0.2, old: 1 -> absent, new: absent -> [2]); "
-                                "use another --run folder, or the old values")
-
-
-# ------------------------------------------------------------------------------------------------
-# JSON
-
-def test_a_log_is_trimmed_to_the_rows_that_are_kept_and_loses_its_torn_line(tmp_path):
-    log = tmp_path / "log.jsonl"
-    checkpoint.trim_jsonl(log, lambda row: True)    # no log yet
-    for step in range(4):
-        checkpoint.append_jsonl(log, {"step": step})
-    with open(log, "a") as file:
-        file.write('{"step": 4, "lo')
-    checkpoint.trim_jsonl(log, lambda row: row["step"] < 3)
-    checkpoint.append_jsonl(log, {"step": 3, "again": True})
-    assert log.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
-    assert names(tmp_path) == ["log.jsonl"]
-
-
-def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 0}\n{"step": 1}')
-    checkpoint.trim_jsonl(log, lambda row: True)
-    assert log.read_text() == '{"step": 0}\n{"step": 1}\n'
-
-
-def test_a_log_that_needs_no_trimming_is_not_written_again(tmp_path):
-    log = tmp_path / "log.jsonl"
-    checkpoint.append_jsonl(log, {"step": 0})
-    before = log.stat()
-    checkpoint.trim_jsonl(log, lambda row: True)
-    assert (log.stat().st_ino, log.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-
-
-def test_a_log_damaged_in_the_middle_is_refused_with_the_line(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(UserError, match="log.jsonl line 2 is not JSON"):
-        checkpoint.trim_jsonl(log, lambda row: True)
-    assert log.read_text() == '{"step": 0}\n{"st\n{"step": 2}\n'
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "config.json"
-    checkpoint.write_json(file, {"a": [1, 2]})
-    with pytest.raises(TypeError):
-        checkpoint.write_json(file, {"a": object()})
-    assert file.read_text() == '{\n  "a": [\n    1,\n    2\n  ]\n}\n'
-    assert names(tmp_path) == ["config.json"]
-    with pytest.raises(UserError, match="cannot write"):
-        checkpoint.append_jsonl(tmp_path / "absent" / "log.jsonl", {})

@@ -223,37 +223,6 @@ def test_maskgit_guidance_rises_to_its_scale_and_lower_scales_hold(monkeypatch):
 # ------------------------------------------------------------------------------------------------
 # from logits to tokens
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_softmax(temperature):
-    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    drawn = G.draw(p.log().expand(40000, 4), seeded(), temperature)
-    expected = (p.log() / temperature).softmax(dim=0)
-    assert (torch.bincount(drawn, minlength=4) / 40000 - expected).abs().max() < 0.01
-
-
-def test_gumbel_noise_is_finite_even_where_rand_returns_0(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda *args, **kwargs: torch.tensor([0.0, 1 - 2 ** -24]))
-    assert G.gumbel((2,), None, "cpu").isfinite().all()
-
-
-def test_top_p_keeps_the_fewest_tokens_that_reach_it():
-    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3], [0.3, 0.05, 0.5, 0.15]]).log()
-    for top_p, kept in ((0.01, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.96, 4)):
-        out = G.keep_likely(logits, top_p=top_p)
-        least = logits.topk(kept).values[:, -1:]
-        expected = torch.where(logits >= least, logits, -math.inf)
-        assert torch.equal(out, expected), top_p
-
-
-def test_top_k_comes_first_and_top_p_counts_what_it_left():
-    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    assert G.keep_likely(logits, top_k=3).isfinite().tolist() == [True, True, True, False]
-    # Of 0.4 and 0.3 the first alone has 4/7 = 0.57 of what is left.
-    assert G.keep_likely(logits, top_k=2, top_p=0.5).isfinite().tolist() == [True, False, False, False]
-    assert G.keep_likely(logits, top_k=9).isfinite().all(), "more than there are"
-    assert G.keep_likely(logits) is logits, "0 and 1 are off"
-
-
 def test_top_k_1_equals_temperature_0_whatever_the_seed():
     model = loud(ARGenerator)
     greedy = model.sample(LABELS, temperature=0)

@@ -45,6 +45,12 @@ def test_a_file_imports_only_from_lower_levels(name):
     assert not wrong, f"{name}.py is on level {LEVEL[name]} and imports {', '.join(wrong)}"
 
 
+def test_no_file_is_longer_than_400_lines():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("experiments/*.py")]
+    long = {str(path.relative_to(ROOT)): lines for path in files if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400}
+    assert files and not long, long
+
+
 def test_config_needs_only_the_standard_library():
     """So that --help and a wrong flag are answered before torch is loaded."""
     assert imported("config") <= set(sys.stdlib_module_names)

@@ -1,5 +1,6 @@
 """experiments/order.py: arms of equal size, controls that lose nothing but the order, results that are whole and repeatable."""
 import contextlib
+import csv
 import io
 import json
 import math
@@ -17,6 +18,7 @@ from nativetok import NativeTok
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 import order
+import order_table
 
 TRIED = ["titok", "nativetok-hnt", "nativetok-shuffled"]
 
@@ -115,7 +117,7 @@ def test_results_hold_what_was_promised(results):
         L = len(result["order"])
         assert {"psnr", "codebook_used", "encoder_parameters", "encoder_parameters_off", "command", "tokenizer_command", "seed", "device", "commit", "torch",
                 "settings", "real"} <= set(result), arm
-        assert result["arm"] == arm and order.fd_key(result).startswith("fd_tinycnn_") and len(order.fd_key(result)) == len("fd_tinycnn_") + 8
+        assert result["arm"] == arm and order_table.fd_key(result).startswith("fd_tinycnn_") and len(order_table.fd_key(result)) == len("fd_tinycnn_") + 8
         assert len(result["perplexity"]) == len(result["ar_bits"]) == len(result["marginal_bits"]) == L == 8
         assert list(result["prefix_psnr"]) == ["1", "2", "4", "8"]
         assert result["prefix_psnr"]["8"] == pytest.approx(result["psnr"], abs=2e-3), "all tokens: the reconstruction itself"
@@ -123,11 +125,11 @@ def test_results_hold_what_was_promised(results):
         assert {("ar", None, scale) for scale in (1, *order.SCALES)} | {("maskgit", 8, scale) for scale in (1, *order.SCALES)} <= swept
         assert {(name, n) for name, n, scale in swept if scale == 1} == {("ar", None), *(("maskgit", n) for n in (1, 2, 4, 8))}
         for row in result["samples"]:
-            assert row["n"] == 20 and row[order.fd_key(result)] >= 0 and 0 <= row["class_accuracy"] <= 1
+            assert row["n"] == 20 and row[order_table.fd_key(result)] >= 0 and 0 <= row["class_accuracy"] <= 1
         assert {"ar", "maskgit", "base"} <= set(result["costs"]) and sum(c["steps"] for p, c in result["costs"].items() if p not in ("ar", "maskgit")) == 20
         for cost in result["costs"].values():
             assert cost["seconds"] > 0 and cost["peak_mb"] >= 0 and cost["loss_by_tenth"]
-    assert len({order.fd_key(result) for result in results.values()}) == 1, "one judge for all"
+    assert len({order_table.fd_key(result) for result in results.values()}) == 1, "one judge for all"
 
 
 def test_bits_by_position_sum_to_those_of_an_image(results):
@@ -161,6 +163,15 @@ def test_the_table_has_one_row_per_arm(out):
     for table in tables:
         rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
         assert [row[0] for row in rows] == ["| arm", *(f"| {arm}" for arm in TRIED)] and len({len(row) for row in rows}) == 1
+
+
+def test_the_csv_holds_every_number_of_every_arm_and_seed(out, results):
+    with open(out / "table.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["arm"], line["seed"]) for line in lines] == [(arm, "0") for arm in TRIED]
+    for line in lines:
+        told = {f"{title}: {name}": value for title, row in order_table.columns(results[line["arm"]]).items() for name, value in row.items()}
+        assert {name: float(line[name]) for name in told} == pytest.approx(told)
 
 
 def test_several_seeds_are_told_by_mean_and_spread(results, tmp_path):
@@ -208,6 +219,6 @@ def test_results_of_other_settings_are_not_taken_for_these(flags):
 
 def test_results_of_two_judges_are_not_compared(results, tmp_path):
     (tmp_path / "titok-0.json").write_text(json.dumps(results["titok"]))
-    (tmp_path / "nativetok-hnt-0.json").write_text(json.dumps(results["nativetok-hnt"]).replace(order.fd_key(results["titok"]), "fd_tinycnn_00000000"))
+    (tmp_path / "nativetok-hnt-0.json").write_text(json.dumps(results["nativetok-hnt"]).replace(order_table.fd_key(results["titok"]), "fd_tinycnn_00000000"))
     code, _, err = command("--table", "--out", tmp_path)
     assert code == 2 and "different judges" in err

@@ -200,6 +200,13 @@ def test_changed_settings_and_changed_images_are_refused_with_the_difference(fin
         run(finished, data, "--base_steps", "7")
     with pytest.raises(UserError, match="data"):
         run(finished, "shapes")
+    whole = Path(data).read_bytes()
+    some_shapes(data, 59)                                                     # other images under the same name
+    try:
+        with pytest.raises(UserError, match="images"):
+            run(finished, data)
+    finally:
+        Path(data).write_bytes(whole)
     with pytest.raises(UserError, match="generator_steps: 5 -> 6"):
         run(finished, data, "--generator_steps", "6", "--stage", "3")
 
