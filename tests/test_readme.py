@@ -1,5 +1,6 @@
 """README and CONTRIBUTING say what is true: links lead somewhere, quoted code is in its file, commands run, counted numbers count."""
 import ast
+import json
 import os
 import re
 import shlex
@@ -111,6 +112,15 @@ def test_targets_in_the_table_of_speed_are_those_of_bench():
         for number in re.findall(r"[\d.]+", row[2]):
             value = float(number)
             assert value in targets or value / 100 in targets, f"{row[0]}: target {number}"
+
+
+def test_values_in_the_table_of_speed_are_those_of_the_result_file():
+    """Every number in the value column is one of bench.py's, rounded as it is written there."""
+    measured = [row["value"] for row in json.loads((ROOT / "experiments" / "results" / "bench-cpu.json").read_text())["rows"]]
+    for row in table("Speed"):
+        for number in re.findall(r"\d+(?:\.\d+)?", row[1]):
+            digits = len(number.partition(".")[2])
+            assert any(abs(value - float(number)) <= 0.51 * 10 ** -digits for value in measured), f"{row[0]}: {number}"
 
 
 # ------------------------------------------------------------------------------------------------
