@@ -47,12 +47,14 @@ ARMS = {  # name: (settings beside those that all arms share, order in which the
 }
 GROWN = "nativetok-hnt"                                                        # also the arm whose tokens the controls take
 SCALES = (1.5, 2.0, 3.0)                                                      # guidance that is tried beside 1, plain
-PLANS = {  # beside the preset: its settings that change here, steps of tokenizer and generators, samples, steps of the judge
+PLANS = {  # preset, its settings that change here, steps of tokenizer and generators, samples, steps of the judge
     # 16 tokens instead of 24, or eight arms would take well over an hour on 2 CPU cores.
-    "tiny": (dict(token_schedule=(8, 12, 16)), 1000, 350, 500, 500),
-    "cifar": (dict(), 14000, 2500, 2000, 2000),
-    "quick": (dict(encoder_width=64, encoder_heads=2, expert_width=32, expert_heads=2, decoder_width=64, decoder_heads=2, token_schedule=(4, 6, 8),
-                   codebook_size=32, batch_size=16, reseed_every=10, generator_width=32, generator_depth=2, generator_heads=2, generator_batch_size=16),
+    "tiny": ("tiny", dict(token_schedule=(8, 12, 16)), 1000, 350, 500, 500),
+    "cifar": ("cifar", dict(), 14000, 2500, 2000, 2000),
+    # About twelve minutes an arm on one CPU thread: a smaller generator, which sees half of an image's ids or none.
+    "cifar-cpu": ("cifar", dict(flip=False, generator_width=192, generator_batch_size=32), 1600, 1000, 1000, 1000),
+    "quick": ("tiny", dict(encoder_width=64, encoder_heads=2, expert_width=32, expert_heads=2, decoder_width=64, decoder_heads=2, token_schedule=(4, 6, 8),
+                           codebook_size=32, batch_size=16, reseed_every=10, generator_width=32, generator_depth=2, generator_heads=2, generator_batch_size=16),
               60, 40, 100, 20),
 }
 
@@ -60,7 +62,8 @@ PLANS = {  # beside the preset: its settings that change here, steps of tokenize
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> namespace, with the plan's numbers where none were given. Raises UserError for wrong use."""
     parser = config.Parser(prog="order.py", description=__doc__)
-    parser.add_argument("--preset", choices=("tiny", "cifar"), default="tiny", help="settings to start from (default: tiny)")
+    parser.add_argument("--preset", choices=("tiny", "cifar", "cifar-cpu"), default="tiny",
+                        help="sizes and budget (default: tiny)")
     parser.add_argument("--data", default="shapes", help="training images, in any form that train.py takes (default: the built-in shapes)")
     parser.add_argument("--val_data", default="", help="held-out images; not needed for the shapes")
     parser.add_argument("--out", metavar="DIR", help="results (default: runs/order-PRESET, or runs/order-quick)")
@@ -76,7 +79,7 @@ def parse(argv=None) -> argparse.Namespace:
     args.command = "python experiments/order.py " + shlex.join(sys.argv[1:] if argv is None else argv)
     plan = "quick" if args.quick else args.preset
     args.out = args.out or os.path.join("runs", f"order-{plan}")
-    args.sizes, *numbers, args.judge_steps = PLANS[plan]
+    args.preset, args.sizes, *numbers, args.judge_steps = PLANS[plan]
     # 20: HNT cuts the budget into phases. 4: precision and recall ask for the third neighbour.
     for name, least, number in zip(("budget", "generator_steps", "num_samples"), (20, 1, 4), numbers):
         setattr(args, name, number if getattr(args, name) is None else getattr(args, name))
@@ -84,7 +87,7 @@ def parse(argv=None) -> argparse.Namespace:
     need(min(args.seeds) >= 0, f"seeds {min(args.seeds)} is negative; give 0 or more")
     for arm in args.arms:
         config.choose("arm", arm, ARMS)
-    need(args.preset != "cifar" or args.data != "shapes" or args.quick or args.table, "--preset cifar needs images: give --data and --val_data")
+    need(args.preset != "cifar" or args.data != "shapes" or args.table, f"--preset {plan} needs images: give --data and --val_data")
     # Held-out images cut from --data would differ between seeds, and so would their judge.
     need(args.data == "shapes" or args.val_data or args.table, "--data needs --val_data, so that all seeds are judged by the same images")
     return args
