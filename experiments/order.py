@@ -180,7 +180,8 @@ def command(settings: dict, seed: int, args, folder: str) -> list[str]:
     """The flags of train.py for these settings, tokenizer and generators."""
     flags = ["--preset", args.preset, "--run", folder, "--data", args.data, "--val_data", args.val_data, "--seed", str(seed), "--device", args.device]
     for name, value in settings.items():
-        flags += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+        switch = f"--{name}" if value else f"--no-{name}"
+        flags += [switch] if isinstance(value, bool) else [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     return flags
 
 

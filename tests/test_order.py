@@ -63,12 +63,13 @@ def results(out):
 # ------------------------------------------------------------------------------------------------
 # what is compared
 
-@pytest.mark.parametrize("preset", ("tiny", "cifar"))
+@pytest.mark.parametrize("preset", ("tiny", "cifar", "cifar-cpu"))
 def test_encoders_of_all_arms_have_the_same_size_within_a_tenth(preset):
     args, size = order.parse(["--preset", preset, *([] if preset == "tiny" else ["--data", "x", "--val_data", "x"])]), {}
     for arm in order.ARMS:
         settings, parameters, target = order.settings_of(arm, args)
-        tok = config.build({**config.PRESETS[preset], **settings})[0]
+        tok = config.build({**config.PRESETS[args.preset], **settings})[0]
+        assert config.parse_run("", order.command(settings, 0, args, "nowhere")).tok == tok, "the flags say the same"
         model = NativeTok(tok).grow_to(tok.num_tokens)                        # counted another way
         size[arm] = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("decoder", "quantizer")))
         assert size[arm] == parameters
