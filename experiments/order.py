@@ -17,7 +17,7 @@ Bits     AR code length of held-out images per position, -log2 p(id | class, ids
 Samples  Fréchet distance in the features of one TinyCNN that judges all arms of a data set (not FID, see tinycnn.py). Guidance
          is the best of SCALES by that distance; MaskGIT's is chosen at 8 steps.
 Run      python experiments/order.py --preset tiny                    the shapes, one seed, on a CPU
-         python experiments/order.py --preset cifar --data DIR --val_data DIR --seeds 0 1 2
+         python experiments/order.py --preset cifar --data DIR --val_data DIR --seeds 0 1 2         on a GPU; cifar-cpu: smaller
          python experiments/order.py --quick                          tiny sizes, minutes: does it run?
 Resume   repeat the command: finished arms are skipped, a broken-off one goes on where it was saved; another --out starts anew
 Makes    OUT/ARM-SEED.json, pca.json, tinycnn.pt, the judge; OUT/runs/, the runs themselves; tables and a figure by order_table.py.
@@ -48,11 +48,9 @@ ARMS = {  # name: (settings beside those that all arms share, order in which the
 GROWN = "nativetok-hnt"                                                        # also the arm whose tokens the controls take
 SCALES = (1.5, 2.0, 3.0)                                                      # guidance that is tried beside 1, plain
 PLANS = {  # preset, its settings that change here, steps of tokenizer and generators, samples, steps of the judge
-    # 16 tokens instead of 24, or eight arms would take well over an hour on 2 CPU cores.
-    "tiny": ("tiny", dict(token_schedule=(8, 12, 16)), 1000, 350, 500, 500),
+    "tiny": ("tiny", dict(token_schedule=(8, 12, 16)), 1000, 350, 500, 500),  # 16 tokens, not 24: eight arms in half an hour
     "cifar": ("cifar", dict(), 14000, 2500, 2000, 2000),
-    # About twelve minutes an arm on one CPU thread: a smaller generator, which sees half of an image's ids or none.
-    "cifar-cpu": ("cifar", dict(flip=False, generator_width=192, generator_batch_size=32), 1600, 1000, 1000, 1000),
+    "cifar-cpu": ("cifar", dict(flip=False, generator_width=192, generator_batch_size=32), 1600, 1000, 1000, 1000),  # a smaller generator
     "quick": ("tiny", dict(encoder_width=64, encoder_heads=2, expert_width=32, expert_heads=2, decoder_width=64, decoder_heads=2, token_schedule=(4, 6, 8),
                            codebook_size=32, batch_size=16, reseed_every=10, generator_width=32, generator_depth=2, generator_heads=2, generator_batch_size=16),
               60, 40, 100, 20),
@@ -62,8 +60,7 @@ PLANS = {  # preset, its settings that change here, steps of tokenizer and gener
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> namespace, with the plan's numbers where none were given. Raises UserError for wrong use."""
     parser = config.Parser(prog="order.py", description=__doc__)
-    parser.add_argument("--preset", choices=("tiny", "cifar", "cifar-cpu"), default="tiny",
-                        help="sizes and budget (default: tiny)")
+    parser.add_argument("--preset", choices=("tiny", "cifar", "cifar-cpu"), default="tiny", help="sizes and budget (default: tiny)")
     parser.add_argument("--data", default="shapes", help="training images, in any form that train.py takes (default: the built-in shapes)")
     parser.add_argument("--val_data", default="", help="held-out images; not needed for the shapes")
     parser.add_argument("--out", metavar="DIR", help="results (default: runs/order-PRESET, or runs/order-quick)")
@@ -234,8 +231,7 @@ def train_stages(flags: list[str], *stages: int) -> None:
             for stage in stages:
                 train.main(config.parse_run("", [*flags, "--stage", str(stage)]))
     finally:                                                                  # nobody listens to train.py's handlers any more
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def train_arm(arm: str, seed: int, source: list[str], flags: list[str]) -> None:

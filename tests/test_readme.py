@@ -123,6 +123,39 @@ def test_values_in_the_table_of_speed_are_those_of_the_result_file():
             assert any(abs(value - float(number)) <= 0.51 * 10 ** -digits for value in measured), f"{row[0]}: {number}"
 
 
+def results(name: str) -> dict:
+    return json.loads((ROOT / "experiments" / "results" / f"{name}.json").read_text())
+
+
+def shown(text: str, value: float) -> bool:
+    """text is value, in as many digits as it is written with."""
+    number, = re.findall(r"\d+(?:\.\d+)?", text.replace(",", ""))
+    return abs(float(number) - value) <= 0.51 * 10 ** -len(number.partition(".")[2])
+
+
+def test_numbers_of_the_demo_are_those_of_its_result_file():
+    made, rows = results("demo"), table("tiny: the built-in shapes")
+    by_phase = {phase["phase"]: phase for phase in made["phases"]}
+    assert [row[0] for row in rows[:4]] == ["base", "grow-20", "grow-24", "finetune"]
+    for phase, tokens, psnr, used, seconds in rows[:4]:
+        found = by_phase[phase]
+        assert int(tokens) == found["num_tokens"] and shown(psnr, found["psnr"]) and shown(used, 100 * found["codebook_used"]) and shown(seconds, found["seconds"])
+    for name, kind in (("AR", "ar"), ("MaskGIT, 8 steps", "maskgit")):
+        accuracy, seconds = re.search(rf"^\| {name} \| ([\d.]+)% of 500 \| (\d+) \|$", README, flags=re.M).groups()
+        assert shown(accuracy, 100 * made["class_accuracy"][kind]) and shown(seconds, by_phase[kind]["seconds"])
+
+
+def test_numbers_of_the_controls_are_those_of_their_result_file():
+    made = results("demo-controls")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.split("`tiny` (the run of")[1].split("`cifar` (")[0].splitlines() if line.startswith("|")]
+    eyes = [f"fd_tinycnn_{rows[0][2].split()[-1]}", f"fd_random_{rows[0][3].split()[-1]}"]
+    assert len(rows) - 2 == len(made["rows"]) == 8
+    for cells, found in zip(rows[2:], made["rows"]):
+        assert cells[0].lower().startswith(found["name"]) and int(cells[1]) == found["n"], cells
+        values = [found[eye] for eye in eyes] + [found["precision"], found["recall"], 100 * found["class_accuracy"]]
+        assert all(map(shown, cells[2:], values)), (cells, values)
+
+
 # ------------------------------------------------------------------------------------------------
 # commands
 
