@@ -288,6 +288,17 @@ def parse_run(doc: str, argv=None) -> argparse.Namespace:
     return argparse.Namespace(run=folder, preset=preset, stage=stage, device=device, tok=tok, gen=gen, train=train)
 
 
+def flags(values: dict) -> list[str]:
+    """Field values by name -> the command-line words that set them: the way back from parse_run."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
 def read_run(folder: str) -> dict:
     """config.json of a run -> its flat dictionary, "preset" included. Raises UserError when it is missing or torn."""
     path = os.path.join(folder, "config.json")

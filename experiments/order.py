@@ -5,6 +5,7 @@ Arms     titok               latent tokens inside a ViT, unordered
          titok-taildrop      the same as titok, ordered by dropping tails in half of the training steps
          nativetok-joint     MIT and MoCET at full length from the start
          nativetok-hnt       MIT and MoCET, grown: the paper
+         nativetok-joint-time  joint for as long as hnt takes, which has cheaper steps: fewer steps (SHARE)
          nativetok-block     like joint, with the published two-layer block experts (narrower, see below)
          nativetok-reversed  control: nativetok-hnt's tokens, and the generator gets them last one first
          nativetok-shuffled  control: the same in a random order, another one for each seed
@@ -16,12 +17,10 @@ Bits     AR code length of held-out images per position, -log2 p(id | class, ids
          class, explain. Few bits alone prove nothing: tokens that say nothing cost nothing. So look at them with PSNR.
 Samples  Fréchet distance in the features of one TinyCNN that judges all arms of a data set (not FID, see tinycnn.py). Guidance
          is the best of SCALES by that distance; MaskGIT's is chosen at 8 steps.
-Run      python experiments/order.py --preset tiny                    the shapes, one seed, on a CPU
+Run      python experiments/order.py --preset tiny                    the shapes, one seed, on a CPU; --quick: does it run?
          python experiments/order.py --preset cifar --data DIR --val_data DIR --seeds 0 1 2         on a GPU; cifar-cpu: smaller
-         python experiments/order.py --quick                          tiny sizes, minutes: does it run?
 Resume   repeat the command: finished arms are skipped, a broken-off one goes on where it was saved; another --out starts anew
-Makes    OUT/ARM-SEED.json, pca.json, tinycnn.pt, the judge; OUT/runs/, the runs themselves; tables and a figure by order_table.py.
-         What has been measured so far is kept in experiments/results/
+Makes    OUT/ARM-SEED.json, pca.json, tinycnn.pt, the judge; OUT/runs/, the runs; tables and a figure by order_table.py
 Exit     0 finished, 1 failure, 2 something to mend, 3 interrupted and saved
 """
 import argparse
@@ -41,16 +40,19 @@ ARMS = {  # name: (settings beside those that all arms share, order in which the
     "titok-taildrop": ({"tokenizer": "titok", "tail_drop": 0.5}, "as made"),
     "nativetok-joint": ({}, "as made"),
     "nativetok-hnt": ({}, "as made"),
+    "nativetok-joint-time": ({}, "as made"),
     "nativetok-block": ({"expert": "block", "expert_depth": 2}, "as made"),
     "nativetok-reversed": ({}, "reversed"),
     "nativetok-shuffled": ({}, "shuffled"),
 }
+SHARE = {"nativetok-joint-time": 0.9}                                          # of the budget's steps: hnt's training time by joint's, as measured
 GROWN = "nativetok-hnt"                                                        # also the arm whose tokens the controls take
 SCALES = (1.5, 2.0, 3.0)                                                      # guidance that is tried beside 1, plain
 PLANS = {  # preset, its settings that change here, steps of tokenizer and generators, samples, steps of the judge
-    "tiny": ("tiny", dict(token_schedule=(8, 12, 16)), 1000, 350, 500, 500),  # 16 tokens, not 24: eight arms in half an hour
+    # 16 tokens and narrow experts: nine arms in half an hour, and titok's ViT is as wide as MIT. Half of hnt's steps are fine-tune, see trials.py.
+    "tiny": ("tiny", dict(token_schedule=(8, 12, 16), expert_width=64, base_steps=400, grow_steps=100, finetune_steps=700), 1200, 400, 500, 500),
     "cifar": ("cifar", dict(), 14000, 2500, 2000, 2000),
-    "cifar-cpu": ("cifar", dict(flip=False, generator_width=192, generator_batch_size=32), 1600, 1000, 1000, 1000),  # a smaller generator
+    "cifar-cpu": ("cifar", dict(expert_width=64, flip=False, generator_width=192, generator_dropout=0.0, generator_batch_size=32), 2000, 1500, 1000, 1000),
     "quick": ("tiny", dict(encoder_width=64, encoder_heads=2, expert_width=32, expert_heads=2, decoder_width=64, decoder_heads=2, token_schedule=(4, 6, 8),
                            codebook_size=32, batch_size=16, reseed_every=10, generator_width=32, generator_depth=2, generator_heads=2, generator_batch_size=16),
               60, 40, 100, 20),
@@ -149,17 +151,18 @@ def matched(tok: TokenizerConfig, name: str, step: int, target: int) -> int:
 
 def settings_of(arm: str, args) -> tuple[dict, int, int]:
     """-> settings of train.py for this arm beside the preset's, its encoder's parameters, those of NativeTok."""
-    preset = {**PRESETS[args.preset], **args.sizes}
+    preset, budget = {**PRESETS[args.preset], **args.sizes}, round(args.budget * SHARE.get(arm, 1))
     longer, L = preset["token_schedule"][1:], preset["token_schedule"][-1]
 
     # 1. Steps. HNT's phases share the budget in the preset's proportions; joint training is one phase of all steps.
     total = preset["base_steps"] + len(longer) * preset["grow_steps"] + preset["finetune_steps"]
-    base, grow = (max(1, round(args.budget * preset[name] / total)) for name in ("base_steps", "grow_steps"))
-    settings = {**args.sizes, "tail_drop": 0.0, "token_schedule": (L,), "base_steps": args.budget, "generator_steps": args.generator_steps,
-                "continuous_steps": min(preset["continuous_steps"], base // 3), **ARMS[arm][0]}
+    base, grow = (max(1, round(budget * preset[name] / total)) for name in ("base_steps", "grow_steps"))
+    start = round(args.budget * preset["base_steps"] / total) // 3            # without quantization at most, the same in all arms
+    settings = {**args.sizes, "tail_drop": 0.0, "token_schedule": (L,), "base_steps": budget, "generator_steps": args.generator_steps,
+                "continuous_steps": min(preset["continuous_steps"], start), **ARMS[arm][0]}
     if arm == GROWN or ARMS[arm][1] != "as made":
         settings |= {"token_schedule": preset["token_schedule"], "base_steps": base, "grow_steps": grow,
-                     "finetune_steps": args.budget - base - len(longer) * grow}
+                     "finetune_steps": budget - base - len(longer) * grow}
 
     # 2. Parameters.
     native, tok = (config.build({**PRESETS[args.preset], **values})[0] for values in ({**args.sizes, "token_schedule": (L,)}, settings))
@@ -175,11 +178,8 @@ def settings_of(arm: str, args) -> tuple[dict, int, int]:
 
 def command(settings: dict, seed: int, args, folder: str) -> list[str]:
     """The flags of train.py for these settings, tokenizer and generators."""
-    flags = ["--preset", args.preset, "--run", folder, "--data", args.data, "--val_data", args.val_data, "--seed", str(seed), "--device", args.device]
-    for name, value in settings.items():
-        switch = f"--{name}" if value else f"--no-{name}"
-        flags += [switch] if isinstance(value, bool) else [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return flags
+    return ["--preset", args.preset, "--run", folder, "--data", args.data, "--val_data", args.val_data, "--seed", str(seed), "--device", args.device,
+            *config.flags(settings)]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,61 @@
+"""A folder of pictures like one's own: mixed sizes, formats and modes, one folder per class. To try "Your own pictures" of the README with.
+
+Run      python experiments/photos.py --data cifar10/train --classes dog ship --out photos
+How      the first images of each class, enlarged to sizes between 32x32 and 200x150, saved in turn as JPEG, PNG, WebP and GIF, every seventh of
+         them gray, with a palette, transparent, CMYK, or turned on its side with an EXIF tag that says so
+"""
+import os
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import config
+from data import open_images
+
+SIZES = ((32, 32), (64, 48), (100, 100), (90, 160), (200, 150))
+ENDINGS = ("jpg", "png", "webp", "gif", "JPG", "jpeg")
+ORIENTATION, TURNED = 0x0112, 6                                               # EXIF: show it turned a quarter clockwise
+
+
+def save(image: Image.Image, number: int, stem: str) -> None:
+    """One picture, its size, format and mode chosen by its number."""
+    ending, special, exif = ENDINGS[number % len(ENDINGS)], number // 7 % 5, Image.Exif()
+    image = image.resize(SIZES[number % len(SIZES)], Image.Resampling.BICUBIC)
+    if number % 7 == 0:
+        if special == 0:
+            image = image.convert("L")
+        elif special == 1:
+            image, ending = image.convert("P", palette=Image.Palette.ADAPTIVE), "png"
+        elif special == 2:
+            image, ending = image.convert("RGBA"), "png"
+            image.putalpha(Image.linear_gradient("L").resize(image.size))
+        elif special == 3:
+            image, ending = image.convert("CMYK"), "jpg"
+        else:
+            exif[ORIENTATION], ending = TURNED, "jpg"
+            image = image.transpose(Image.Transpose.ROTATE_90)
+    image.save(f"{stem}.{ending}", exif=exif) if len(exif) else image.save(f"{stem}.{ending}")
+
+
+def main() -> None:
+    parser = config.Parser(prog="photos.py", description=__doc__)
+    parser.add_argument("--data", default="shapes", help="images to take, in any form that train.py takes (default: the built-in shapes)")
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names of classes (default: all)")
+    parser.add_argument("--per_class", type=int, default=400, metavar="N", help="pictures of each class (default: 400)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the new folder")
+    args = parser.parse_args()
+    images = open_images(args.data)
+    config.need(not os.path.exists(args.out), f"{args.out} is there already; give --out a new folder")
+    for name in args.classes or images.classes:
+        config.choose("class", name, images.classes)
+        members = [i for i, label in enumerate(images.labels) if label == images.classes.index(name)][:args.per_class]
+        os.makedirs(os.path.join(args.out, name))
+        for number, i in enumerate(members):
+            save(Image.fromarray(images.load(i)), number, os.path.join(args.out, name, f"IMG {number:04}"))
+    print(f"{args.out}: {sum(len(files) for *_, files in os.walk(args.out))} pictures")
+
+
+if __name__ == "__main__":
+    config.run(main)
