@@ -1,7 +1,7 @@
 """What order.py has measured, told: tables for people and for programs, and a figure.
 
 In       OUT/ARM-SEED.json, one per arm and seed, and OUT/pca.json when it is there
-Makes    OUT/table.md     one table after the other, one row per arm, mean ± standard deviation over seeds
+Makes    OUT/table.md     a summary, then one table after the other, one row per arm, mean ± standard deviation over seeds
          OUT/table.csv    the same numbers, one line per arm and seed
          OUT/order.png    bits by position; samples against reconstruction; reconstruction against bits (with matplotlib)
 Try      python experiments/order.py --table --out OUT
@@ -84,12 +84,28 @@ def columns(result: dict) -> dict[str, dict[str, float]]:
     }
 
 
+def cell(values: list[float], digits: str = ".4g") -> str:
+    return "" if not values else f"{statistics.mean(values):{digits}}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
+
+
+def summary(found: dict[str, list[dict]]) -> list[str]:
+    """The lines of the one table that the README shows: the numbers that the question turns on, out of columns()."""
+    half = f"{len(next(iter(found.values()))[0]['order']) // 2} tokens"
+    told = {"PSNR, dB": ("Reconstruction and bits", "PSNR", ".2f"), "FD, rebuilt": ("Reconstruction and bits", "FD", ".1f"),
+            "marginal bits": ("Reconstruction and bits", "marginal bits", ".1f"), "AR bits": ("Reconstruction and bits", "AR bits", ".1f"),
+            "AR: FD": ("Samples", "AR best FD", ".1f"), "class seen": ("Samples", "AR best accuracy", ".3f"),
+            "MaskGIT: FD": ("Samples", "MaskGIT best FD", ".1f"), "class seen ": ("Samples", "MaskGIT best accuracy", ".3f"),
+            f"PSNR of {half}": ("PSNR of the first k tokens", half, ".2f")}
+    lines = [f"| arm | seeds | {' | '.join(name.strip() for name in told)} |", "|---" * (2 + len(told)) + "|"]
+    for arm, results in found.items():
+        tables = [columns(result) for result in results]
+        lines.append(f"| {arm} | {len(results)} | " + " | ".join(cell([t[title][name] for t in tables], digits) for title, name, digits in told.values()) + " |")
+    return lines
+
+
 def write_tables(found: dict[str, list[dict]], out: str) -> str:
     """table.md, one table after the other, one row per arm; -> its text."""
-    each, lines = {arm: [columns(result) for result in results] for arm, results in found.items()}, []
-
-    def cell(values: list[float]) -> str:
-        return "" if not values else f"{statistics.mean(values):.4g}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
+    each, lines = {arm: [columns(result) for result in results] for arm, results in found.items()}, ["## Summary", "", *summary(found), ""]
     for title in next(iter(each.values()))[0]:
         names = list(dict.fromkeys(name for tables in each.values() for name in tables[0][title]))
         lines += [f"## {title}", "", f"| arm | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]

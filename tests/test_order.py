@@ -160,7 +160,7 @@ def test_frequencies_alone_cost_what_they_should():
 
 def test_the_table_has_one_row_per_arm(out):
     tables = (out / "table.md").read_text().split("## ")[1:]
-    assert [table.splitlines()[0] for table in tables][:2] == ["Reconstruction and bits", "Samples"] and len(tables) == 5
+    assert [table.splitlines()[0] for table in tables][:3] == ["Summary", "Reconstruction and bits", "Samples"] and len(tables) == 6
     for table in tables:
         rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
         assert [row[0] for row in rows] == ["| arm", *(f"| {arm}" for arm in TRIED)] and len({len(row) for row in rows}) == 1
