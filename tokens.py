@@ -2,7 +2,7 @@
 
 In       images of a data set, a frozen tokenizer's encode
 Out      ids (n, copies, L), labels (n,);  copies is 2 when training mirrors images, the second one mirrored
-Disk     tokens/index.json names the tokenizer and the images; tokens/00000.npy ... hold SHARD images each
+Disk     tokens/index.json names the tokenizer and the images; tokens/00000.npz ... hold ids and labels of SHARD images each
 How      processes take shards in turn; a shard exists whole or not at all, so a killed run goes on with the rest
 Try      python tokens.py
 """
@@ -46,21 +46,22 @@ def cache_tokens(folder: str, tokenizer: str, dataset: ImageSet, image_size: int
     todo = [k for k in shards[procs.rank::procs.world] if not os.path.exists(shard_path(folder, k))]
     for k in tqdm(todo, desc="tokens    ", disable=not procs.main or not todo):
         members = np.arange(k * SHARD, min((k + 1) * SHARD, len(dataset)))
-        rows = []
-        for images, _ in eval_batches(dataset, image_size, BATCH, members, workers, skip_bad):
+        rows, labels = [], []
+        for images, y in eval_batches(dataset, image_size, BATCH, members, workers, skip_bad):
             both = [images, images.flip(2)][:copies]                          # (b, S, S, 3): axis 2 runs along a row
             rows.append(torch.stack([encode(side) for side in both], dim=1))  # (b, copies, L)
+            labels.append(y)                                  # not the data set's own: under skip_bad another image may stand in
         ids = torch.cat(rows).numpy()
         with checkpoint.replacing(shard_path(folder, k)) as file:
-            np.save(file, ids.astype(np.uint16 if ids.max() < 2 ** 16 else np.int32))
+            np.savez(file, ids=ids.astype(np.uint16 if ids.max() < 2 ** 16 else np.int32), labels=torch.cat(labels).numpy())
     procs.barrier()
-    ids = np.concatenate([np.load(shard_path(folder, k)) for k in shards])
+    ids, labels = (np.concatenate([np.load(shard_path(folder, k))[name] for k in shards]) for name in ("ids", "labels"))
     need(len(ids) == len(dataset), f"{folder} holds {len(ids)} images, not {len(dataset)}; delete it, it will be made again")
-    return ids, dataset.labels
+    return ids, labels
 
 
 def shard_path(folder: str, k: int) -> str:
-    return os.path.join(folder, f"{k:05}.npy")
+    return os.path.join(folder, f"{k:05}.npz")
 
 
 @functools.lru_cache(maxsize=2)

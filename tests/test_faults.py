@@ -138,10 +138,10 @@ def test_killed_between_two_phases_and_in_the_middle_of_the_token_cache(whole, d
     done(tmp_path, data, "--stage", "1")
     done(tmp_path, data, "--stage", "2")
     assert train(tmp_path, data, "--stage", "3", fault="tokens:0:5")[0] == -signal.SIGKILL
-    shards = sorted(path.name for path in (tmp_path / "tokens").glob("*.npy"))
+    shards = sorted(path.name for path in (tmp_path / "tokens").glob("*.npz"))
     assert shards and not (tmp_path / "generator-ar.pt").exists()
     done(tmp_path, data, "--stage", "3", fault="tokens:0:0")  # no accident, but the same small shards
-    assert len(list((tmp_path / "tokens").glob("*.npy"))) > len(shards)
+    assert len(list((tmp_path / "tokens").glob("*.npz"))) > len(shards)
     assert equal(tmp_path, whole)
 
 

@@ -1,4 +1,5 @@
 """tokens.py: every image is encoded once, as it is and mirrored, and nothing disturbs the order of what stage 3 sees."""
+import dataclasses
 import os
 from types import SimpleNamespace
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import config
 import data
 import tokens
 from batches import ImageStream
@@ -57,6 +59,15 @@ def test_the_cache_holds_each_image_and_its_mirror_image_beside_its_label(tmp_pa
         assert ids[i, 1].tolist() == encode(torch.from_numpy(mirrored))[0].tolist() != ids[i, 0].tolist()
 
 
+def test_an_image_that_stands_in_for_a_bad_one_brings_its_own_label(tmp_path, dataset):
+    """Image 1 cannot be read, image 2 takes its place; under image 1's label the generator would learn a wrong class."""
+    def read(key):
+        config.need(key != 1, "image 1: torn")
+        return dataset.read(key)
+    ids, labels = cached(tmp_path / "tokens", dataclasses.replace(dataset, read=read), skip_bad=True)
+    assert np.array_equal(ids[1], ids[2]) and labels[1] == labels[2] == 2 and labels[0] == 0
+
+
 def test_without_flip_there_is_one_copy(tmp_path, dataset):
     ids, _ = cached(tmp_path / "tokens", dataset, flip=False)
     assert ids.shape == (11, 1, SIZE)
@@ -76,12 +87,12 @@ def test_a_finished_cache_is_read_and_nothing_is_encoded(tmp_path, dataset):
 
 def test_only_a_missing_shard_is_encoded_again(tmp_path, dataset):
     before, _ = cached(tmp_path / "tokens", dataset, flip=False)
-    (tmp_path / "tokens" / "00001.npy").unlink()
-    (tmp_path / "tokens" / f".00001.npy.tmp-{os.getpid()}").write_bytes(b"half a shard of a killed run")
+    (tmp_path / "tokens" / "00001.npz").unlink()
+    (tmp_path / "tokens" / f".00001.npz.tmp-{os.getpid()}").write_bytes(b"half a shard of a killed run")
     counting = Counting()
     after, _ = cached(tmp_path / "tokens", dataset, flip=False, encode=counting)
     assert counting.seen == [dataset.load(i).tobytes() for i in range(4, 8)] and np.array_equal(before, after)
-    assert sorted(os.listdir(tmp_path / "tokens")) == ["00000.npy", "00001.npy", "00002.npy", "index.json"]
+    assert sorted(os.listdir(tmp_path / "tokens")) == ["00000.npz", "00001.npz", "00002.npz", "index.json"]
 
 
 def test_a_run_killed_between_two_shards_goes_on_with_the_rest(tmp_path, dataset):
