@@ -76,6 +76,7 @@ from mocet import MoCET
 from nativetok import NativeTok
 from processes import Processes
 from quantizer import VectorQuantizer
+from runs import provenance
 from titok import TiTok
 from tokens import TokenStream
 from train import PARTS, freeze
@@ -380,8 +381,8 @@ def main(args) -> None:
     missed = sum(row["met"] is False for row in bench.rows)
     print(f"\n{len(bench.rows)} rows in {time.time() - began:.0f} s, {missed} below their target")
     if args.json:
-        checkpoint.write_json(args.json, {"command": "python bench.py " + " ".join(sys.argv[1:]), "device": f"{bench.device.type} {name}", "threads": torch.get_num_threads(),
-                                          "torch": torch.__version__, "gflops": {"float32": 2 * peak[torch.float32] / 1e9, "bf16": 2 * peak[torch.bfloat16] / 1e9},
+        checkpoint.write_json(args.json, {**provenance("python bench.py " + " ".join(sys.argv[1:]), bench.device), "seconds": round(time.time() - began),
+                                          "gflops": {"float32": 2 * peak[torch.float32] / 1e9, "bf16": 2 * peak[torch.bfloat16] / 1e9},
                                           "gb_per_s": bench.bandwidth / 1e9, "rows": bench.rows})
 
 

@@ -6,7 +6,7 @@ How      each field below becomes a flag, and the comment behind it becomes the 
          so there is one list of settings and it cannot disagree with itself
 Sources  [paper] NativeTok, arXiv 2601.22837, as far as its summaries tell; [TiTok] the public
          1d-tokenizer recipe; [MaskGIT] its MaskGIT part; [LlamaGen] the public AR recipe;
-         [ours] our choice, measured where README.md says so
+         [ours] our choice, measured where README.md or experiments/README.md says so
 Try      python config.py      (prints the presets side by side)
 """
 import argparse

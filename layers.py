@@ -193,7 +193,7 @@ class LlamaBlock(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # initialisation
 
-QUERY_GAIN = 2.0  # [ours] peaks attention a little at the start; 1 did as well in a short trial, 3 worse: README, "Initialisation"
+QUERY_GAIN = 2.0  # [ours] peaks attention a little at the start; in short trials 1 did as well, 3 worse
 
 
 def init_vit(module: nn.Module) -> None:

@@ -7,7 +7,8 @@ Source   VQ-VAE (arXiv 1711.00937) for the losses and the straight-through estim
 Differs  The first steps of training run without quantization and the codebook is then drawn from
          what the encoder says [ours]; codes that nothing chooses move to where vectors are [ours,
          as in Jukebox, 2005.00341]; each position is urged to use many codes, as lookup-free
-         quantizers are (MAGVIT-v2, 2310.05737), or new experts fall silent: README, "Silent positions" [ours].
+         quantizers are (MAGVIT-v2, 2310.05737), or new experts fall silent:
+         experiments/README.md, "What one change does" [ours].
 Try      python quantizer.py
 """
 import math

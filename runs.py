@@ -1,10 +1,13 @@
-"""A finished run: its tokenizer and generators, out of its folder and ready to draw from.
+"""A finished run: its tokenizer and generators, out of its folder and ready to draw from; and where a result comes from.
 
 In       the folder that train.py has made
-Out      load_tokenizer, load_generator; sample_batch: labels -> uint8 images
+Out      load_tokenizer, load_generator; sample_batch: labels -> uint8 images; provenance, for the head of a result file
 """
 import contextlib
 import os
+import platform
+import shutil
+import subprocess
 import tempfile
 
 import torch
@@ -63,3 +66,13 @@ def need_room(folder: str) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
+
+
+def provenance(command: str, device: torch.device) -> dict:
+    """Where numbers come from: command, commit ("+changes" when files differ from it), torch, device."""
+    def git(*words):
+        done = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), *words], capture_output=True, text=True) if shutil.which("git") else None
+        return done.stdout.strip() if done and done.returncode == 0 else ""
+    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {"command": command, "commit": (git("rev-parse", "HEAD") or "unknown") + changed, "torch": torch.__version__, "device": name}

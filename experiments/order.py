@@ -98,7 +98,6 @@ if __name__ == "__main__":                                                    # 
 import contextlib
 import json
 import math
-import platform
 import re
 import shutil
 import signal
@@ -124,7 +123,7 @@ from nativetok import NativeTok, from_checkpoint
 from order_table import costs, doubling, draw_figure, fd_key, read_results, write_tables
 from processes import Processes
 from quantizer import usage
-from runs import load_generator, load_tokenizer
+from runs import load_generator, load_tokenizer, provenance
 from tinycnn import train_judge
 from tokens import cache_tokens
 
@@ -333,16 +332,6 @@ def measure(arm: str, seed: int, source: str, run, args, procs: Processes, data,
             "costs": {**costs(source, run.train), **costs(folder, run.train)}}
 
 
-def provenance(args, device: torch.device) -> dict:
-    """Where numbers come from: command, commit, versions, machine."""
-    def git(*words):
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True) if shutil.which("git") else None
-        return done.stdout.strip() if done and done.returncode == 0 else ""
-    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return {"command": args.command, "commit": (git("rev-parse", "HEAD") or "unknown") + changed, "torch": torch.__version__, "device": name}
-
-
 def run_arm(arm: str, seed: int, args, procs: Processes, data, val) -> None:
     """Train and measure one arm with one seed and write its result, unless that has been done."""
     path = os.path.join(args.out, f"{arm}-{seed}.json")
@@ -360,7 +349,7 @@ def run_arm(arm: str, seed: int, args, procs: Processes, data, val) -> None:
     source_flags, flags = (command(settings, seed, args, run) for run in (source, folder))
     train_arm(arm, seed, source_flags, flags)
     checkpoint.write_json(path, {
-        "arm": arm, "seed": seed, **provenance(args, procs.device), "tokenizer_command": "python train.py " + shlex.join(source_flags), "settings": asked,
+        "arm": arm, "seed": seed, **provenance(args.command, procs.device), "tokenizer_command": "python train.py " + shlex.join(source_flags), "settings": asked,
         "encoder_parameters": parameters, "encoder_parameters_off": round(parameters / target - 1, 4),
         **measure(arm, seed, source, config.parse_run("", flags), args, procs, data, val)})
     print(f"written: {path}")
@@ -377,7 +366,7 @@ def run_pca(args) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "experiments" / "pca.py"), *flags], capture_output=True, text=True)
     need(done.returncode == 0, f"experiments/pca.py failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     points = [[int(bits), float(db)] for bits, db in re.findall(r"(\d+) bits.*: ([\d.]+) dB", done.stdout)]
-    checkpoint.write_json(path, {**provenance(args, torch.device("cpu")), "pca_command": "python experiments/pca.py " + shlex.join(flags), "bits_and_psnr": points})
+    checkpoint.write_json(path, {**provenance(args.command, torch.device("cpu")), "pca_command": "python experiments/pca.py " + shlex.join(flags), "bits_and_psnr": points})
 
 
 def main(args) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import config
-from order import provenance
 from order_table import costs
 from processes import Processes
+from runs import provenance
 
 
 def phases(folder: str) -> list[dict]:
@@ -32,9 +32,8 @@ def main() -> None:
     parser.add_argument("--by", required=True, metavar="COMMAND", help="what was typed to make it")
     parser.add_argument("--out", required=True, metavar="FILE", help="the JSON to write")
     args = parser.parse_args()
-    args.command = args.by
     values, summary = config.read_run(args.run), Path(args.run, "summary.json")
-    made = {**provenance(args, Processes("auto").device), "seed": values["seed"], "settings": values, "phases": phases(args.run)}
+    made = {**provenance(args.by, Processes("auto").device), "seed": values["seed"], "settings": values, "phases": phases(args.run)}
     if summary.exists():
         made["evaluation"] = checkpoint.read_json(summary)
     checkpoint.write_json(args.out, made)

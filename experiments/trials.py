@@ -1,6 +1,6 @@
 """Small trials: one change at a time against one base, to learn what matters before a long run is spent on it.
 
-Base     CIFAR-10-sized images, 16 tokens from the start, experts of width 64, 1,000 steps; then 800 steps of a small AR generator
+Base     CIFAR-10-sized images, 16 tokens from the start, experts of width 64, 800 steps; then 600 steps of a small AR generator
 Told     held-out PSNR; mean perplexity of the positions; AR bits of an image, and the entropy of its tokens one by one
          (2,000 held-out images, so an entropy near log2 of the codebook comes out a little too small)
 Read     these are leads, not results: short runs, one seed unless --seeds says more. Differences below 0.2 dB mean little.
@@ -24,25 +24,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import config
 from mocet import MoCET
-from order import provenance, train_stages
+from order import train_stages
 from processes import Processes
+from runs import provenance
 
-BASE = dict(token_schedule=(16,), expert_width=64, base_steps=1000, continuous_steps=150, flip=False, tail_drop=0.0, generators="ar", generator_width=192,
-            generator_batch_size=32, generator_dropout=0.0, generator_steps=800, sample_every=100000)
+BASE = dict(token_schedule=(16,), expert_width=64, base_steps=800, continuous_steps=150, flip=False, tail_drop=0.0, generators="ar", generator_width=192,
+            generator_batch_size=32, generator_dropout=0.0, generator_steps=600, sample_every=100000)
 TRIALS = {  # name: settings of train.py that differ from BASE
     "base": {},
     "no gradient through the prefix": {},                                     # see without_prefix_gradient
-    "experts twice as wide": dict(expert_width=128),
     "experts of two layers": dict(expert_depth=2),
+    "experts twice as wide": dict(expert_width=128),
     "MIT twice as deep": dict(encoder_depth=4),
     "no entropy term": dict(entropy_weight=0.0),
-    "entropy term 0.2": dict(entropy_weight=0.2),
-    "no continuous start": dict(continuous_steps=0),
-    "learning rate 5e-4": dict(learning_rate=5e-4),
-    "24 tokens of 64 codes": dict(token_schedule=(24,), codebook_size=64),
-    "grown, long fine-tune": dict(token_schedule=(8, 12, 16), base_steps=300, grow_steps=75, finetune_steps=550),
-    "grown, brief fine-tune": dict(token_schedule=(8, 12, 16), base_steps=600, grow_steps=150, finetune_steps=100),
-    "titok, deep": dict(tokenizer="titok", encoder_depth=4),
+    "grown, long fine-tune": dict(token_schedule=(8, 12, 16), base_steps=240, grow_steps=60, finetune_steps=440),
+    "grown, brief fine-tune": dict(token_schedule=(8, 12, 16), base_steps=500, grow_steps=110, finetune_steps=80),
+    "grown, no entropy term": dict(token_schedule=(8, 12, 16), base_steps=240, grow_steps=60, finetune_steps=440, entropy_weight=0.0),
 }
 
 
@@ -100,7 +97,7 @@ def main() -> None:
             if any((row["trial"], row["seed"]) == (name, seed) for row in rows):
                 continue
             print(f"\n--- {name}, seed {seed}", flush=True)
-            row = {**run_trial(name, seed, args), **provenance(args, device)}
+            row = {**run_trial(name, seed, args), **provenance(args.command, device)}
             # Read again: another call may have added to it meanwhile.
             rows = [*(checkpoint.read_json(path)["rows"] if os.path.exists(path) else []), row]
             checkpoint.write_json(path, {"base": BASE | args.sizes, "rows": sorted(rows, key=lambda row: (list(TRIALS).index(row["trial"]), row["seed"]))})

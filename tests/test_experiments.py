@@ -18,6 +18,7 @@ from quantizer import VectorQuantizer
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 import photos
+import train
 import trials
 
 
@@ -34,6 +35,7 @@ def test_a_trial_is_a_run_that_train_would_take(name):
     values = config.as_dict(run.tok, run.gen, run.train)
     for field, value in {**trials.BASE, **trials.TRIALS[name]}.items():
         assert values[field] == (list(value) if isinstance(value, tuple) else value)
+    assert sum(phase.steps for phase in train.phases(run.tok, run.train)) == trials.BASE["base_steps"], "all learn from as many images"
 
 
 @pytest.mark.parametrize("patched", (False, True))
