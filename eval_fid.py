@@ -18,6 +18,8 @@ Exit     0 done, 1 failure, 2 something to mend
 """
 import argparse
 import os
+import shlex
+import sys
 
 import config
 from config import need
@@ -57,6 +59,7 @@ def parse(argv=None) -> argparse.Namespace:
     to.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     to.add_argument("--json", metavar="FILE", help="write all numbers there (default: RUN/summary.json)")
     args = parser.parse_args(argv)
+    args.command = "python eval_fid.py " + shlex.join(sys.argv[1:] if argv is None else map(str, argv))
     need(args.run or args.images or (args.data and args.save_stats), "give --run, or --images with --reference or --data, or --data with --save_stats")
     need(args.run or args.features == "inception", "TinyCNN features need --run, whose images it learned from; or use --features inception")
     need(args.run or args.data or args.reference, "--images need something to be compared with: --reference or --data")
@@ -93,7 +96,7 @@ from data import open_images, train_and_val
 from judging import Eye, Reference, controls, generated, inception_eye, judge, look, read_reference, real, reconstruction, tinycnn_eyes
 from measures import frechet_distance  # noqa: F401  the contract's place for it
 from processes import Processes
-from runs import load_tokenizer
+from runs import load_tokenizer, provenance
 from tinycnn import train_judge
 
 
@@ -197,7 +200,7 @@ def main(args) -> None:
     print("\n" + table(rows, eyes))
     if accuracy is not None:
         print(f"\nthe classifier is right on {accuracy:.1%} of {val.name}, held out")
-    out = {"reference": {"name": reference.name, "n": reference.n}, "eyes": {eye.key: eye.title for eye in eyes}, "rows": rows}
+    out = {**provenance(args.command, procs.device), "seed": args.seed, "reference": {"name": reference.name, "n": reference.n}, "eyes": {eye.key: eye.title for eye in eyes}, "rows": rows}
     if args.run and images is None:
         out = {**run_summary(args.run, results, rows, accuracy), **out}
         out["seconds"]["eval"] = round(time.time() - began, 1)

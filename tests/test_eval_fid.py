@@ -61,6 +61,7 @@ def refused(*flags, says=()):
 
 def test_summary_holds_what_the_readme_promises(run):
     summary = json.loads((run / "summary.json").read_text())
+    assert {"command", "commit", "torch", "device", "seed"} <= set(summary), "a number says where it comes from"
     assert set(summary["psnr_by_tokens"]) == set(summary["codebook_used"]) == {"2", "4", "6"}
     assert set(summary["class_accuracy"]) == {"ar", "maskgit", "classifier_on_real"}
     assert {"base", "grow-4", "grow-6", "finetune", "ar", "maskgit", "eval"} <= set(summary["seconds"])
