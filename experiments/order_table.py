@@ -145,14 +145,14 @@ def draw_figure(found: dict[str, list[dict]], out: str) -> None:
         left.plot(places, np.mean([r["ar_bits"] for r in results], axis=0), color=colour, label=arm)
         left.plot(places, np.mean([r["marginal_bits"] for r in results], axis=0), "--", color=colour, linewidth=0.9)
         tables = [columns(r) for r in results]
-        quality, fd, bits = ([t[title][name] for t in tables] for title, name in (
-            ("Reconstruction and bits", "PSNR"), ("Samples", "AR best FD"), ("Reconstruction and bits", "AR bits")))
-        for axis, x, y in ((middle, quality, fd), (right, bits, quality)):
-            axis.scatter(x, y, s=12, color=colour, alpha=0.5)                 # each seed, and their mean
-            axis.scatter(np.mean(x), np.mean(y), s=60, color=colour, label=arm)
+        quality, bits, ar, maskgit = ([t[title][name] for t in tables] for title, name in (
+            ("Reconstruction and bits", "PSNR"), ("Reconstruction and bits", "AR bits"), ("Samples", "AR best FD"), ("Samples", "MaskGIT best FD")))
+        for axis, x, y, marker in ((middle, quality, ar, "o"), (middle, quality, maskgit, "^"), (right, bits, quality, "o")):
+            axis.scatter(x, y, s=12, color=colour, alpha=0.5, marker=marker)  # each seed, and their mean
+            axis.scatter(np.mean(x), np.mean(y), s=60, color=colour, marker=marker, label=arm)
     if os.path.exists(os.path.join(out, "pca.json")):
         right.plot(*zip(*checkpoint.read_json(os.path.join(out, "pca.json"))["bits_and_psnr"]), "k.--", label="PCA transform code")
-    for axis, title, x, y in ((left, "solid: AR, dashed: marginal", "position", "bits"), (middle, "samples against reconstruction", "held-out PSNR, dB", "FD of AR samples, best guidance"),
+    for axis, title, x, y in ((left, "solid: AR, dashed: marginal", "position", "bits"), (middle, "samples against reconstruction; ● AR, ▲ MaskGIT", "held-out PSNR, dB", "FD of samples, best guidance"),
                               (right, "reconstruction against AR bits", "bits of an image", "held-out PSNR, dB")):
         axis.set(title=title, xlabel=x, ylabel=y), axis.grid(alpha=0.3)
     right.legend(fontsize=8)
