@@ -5,7 +5,7 @@ Arms     titok               latent tokens inside a ViT, unordered
          titok-taildrop      the same as titok, ordered by dropping tails in half of the training steps
          nativetok-joint     MIT and MoCET at full length from the start
          nativetok-hnt       MIT and MoCET, grown: the paper
-         nativetok-joint-time  joint for as long as hnt takes, which has cheaper steps: fewer steps (SHARE)
+         nativetok-joint-time  joint for as long as hnt takes, whose steps are cheaper: fewer steps (SHARE); only when asked for
          nativetok-block     like joint, with the published two-layer block experts (narrower, see below)
          nativetok-reversed  control: nativetok-hnt's tokens, and the generator gets them last one first
          nativetok-shuffled  control: the same in a random order, another one for each seed
@@ -49,7 +49,7 @@ SHARE = {"nativetok-joint-time": 0.9}                                          #
 GROWN = "nativetok-hnt"                                                        # also the arm whose tokens the controls take
 SCALES = (1.5, 2.0, 3.0)                                                      # guidance that is tried beside 1, plain
 PLANS = {  # preset, its settings that change here, steps of tokenizer and generators, samples, steps of the judge
-    # 16 tokens and narrow experts: nine arms in half an hour, and titok's ViT is as wide as MIT. Half of hnt's steps are fine-tune, see trials.py.
+    # 16 tokens and narrow experts: eight arms in under 40 minutes, and titok's ViT is as wide as MIT. Half of hnt's steps are fine-tune, see trials.py.
     "tiny": ("tiny", dict(token_schedule=(8, 12, 16), expert_width=64, base_steps=400, grow_steps=100, finetune_steps=700), 1200, 400, 500, 500),
     "cifar": ("cifar", dict(), 14000, 2500, 2000, 2000),
     "cifar-cpu": ("cifar", dict(expert_width=64, flip=False, generator_width=192, generator_dropout=0.0, generator_batch_size=32), 2000, 1500, 1000, 1000),
@@ -67,7 +67,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--val_data", default="", help="held-out images; not needed for the shapes")
     parser.add_argument("--out", metavar="DIR", help="results (default: runs/order-PRESET, or runs/order-quick)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="of weights, data order and samples (default: 0)")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), metavar="ARM", help="only these (default: all)")
+    parser.add_argument("--arms", nargs="+", default=[arm for arm in ARMS if arm not in SHARE], metavar="ARM", help=f"only these (default: all but {', '.join(SHARE)})")
     parser.add_argument("--budget", type=int, metavar="STEPS", help="steps of each tokenizer, all its phases together")
     parser.add_argument("--generator_steps", type=int, metavar="STEPS", help="steps of each generator")
     parser.add_argument("--num_samples", type=int, metavar="N", help="images per setting of each generator")
