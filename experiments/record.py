@@ -1,4 +1,4 @@
-"""What a run came to, as one small file to keep: the README's numbers are held against these by tests/test_readme.py.
+"""What a run came to, as one small file to keep: the README's numbers are held against these by tests/test_numbers.py.
 
 Run      python experiments/record.py --run runs/demo --by "make demo" --out experiments/results/demo.json
 Takes    RUN/config.json; of RUN/log.jsonl each phase's last words; RUN/summary.json, if eval_fid.py has been there
