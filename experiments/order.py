@@ -49,7 +49,7 @@ SHARE = {"nativetok-joint-time": 0.9}                                          #
 GROWN = "nativetok-hnt"                                                        # also the arm whose tokens the controls take
 SCALES = (1.5, 2.0, 3.0)                                                      # guidance that is tried beside 1, plain
 PLANS = {  # preset, its settings that change here, steps of tokenizer and generators, samples, steps of the judge
-    # 16 tokens and narrow experts: eight arms in under 40 minutes, and titok's ViT is as wide as MIT. Half of hnt's steps are fine-tune, see trials.py.
+    # 16 tokens and narrow experts: eight arms in under 40 minutes, and titok's ViT is as wide as MIT. Over half of hnt's steps are fine-tune, see trials.py.
     "tiny": ("tiny", dict(token_schedule=(8, 12, 16), expert_width=64, base_steps=400, grow_steps=100, finetune_steps=700), 1200, 400, 500, 500),
     "cifar": ("cifar", dict(), 14000, 2500, 2000, 2000),
     "cifar-cpu": ("cifar", dict(expert_width=64, flip=False, generator_width=192, generator_dropout=0.0, generator_batch_size=32), 2000, 1500, 1000, 1000),
