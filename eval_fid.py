@@ -90,14 +90,14 @@ import time
 
 import numpy as np
 
-import checkpoint
+from plumbing import checkpoint
 from config import build, read_run
-from data import open_images, train_and_val
-from judging import Eye, Reference, controls, generated, inception_eye, judge, look, read_reference, real, reconstruction, tinycnn_eyes
-from measures import frechet_distance  # noqa: F401  the contract's place for it
-from processes import Processes
+from plumbing.datasets import open_images, train_and_val
+from evaluation.judging import Eye, Reference, controls, generated, inception_eye, judge, look, read_reference, real, reconstruction, tinycnn_eyes
+from evaluation.measures import frechet_distance  # noqa: F401  the contract's place for it
+from plumbing.processes import Processes
 from runs import load_tokenizer, provenance
-from tinycnn import train_judge
+from evaluation.tinycnn import train_judge
 
 
 # ------------------------------------------------------------------------------------------------

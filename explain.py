@@ -36,13 +36,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import checkpoint
-from batches import eval_batches
+from plumbing import checkpoint
+from plumbing.batches import eval_batches
 from config import build, need, read_run
-from data import ImageSet, train_and_val
-from images import save_grid, to_float, to_uint8
+from plumbing.datasets import ImageSet, train_and_val
+from plumbing.images import save_grid, to_float, to_uint8
 from nativetok import NativeTok
-from processes import Processes
+from plumbing.processes import Processes
 from quantizer import usage
 from runs import load_generator, load_tokenizer, need_room
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoint
+from plumbing import checkpoint
 from config import GeneratorConfig, need
 from layers import KVCache, Linear, LlamaBlock, RMSNorm, rotary_table
 

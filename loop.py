@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
+from plumbing import checkpoint
 from config import UserError, as_dict, need
-from data import train_and_val
-from images import save_grid, to_uint8
-from processes import Processes
+from plumbing.datasets import train_and_val
+from plumbing.images import save_grid, to_uint8
+from plumbing.processes import Processes
 
 INTERRUPTED = 3                                                               # exit code after a signal, when all is saved
 EVAL_IMAGES = 2000                                                            # held-out images by which a phase is judged

@@ -12,7 +12,7 @@ Try      python nativetok.py
 import torch
 from torch import Tensor, nn
 
-import checkpoint
+from plumbing import checkpoint
 from config import TokenizerConfig, build, need
 from decoder import Decoder
 from layers import count_parameters

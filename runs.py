@@ -13,10 +13,10 @@ import tempfile
 import torch
 from torch import Tensor
 
-import checkpoint
+from plumbing import checkpoint
 from config import UserError, need
 from generator import Generator
-from images import to_uint8
+from plumbing.images import to_uint8
 from nativetok import NativeTok
 
 

@@ -100,12 +100,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
+from plumbing import checkpoint
 from generator import Generator
-from images import read_image, resize_crop, save_grid, to_float, to_uint8
+from plumbing.images import read_image, resize_crop, save_grid, to_float, to_uint8
 from losses import psnr
 from nativetok import NativeTok
-from processes import Processes
+from plumbing.processes import Processes
 from runs import enough_memory, load_generator, load_tokenizer, need_room, sample_batch
 
 

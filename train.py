@@ -26,18 +26,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-from batches import ImageStream, eval_batches
+from plumbing import checkpoint
+from plumbing.batches import ImageStream, eval_batches
 from config import TokenizerConfig, TrainConfig, as_dict, need, settings
 from generator import GENERATORS
-from images import to_float
+from plumbing.images import to_float
 from layers import count_parameters
 from loop import Job, Run, fit, new_optimizer
 from losses import Adversary, Perceptual, psnr, reconstruction
 from nativetok import NativeTok, from_checkpoint
 from quantizer import usage
 from runs import enough_memory
-from tokens import TokenStream, cache_tokens
+from plumbing.tokens import TokenStream, cache_tokens
 
 
 # ------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ Bits     AR code length of held-out images per position, -log2 p(id | class, ids
          class, explain. Few bits alone prove nothing: tokens that say nothing cost nothing. So look at them with PSNR.
 Samples  Fréchet distance in the features of one TinyCNN that judges all arms of a data set (not FID, see tinycnn.py). Guidance
          is the best of SCALES by that distance; MaskGIT's is chosen at 8 steps.
-Run      python experiments/order.py --preset tiny                    the shapes, one seed, on a CPU; --quick: does it run?
-         python experiments/order.py --preset cifar --data DIR --val_data DIR --seeds 0 1 2         on a GPU; cifar-cpu: smaller
+Run      python -m experiments.order --preset tiny                    the shapes, one seed, on a CPU; --quick: does it run?
+         python -m experiments.order --preset cifar --data DIR --val_data DIR --seeds 0 1 2         on a GPU; cifar-cpu: smaller
 Resume   repeat the command: finished arms are skipped, a broken-off one goes on where it was saved; another --out starts anew
 Makes    OUT/ARM-SEED.json, pca.json, tinycnn.pt, the judge; OUT/runs/, the runs; tables and a figure by order_table.py
 Exit     0 finished, 1 failure, 2 something to mend, 3 interrupted and saved
@@ -29,8 +29,6 @@ import shlex
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import config
 from config import PRESETS, need
 
@@ -75,7 +73,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few steps, to see that everything runs")
     parser.add_argument("--table", action="store_true", help="train nothing; make table and figure anew from the results that are there")
     args = parser.parse_args(argv)
-    args.command = "python experiments/order.py " + shlex.join(sys.argv[1:] if argv is None else argv)
+    args.command = "python -m experiments.order " + shlex.join(sys.argv[1:] if argv is None else argv)
     plan = "quick" if args.quick else args.preset
     args.out = args.out or os.path.join("runs", f"order-{plan}")
     args.preset, args.sizes, *numbers, args.judge_steps = PLANS[plan]
@@ -109,23 +107,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import checkpoint
+from plumbing import checkpoint
 import train
-from batches import eval_batches
+from plumbing.batches import eval_batches
 from config import TokenizerConfig
-from data import train_and_val
-from images import to_float, to_uint8
-from judging import Reference, generated, judge, look, real, reconstruction, tinycnn_eyes
+from plumbing.datasets import train_and_val
+from plumbing.images import to_float, to_uint8
+from evaluation.judging import Reference, generated, judge, look, real, reconstruction, tinycnn_eyes
 from layers import count_parameters
 from loop import fit
 from losses import psnr
 from nativetok import NativeTok, from_checkpoint
-from order_table import costs, doubling, draw_figure, fd_key, read_results, write_tables
-from processes import Processes
+from experiments.order_table import costs, doubling, draw_figure, fd_key, read_results, write_tables
+from plumbing.processes import Processes
 from quantizer import usage
 from runs import load_generator, load_tokenizer, provenance
-from tinycnn import train_judge
-from tokens import cache_tokens
+from evaluation.tinycnn import train_judge
+from plumbing.tokens import cache_tokens
 
 
 # ------------------------------------------------------------------------------------------------
@@ -363,10 +361,10 @@ def run_pca(args) -> None:
     values = {**PRESETS[args.preset], **args.sizes}
     most = values["token_schedule"][-1] * math.log2(values["codebook_size"])
     flags = ["--data", args.data, "--val_data", args.val_data, "--bits", *(str(int(most * share)) for share in (0.125, 0.25, 0.5, 1))]
-    done = subprocess.run([sys.executable, str(ROOT / "experiments" / "pca.py"), *flags], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "experiments.pca", *flags], capture_output=True, text=True)
     need(done.returncode == 0, f"experiments/pca.py failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     points = [[int(bits), float(db)] for bits, db in re.findall(r"(\d+) bits.*: ([\d.]+) dB", done.stdout)]
-    checkpoint.write_json(path, {**provenance(args.command, torch.device("cpu")), "pca_command": "python experiments/pca.py " + shlex.join(flags), "bits_and_psnr": points})
+    checkpoint.write_json(path, {**provenance(args.command, torch.device("cpu")), "pca_command": "python -m experiments.pca " + shlex.join(flags), "bits_and_psnr": points})
 
 
 def main(args) -> None:

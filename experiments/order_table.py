@@ -4,7 +4,7 @@ In       OUT/ARM-SEED.json, one per arm and seed, and OUT/pca.json when it is th
 Makes    OUT/table.md     a summary, then one table after the other, one row per arm, mean ± standard deviation over seeds
          OUT/table.csv    the same numbers, one line per arm and seed
          OUT/order.png    bits by position; samples against reconstruction; reconstruction against bits (with matplotlib)
-Try      python experiments/order.py --table --out OUT
+Try      python -m experiments.order --table --out OUT
 """
 import csv
 import io
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoint
+from plumbing import checkpoint
 from config import need
 
 

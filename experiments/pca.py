@@ -3,19 +3,16 @@
 How      project the images on the principal components of the training images; hand out the bits one by one, each to
          the component whose quantization error falls most; quantize each component with the levels that k-means in
          one dimension finds (Lloyd-Max). Every image gets the same number of bits, as a tokenizer's images do.
-Run      python experiments/pca.py --data cifar10/train --val_data cifar10/test --bits 36 72 144
+Run      python -m experiments.pca --data cifar10/train --val_data cifar10/test --bits 36 72 144
 Prints   PSNR of the mean squared error over held-out images, in 8-bit RGB, the measure of train.py
 """
 import argparse
-import sys
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
-from batches import eval_batches
-from data import train_and_val
+from plumbing.batches import eval_batches
+from plumbing.datasets import train_and_val
 
 
 def pixels(dataset, size: int, limit: int) -> np.ndarray:

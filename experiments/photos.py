@@ -1,18 +1,15 @@
 """A folder of pictures like one's own: mixed sizes, formats and modes, one folder per class. To try "Your own pictures" of the README with.
 
-Run      python experiments/photos.py --data cifar10/train --classes dog ship --out photos
+Run      python -m experiments.photos --data cifar10/train --classes dog ship --out photos
 How      the first images of each class, enlarged to sizes between 32x32 and 200x150, saved in turn as JPEG, PNG, WebP and GIF, every seventh of
          them gray, with a palette, transparent, CMYK, or turned on its side with an EXIF tag that says so
 """
 import os
-import sys
-from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
-from data import open_images
+from plumbing.datasets import open_images
 
 SIZES = ((32, 32), (64, 48), (100, 100), (90, 160), (200, 150))
 ENDINGS = ("jpg", "png", "webp", "gif", "JPG", "jpeg")

@@ -1,19 +1,17 @@
 """What a run came to, as one small file to keep: the README's numbers are held against these by tests/test_numbers.py.
 
-Run      python experiments/record.py --run runs/demo --by "make demo" --out experiments/results/demo.json
+Run      python -m experiments.record --run runs/demo --by "make demo" --out experiments/results/demo.json
 Takes    RUN/config.json; of RUN/log.jsonl each phase's last words; RUN/summary.json, if eval_fid.py has been there
 Makes    a JSON with command, commit, seed, device and the numbers. The commit is the one that is checked out now, so record
          a run before the next change.
 """
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint
+from plumbing import checkpoint
 import config
-from order_table import costs
-from processes import Processes
+from experiments.order_table import costs
+from plumbing.processes import Processes
 from runs import provenance
 
 

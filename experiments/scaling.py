@@ -1,6 +1,6 @@
 """How the cost of encoding grows with the number of tokens and of patches: a table, fitted exponents, one picture.
 
-Run      python experiments/scaling.py --out pictures/scaling.png --json scaling.json        (needs matplotlib; a few minutes on 2 CPU cores)
+Run      python -m experiments.scaling --out pictures/scaling.png --json scaling.json        (needs matplotlib; a few minutes on 2 CPU cores)
 How      the encoder of imagenet-128 (MIT-B and query experts) at 4 images, each point in a process of its own, since a peak of
          memory is that of a process; memory is the growth of that peak while encoding
 """
@@ -10,15 +10,13 @@ import shlex
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint
+from plumbing import checkpoint
 import config
-from bench import Bench, in_child, peak_gib, tokenizer_config
+from experiments.bench import Bench, in_child, peak_gib, tokenizer_config
 from nativetok import NativeTok
 from runs import provenance
 
@@ -58,10 +56,10 @@ def main() -> None:
     except ImportError:
         raise config.UserError("the picture takes matplotlib: pip install matplotlib") from None
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    made = provenance("python experiments/scaling.py " + shlex.join(sys.argv[1:]), bench.device)
+    made = provenance("python -m experiments.scaling " + shlex.join(sys.argv[1:]), bench.device)
     for axis, what, points in ((axes[0], "tokens", [(L, 256) for L in TOKENS]), (axes[1], "patches", [(64, N) for N in PATCHES])):
         x = [point[what == "patches"] for point in points]
-        found = [in_child(bench, __file__, *point) for point in points]
+        found = [in_child(bench, "experiments.scaling", *point) for point in points]
         slopes = [np.polyfit(np.log(x), np.log([max(value[k], 1e-9) for value in found]), 1)[0] for k in (0, 1)]
         for value, (s, gib) in zip(x, found):
             print(f"{value:5} {what:8}{s / 4 * 1e3:9.1f} ms an image{gib * 1024:9.0f} MiB for the batch of 4", flush=True)

@@ -4,8 +4,8 @@ Base     CIFAR-10-sized images, 16 tokens from the start, experts of width 64, 8
 Told     held-out PSNR; mean perplexity of the positions; AR bits of an image, and the entropy of its tokens one by one
          (2,000 held-out images, so an entropy near log2 of the codebook comes out a little too small)
 Read     these are leads, not results: short runs, one seed unless --seeds says more. Differences below 0.2 dB mean little.
-Run      python experiments/trials.py --data cifar10/train --val_data cifar10/test                      all of them
-         python experiments/trials.py --data ... --val_data ... --trials base "no entropy term"         some of them
+Run      python -m experiments.trials --data cifar10/train --val_data cifar10/test                      all of them
+         python -m experiments.trials --data ... --val_data ... --trials base "no entropy term"         some of them
 Resume   repeat the command: finished trials are only read
 Makes    OUT/trials.json and OUT/trials.md; OUT/runs/, the runs themselves. What was measured is kept in experiments/results/
 Exit     0 finished, 1 failure, 2 something to mend, 3 interrupted and saved
@@ -20,12 +20,11 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoint
+from plumbing import checkpoint
 import config
 from mocet import MoCET
-from order import train_stages
-from processes import Processes
+from experiments.order import train_stages
+from plumbing.processes import Processes
 from runs import provenance
 
 BASE = dict(token_schedule=(16,), expert_width=64, base_steps=800, continuous_steps=150, flip=False, tail_drop=0.0, generators="ar", generator_width=192,
@@ -89,7 +88,7 @@ def main() -> None:
     for name in args.trials:
         config.choose("trial", name, TRIALS)
     args.sizes = {} if args.steps is None else dict(base_steps=args.steps, continuous_steps=args.steps // 4, generator_steps=args.steps)
-    args.command = "python experiments/trials.py " + shlex.join(sys.argv[1:])
+    args.command = "python -m experiments.trials " + shlex.join(sys.argv[1:])
     device, path = Processes("auto").device, os.path.join(args.out, "trials.json")
     rows = checkpoint.read_json(path)["rows"] if os.path.exists(path) else []
     for seed in args.seeds:

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
 import loop
-import tokens
+from plumbing import tokens
 import train
 
 kind, rank, step = os.environ["FAULT"].split(":")

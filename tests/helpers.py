@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from config import UserError
-from data import open_images
+from plumbing.datasets import open_images
 
 RED = (200, 30, 60)
 # train.py's flags for a run of seconds, with every phase in it.

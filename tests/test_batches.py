@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import data
-from batches import ImageStream, eval_batches
+from plumbing import datasets
+from plumbing.batches import ImageStream, eval_batches
 from helpers import folder_of, packed, put, refused, same, take
-from images import resize_crop
+from plumbing.images import resize_crop
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 def small(tmp_path_factory):
     """23 images of 12 x 12 in a zip, of which every process opens its own handle."""
     root = tmp_path_factory.mktemp("stream")
-    return data.open_images(packed(folder_of(root / "set", 23, size=12), root / "x.zip", ""))
+    return datasets.open_images(packed(folder_of(root / "set", 23, size=12), root / "x.zip", ""))
 
 
 def stream(dataset, **options):
@@ -99,7 +99,7 @@ def test_workers_outlive_signals_from_their_first_moment_on(small):
 
 
 def test_a_crash_of_the_main_process_ends_its_workers():
-    script = ("import batches, data\nstream = iter(batches.ImageStream(data.open_images('shapes'), 32, 8, 0, workers=2))\n"
+    script = ("from plumbing import batches, datasets\nstream = iter(batches.ImageStream(datasets.open_images('shapes'), 32, 8, 0, workers=2))\n"
               "next(stream)\nraise SystemError('crash')")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 1 and "crash" in done.stderr
@@ -116,7 +116,7 @@ def test_user_errors_of_the_stream(small):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_first_unreadable_image_stops_the_stream_with_its_name_in_one_line(tmp_path, workers):
     bad = put(folder_of(tmp_path / "set", 12) / "cat" / "bad.png", b"<html>")
-    stopped = iter(stream(data.open_images(str(tmp_path / "set")), workers=workers))
+    stopped = iter(stream(datasets.open_images(str(tmp_path / "set")), workers=workers))
     refused(lambda: stopped, names=[bad, "<html>"])
 
 
@@ -124,7 +124,7 @@ def test_the_first_unreadable_image_stops_the_stream_with_its_name_in_one_line(t
 def test_skip_bad_puts_the_next_image_in_its_place_and_says_so_once(tmp_path, capfd, workers):
     root = folder_of(tmp_path / "set", 10, ("cat",))
     put(root / "cat" / "004.png", b"")
-    dataset = data.open_images(str(root))
+    dataset = datasets.open_images(str(root))
     plain = dict(image_size=8, batch_size=10, flip=False, random_crop=False, skip_bad=True, workers=workers)
     for images, _ in take(stream(dataset, **plain), 3):
         shown = [image.numpy().tobytes() for image in images]
@@ -136,7 +136,7 @@ def test_skip_bad_stops_above_one_percent(tmp_path):
     root = folder_of(tmp_path / "set", 200)
     for k in (0, 50):
         put(root / "cat" / f"{k:03}.png", b"")
-    dataset = data.open_images(str(root))
+    dataset = datasets.open_images(str(root))
     assert len(take(stream(dataset, skip_bad=True, batch_size=50), 8)) == 8           # 2 of 200 are 1%
     put(root / "cat" / "100.png", b"")
     refused(lambda: iter(stream(dataset, skip_bad=True, batch_size=50)), names=["3 of 200"])
@@ -165,6 +165,6 @@ def test_evaluation_of_chosen_images_keeps_their_order(small):
 def test_evaluation_stops_at_an_unreadable_image_unless_told_otherwise(tmp_path):
     root = folder_of(tmp_path / "set", 6)
     bad = put(root / "cat" / "000.png", b"")
-    dataset = data.open_images(str(root))
+    dataset = datasets.open_images(str(root))
     refused(eval_batches, dataset, 8, 4, names=[bad])
     assert sum(len(labels) for _, labels in eval_batches(dataset, 8, 4, skip_bad=True)) == 6

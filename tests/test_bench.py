@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
-from bench import Bench, waiting
+from experiments import bench
+from experiments.bench import Bench, waiting
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +47,7 @@ def test_waiting_is_the_share_of_time_outside_the_step():
 
 
 def test_a_row_by_itself_writes_json_with_device_command_and_result(tmp_path):
-    done = subprocess.run([sys.executable, "bench.py", "--rows", "help", "--repeats", "1", "--threads", "1", "--json", str(tmp_path / "b.json")],
+    done = subprocess.run([sys.executable, "-m", "experiments.bench", "--rows", "help", "--repeats", "1", "--threads", "1", "--json", str(tmp_path / "b.json")],
                           cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "b.json").read_text())
@@ -56,7 +56,7 @@ def test_a_row_by_itself_writes_json_with_device_command_and_result(tmp_path):
 
 
 def test_an_unknown_row_gets_one_line():
-    done = subprocess.run([sys.executable, "bench.py", "--rows", "speed"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "experiments.bench", "--rows", "speed"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "query_block" in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
+from plumbing import checkpoint
 from config import UserError
 from helpers import names, same_content
 
@@ -221,7 +221,8 @@ def test_a_damaged_newest_never_pushes_out_the_good_one_before_it(path):
 
 
 SAVE_AND_KILL = """
-import os, signal, sys, time, torch, checkpoint
+import os, signal, sys, time, torch
+from plumbing import checkpoint
 for number, delay in enumerate((0.03, 0.05, 0.08, 0.11, 0.17)):
     path = os.path.join(sys.argv[1], str(number), "x.pt")
     os.mkdir(os.path.dirname(path))
@@ -252,7 +253,8 @@ def test_kill_9_in_the_middle_of_saving_leaves_a_good_checkpoint(tmp_path):
 
 
 FILL = """
-import resource, sys, torch, checkpoint
+import resource, sys, torch
+from plumbing import checkpoint
 from config import UserError
 for limit in (0, 300, 5_000, 100_000, 399_900, 401_000):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))    # the kernel refuses to write on

@@ -14,11 +14,11 @@ import torch
 
 import config
 import eval_fid
-import judging
+from evaluation import judging
 import sample
-from data import open_images
-from judging import Eye, Seen
-from tinycnn import random_twin
+from plumbing.datasets import open_images
+from evaluation.judging import Eye, Seen
+from evaluation.tinycnn import random_twin
 
 ROOT = Path(__file__).parent.parent
 

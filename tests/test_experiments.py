@@ -10,20 +10,19 @@ import torch
 from PIL import Image
 
 import config
-from data import open_images
+from plumbing.datasets import open_images
 from helpers import some_shapes
 from mocet import MoCET
 from quantizer import VectorQuantizer
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
-import photos
+from experiments import photos
 import train
-import trials
+from experiments import trials
 
 
 def call(name: str, *flags) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "experiments" / name), *map(str, flags)], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-m", f"experiments.{name}", *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -57,23 +56,23 @@ def test_the_patch_and_only_the_patch_stops_the_gradient_between_experts(patched
 def test_a_trial_leaves_a_row_that_says_everything_and_is_not_run_twice(tmp_path):
     data = some_shapes(tmp_path / "shapes.npz", 60)
     flags = ["--data", data, "--val_data", data, "--out", tmp_path / "out", "--steps", 8, "--trials", "base"]
-    done = call("trials.py", *flags)
+    done = call("trials", *flags)
     assert done.returncode == 0, done.stderr
     first = (tmp_path / "out" / "trials.json").read_bytes()
     row, = json.loads(first)["rows"]
     assert row["trial"] == "base" and row["psnr"] > 5 and 0 < row["ar_bits"] < 16 * 11 and row["commit"] and row["device"] and "--steps 8" in row["command"]
-    again = call("trials.py", *flags)
+    again = call("trials", *flags)
     assert again.returncode == 0 and "--- base" not in again.stdout and (tmp_path / "out" / "trials.json").read_bytes() == first
     assert "| base | 1 | " in (tmp_path / "out" / "trials.md").read_text()
 
 
 @pytest.mark.parametrize("file, wrong, says", [
-    ("trials.py", ("--data", "x", "--val_data", "x", "--trials", "bass"), "bass"),
-    ("trials.py", ("--data", "nowhere", "--val_data", "nowhere"), "nowhere"),
-    ("photos.py", ("--data", "nowhere", "--out", "new"), "nowhere"),
-    ("photos.py", ("--out", str(ROOT / "tests")), "there already"),
-    ("photos.py", ("--classes", "dodo", "--out", "new"), "dodo"),
-    ("record.py", ("--run", "nowhere", "--by", "me", "--out", "x.json"), "nowhere"),
+    ("trials", ("--data", "x", "--val_data", "x", "--trials", "bass"), "bass"),
+    ("trials", ("--data", "nowhere", "--val_data", "nowhere"), "nowhere"),
+    ("photos", ("--data", "nowhere", "--out", "new"), "nowhere"),
+    ("photos", ("--out", str(ROOT / "tests")), "there already"),
+    ("photos", ("--classes", "dodo", "--out", "new"), "dodo"),
+    ("record", ("--run", "nowhere", "--by", "me", "--out", "x.json"), "nowhere"),
 ])
 def test_wrong_use_gets_one_line(file, wrong, says):
     done = call(file, *wrong)
@@ -85,7 +84,7 @@ def test_wrong_use_gets_one_line(file, wrong, says):
 
 def test_pictures_are_of_every_kind_and_show_what_was_put_in(tmp_path):
     """200 pictures hold every size, format and mode; read as train.py reads them, each is the image it was made of, transparent ones aside."""
-    done = call("photos.py", "--data", some_shapes(tmp_path / "shapes.npz", 200), "--per_class", 40, "--out", tmp_path / "photos")
+    done = call("photos", "--data", some_shapes(tmp_path / "shapes.npz", 200), "--per_class", 40, "--out", tmp_path / "photos")
     assert done.returncode == 0, done.stderr
     files = [path for path in (tmp_path / "photos").rglob("*") if path.is_file()]
     opened = [Image.open(path) for path in files]
@@ -108,7 +107,7 @@ def test_pictures_are_of_every_kind_and_show_what_was_put_in(tmp_path):
 # record.py
 
 def test_a_record_holds_the_last_words_of_each_phase_and_their_origin(small_run, tmp_path):
-    done = call("record.py", "--run", small_run, "--by", "make something", "--out", tmp_path / "record.json")
+    done = call("record", "--run", small_run, "--by", "make something", "--out", tmp_path / "record.json")
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "record.json").read_text())
     assert made["command"] == "make something" and {"commit", "seed", "device", "torch", "settings"} <= set(made)

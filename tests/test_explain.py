@@ -11,8 +11,8 @@ from PIL import Image
 
 import config
 import explain
-from images import to_float
-from processes import Processes
+from plumbing.images import to_float
+from plumbing.processes import Processes
 from runs import load_generator, load_tokenizer
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from plumbing import checkpoint
 from helpers import SMALL, same_content, some_shapes, without_times
 
 pytestmark = pytest.mark.faults

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-import checkpoint
+from plumbing import checkpoint
 import generator as G
 from config import GeneratorConfig, UserError, as_dict
 from generator import ARGenerator, MaskGITGenerator

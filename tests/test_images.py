@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+from plumbing import datasets
 from helpers import RED, encoded, noise, put, refused
-from images import augment, decode, read_image, resize_crop, save_grid, to_float, to_uint8
+from plumbing.images import augment, decode, read_image, resize_crop, save_grid, to_float, to_uint8
 
 
 def png(header: bytes, rows: bytes) -> bytes:
@@ -66,7 +66,7 @@ LOADS = {  # name: (bytes, colour of the last pixel)
 def test_every_usual_kind_of_image_loads_with_its_colour(tmp_path, name):
     content, colour = LOADS[name]
     put(tmp_path / name, content)
-    image = data.open_images(str(tmp_path)).load(0)
+    image = datasets.open_images(str(tmp_path)).load(0)
     assert image.shape == (4, 6, 3) and image.dtype == np.uint8
     tolerance = 2 if name.endswith(".jpg") else 0             # of lossy compression
     assert np.abs(image[-1, -1].astype(int) - colour).max() <= tolerance
@@ -107,7 +107,7 @@ REASONS = {"half.jpeg": "truncated", "empty.png": "empty", "script.jpg": "not an
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_image_is_refused_with_its_name_a_reason_and_a_repair(tmp_path, name):
     path = put(tmp_path / "cat" / name, BROKEN[name])
-    refused(data.open_images(str(tmp_path)).load, 0, names=[path, REASONS.get(name, ""), "replace or remove it"])
+    refused(datasets.open_images(str(tmp_path)).load, 0, names=[path, REASONS.get(name, ""), "replace or remove it"])
     refused(read_image, path, names=[path])
 
 

@@ -20,9 +20,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import inception
+from evaluation import inception
 from helpers import refused
-from inception import FIDInceptionV3, resize
+from evaluation.inception import FIDInceptionV3, resize
 
 GOLDEN = Path(__file__).parent / "golden" / "inception.npz"
 SIZES = ((32, 32), (48, 64), (256, 256), (299, 299))

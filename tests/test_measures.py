@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers import refused
-from measures import InceptionScore, Statistics, frechet_distance, frechet_from_features, precision_recall, ssim
+from evaluation.measures import InceptionScore, Statistics, frechet_distance, frechet_from_features, precision_recall, ssim
 
 GOLDEN_FRECHET = {
     "full rank": 28.855420605878138,

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
+from plumbing import checkpoint
 from config import TokenizerConfig, UserError, as_dict
 from losses import psnr
 from nativetok import NativeTok, from_checkpoint

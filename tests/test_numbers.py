@@ -3,7 +3,6 @@ import ast
 import contextlib
 import json
 import re
-import sys
 from pathlib import Path
 from statistics import mean, stdev
 from unittest import mock
@@ -21,10 +20,9 @@ from nativetok import NativeTok
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "experiments/README.md", "CONTRIBUTING.md", "tests/README.md")}
-sys.path.insert(0, str(ROOT / "experiments"))
-import order
-import order_table
-import trials
+from experiments import order
+from experiments import order_table
+from experiments import trials
 
 
 def sections(page: str) -> dict[str, str]:
@@ -151,7 +149,7 @@ def test_parameters_in_the_table_of_presets_are_those_of_the_models(row):
 
 
 def test_targets_in_the_table_of_speed_are_those_of_bench():
-    source = (ROOT / "bench.py").read_text(encoding="utf-8")
+    source = (ROOT / "experiments/bench.py").read_text(encoding="utf-8")
     targets = {float(n) for n in re.findall(r"(?<![\w.])(\d+(?:\.\d+)?)(?![\w.])", " ".join(
         ast.get_source_segment(source, node) for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Constant, ast.Tuple, ast.List, ast.Dict))))}
     for row in table(sections("experiments/README.md")["Speed"]):

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,8 @@ from helpers import some_shapes
 from nativetok import NativeTok
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
-import order
-import order_table
+from experiments import order
+from experiments import order_table
 
 TRIED = ["titok", "nativetok-hnt", "nativetok-shuffled"]
 

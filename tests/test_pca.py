@@ -8,8 +8,7 @@ import numpy as np
 from helpers import some_shapes
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
-import pca
+from experiments import pca
 
 
 def test_levels_for_a_normal_variable_are_lloyd_and_maxs():
@@ -28,7 +27,7 @@ def test_every_value_gets_its_nearest_level():
 
 def test_more_bits_give_more_decibels_and_images_without_bits_are_their_mean(tmp_path):
     data = some_shapes(tmp_path / "shapes.npz", 400)
-    done = subprocess.run([sys.executable, str(ROOT / "experiments" / "pca.py"), "--data", data, "--image_size", "8", "--bits", "4", "16", "64"],
+    done = subprocess.run([sys.executable, "-m", "experiments.pca", "--data", data, "--image_size", "8", "--bits", "4", "16", "64"],
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.strip().splitlines()]

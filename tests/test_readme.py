@@ -35,7 +35,7 @@ def test_every_file_that_is_named_exists(name):
 
 
 def test_sections_that_the_code_refers_to_exist():
-    named = [(path.name, page, title) for path in [*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")]
+    named = [(path.name, page, title) for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
              for page, title in re.findall(r'((?:experiments/)?README)(?:\.md)?, "([^"]+)"', path.read_text(encoding="utf-8"))]
     assert named
     for file, page, title in named:
@@ -54,7 +54,7 @@ def test_the_lines_of_the_tour_are_in_their_files():
 
 def test_every_flag_that_is_named_exists():
     """`--flags` anywhere in the pages, against the source that reads them."""
-    sources = " ".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")])
+    sources = " ".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
     torchrun = {"nproc_per_node", "nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "max-restarts"}
     fields = {f for part in config.load_preset("tiny") for f in vars(part)}
     for page in PAGES.values():
@@ -75,7 +75,7 @@ def commands() -> list[str]:
         lines = re.findall(r"^    (\S.*)$", page, flags=re.M) + re.findall(r"`((?:OMP|python|torchrun)[^`\n]*)`", page.replace("\n   ", " ")) + re.findall(r"^(python .*)$", page, flags=re.M)
         for line in lines:
             line = re.split(r"\s{2,}[#(]|\s#|\.\.\.", line.strip())[0].strip()
-            if re.match(r"(OMP_NUM_THREADS=1 )?(python|torchrun) .*\.py", line) and not line.startswith(ELSEWHERE):
+            if re.match(r"(OMP_NUM_THREADS=1 )?(python|torchrun) (.*\.py|-m \w+\.)", line) and not line.startswith(ELSEWHERE):
                 found.append(line)
     return sorted(set(found))
 
@@ -106,7 +106,8 @@ def arguments(line: str, place: Path) -> tuple[str, list[str]]:
     """A command of the pages -> its file and its flags, with data and run of `place`."""
     words = [word for word in shlex.split(line) if "=" not in word or word.startswith("--")]
     words = words[words.index("--") + 1:] if words[0] == "torchrun" else words[1:]
-    file, flags = words[0], words[1:]
+    # python -m plumbing.batches names a file too
+    file, flags = (words[1].replace(".", "/") + ".py", words[2:]) if words[0] == "-m" else (words[0], words[1:])
     for i, word in enumerate(flags):
         before = flags[i - 1] if i else ""
         if before in ("--data", "--val_data", "--images") and file != "train.py":
@@ -136,21 +137,22 @@ def test_commands_run(line, place, seen):
             flags[flags.index("--run") + 1] = str(place / "new")
         assert config.parse_run("", flags).preset in config.PRESETS           # raises for a flag or value that is wrong
         return
-    if file.startswith("experiments/") or file == "bench.py" or "inception" in flags or "VIRTUAL" in line:
+    if file.startswith("experiments/") or "inception" in flags or "VIRTUAL" in line:
         flags = ["--help"]                                                    # minutes or hours, or files of others
     elif file == "eval_fid.py":
         flags += ["5"] * (flags[-1] == "--train_features") + ["--num_samples", "20"]
     if (file, *flags) in seen:
         return
     seen.add((file, *flags))
-    done = subprocess.run([sys.executable, str(ROOT / file), *flags], cwd=place, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    program = ["-m", file.removesuffix(".py").replace("/", ".")] if "/" in file else [str(ROOT / file)]
+    done = subprocess.run([sys.executable, *program, *flags], cwd=place, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
 
 
 def test_the_list_of_commands_is_not_empty():
     files = {arguments(line, Path("."))[0] for line in commands()}
-    assert {"train.py", "sample.py", "eval_fid.py", "explain.py", "bench.py", "mocet.py"} <= files and len(commands()) > 15
+    assert {"train.py", "sample.py", "eval_fid.py", "explain.py", "experiments/bench.py", "mocet.py"} <= files and len(commands()) > 15
 
 
 def test_a_training_command_with_a_wrong_flag_would_be_noticed():

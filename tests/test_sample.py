@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
+from plumbing import checkpoint
 import config
 import sample
 from config import GeneratorConfig, TokenizerConfig, as_dict
 from generator import GENERATORS
 from helpers import encoded, noise, put
-from images import read_image, to_float, to_uint8
+from plumbing.images import read_image, to_float, to_uint8
 from losses import psnr
 from nativetok import NativeTok
 

@@ -4,12 +4,12 @@ import itertools
 
 import numpy as np
 
-import data
-from shapes import BACKGROUNDS, COLOURS, TOTAL, coverage
+from plumbing import datasets
+from plumbing.shapes import BACKGROUNDS, COLOURS, TOTAL, coverage
 
 
 def test_shapes_are_the_same_on_every_machine():
-    train, val = data.open_images("shapes"), data.open_images("shapes:val")
+    train, val = datasets.open_images("shapes"), datasets.open_images("shapes:val")
     h = hashlib.sha256()
     for dataset in (train, val):
         for i in range(0, len(dataset), 100):
@@ -19,7 +19,7 @@ def test_shapes_are_the_same_on_every_machine():
 
 
 def test_no_held_out_shape_is_ever_trained_on_even_mirrored():
-    train, val = data.open_images("shapes"), data.open_images("shapes:val")
+    train, val = datasets.open_images("shapes"), datasets.open_images("shapes:val")
     seen = {image.tobytes() for i in range(len(train)) for image in (train.load(i), train.load(i)[:, ::-1])}
     held = {val.load(i).tobytes() for i in range(len(val))}
     assert len(seen) == 2 * len(train) and len(held) == len(val)
@@ -33,7 +33,7 @@ def test_every_shape_lies_wholly_inside_the_picture():
 
 
 def test_labels_tell_the_shape_and_colours_contrast():
-    dataset = data.open_images("shapes")
+    dataset = datasets.open_images("shapes")
     assert sorted(set(dataset.labels.tolist())) == list(range(10)) and len(dataset.classes) == 10
     for front, back in itertools.product(COLOURS.values(), BACKGROUNDS.values()):
         assert np.sqrt(np.mean((np.array(front) - np.array(back)) ** 2)) > 90

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
+from plumbing import checkpoint
 from config import UserError
 from helpers import names, same_content
 

@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from data import open_images
+from plumbing.datasets import open_images
 from helpers import folder_of, refused
-from tinycnn import TinyCNN, load_judge, random_twin, train_judge
+from evaluation.tinycnn import TinyCNN, load_judge, random_twin, train_judge
 
 
 @pytest.fixture(scope="module")

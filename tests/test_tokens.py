@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import config
-import data
-import tokens
-from batches import ImageStream
+from plumbing import datasets
+from plumbing import tokens
+from plumbing.batches import ImageStream
 from helpers import noise, refused, same, take
-from processes import Processes
-from tokens import TokenStream, cache_tokens
+from plumbing.processes import Processes
+from plumbing.tokens import TokenStream, cache_tokens
 
 SIZE = 8
 
@@ -39,7 +39,7 @@ def dataset(tmp_path, monkeypatch):
     """11 images of 3 classes, in shards of 4: the last shard is short."""
     monkeypatch.setattr(tokens, "SHARD", 4)
     np.savez(tmp_path / "images.npz", x=np.stack([noise(k, SIZE, SIZE) for k in range(11)]), y=np.arange(11) % 3)
-    return data.open_images(str(tmp_path / "images.npz"))
+    return datasets.open_images(str(tmp_path / "images.npz"))
 
 
 def cached(folder, dataset, tokenizer="aaaa", flip=True, encode=encode, procs=None, **options):
@@ -192,7 +192,7 @@ def test_the_stream_goes_on_at_any_step():
 
 
 def test_the_order_is_that_of_the_images_and_not_of_the_batch_size():
-    pictures = ImageStream(data.open_images("shapes").subset(np.arange(N)), 32, 6, seed=5)
+    pictures = ImageStream(datasets.open_images("shapes").subset(np.arange(N)), 32, 6, seed=5)
     order = [index for step in range(9) for index, _ in pictures.plan(step)]
     assert images_and_copies(take(stream(), 9))[0].tolist() == order
     assert images_and_copies(take(stream(batch_size=54), 1))[0].tolist() == order      # a batch larger than the data set

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from plumbing import checkpoint
 import config
 import loop
 import train

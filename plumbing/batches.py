@@ -7,7 +7,7 @@ Out      images uint8 (b, S, S, 3) and labels int64 (b,); images.to_float makes 
                       └──► resize_crop  ─► eval_batches    evaluation: in order, once
 
 How      which images a step sees is computed from the step's number; no state runs along that could be lost
-Try      python batches.py      (one process, two of them, and a restart: the same images at every step)
+Try      python -m plumbing.batches      (one process, two of them, and a restart: the same images at every step)
 """
 import contextlib
 import functools
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from config import UserError, need
-from data import ImageSet
-from images import augment, resize_crop
+from plumbing.datasets import ImageSet
+from plumbing.images import augment, resize_crop
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
@@ -162,7 +162,7 @@ def eval_batches(dataset: ImageSet, image_size: int, batch_size: int, indices=No
 
 
 if __name__ == "__main__":
-    from data import open_images
+    from plumbing.datasets import open_images
 
     seven = open_images("shapes").subset(np.arange(7))
     print("Seven images, batches of four: an epoch ends in the middle of the second, and of the fourth.\n")

@@ -11,7 +11,7 @@ Differs  from torchvision's inception_v3, on purpose, where the original graph d
            images are resized as TensorFlow 1 did it, see resize()
 Why ours pytorch-fid, torch-fidelity and torchmetrics hold this network too, but none of them can be imported without a
          torchvision that fits, and tests/test_inception.py needs no network. It was compared with the first two there.
-Try      python inception.py      (CPU, a few seconds, random weights)
+Try      python -m evaluation.inception      (CPU, a few seconds, random weights)
 """
 import hashlib
 import os

@@ -4,7 +4,7 @@ In       images of a data set, a frozen tokenizer's encode
 Out      ids (n, copies, L), labels (n,);  copies is 2 when training mirrors images, the second one mirrored
 Disk     tokens/index.json names the tokenizer and the images; tokens/00000.npz ... hold ids and labels of SHARD images each
 How      processes take shards in turn; a shard exists whole or not at all, so a killed run goes on with the rest
-Try      python tokens.py
+Try      python -m plumbing.tokens
 """
 import functools
 import os
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-from batches import eval_batches, permutation
+from plumbing import checkpoint
+from plumbing.batches import eval_batches, permutation
 from config import need
-from data import ImageSet
-from processes import Processes
+from plumbing.datasets import ImageSet
+from plumbing.processes import Processes
 
 SHARD, BATCH = 4096, 256
 

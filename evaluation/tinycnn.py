@@ -6,7 +6,7 @@ Two      trained on the run's images: sees what makes a class, is blind to some 
          was noisy); with random weights: knows nothing, but any change of texture moves its features
 NOT FID  A distance in these features depends on the data, the training and the net: its name carries the weights'
          hash, and numbers with different hashes must not be compared.
-Try      python tinycnn.py      (trains on the shapes, CPU, half a minute)
+Try      python -m evaluation.tinycnn      (trains on the shapes, CPU, half a minute)
 """
 import itertools
 
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
-from batches import ImageStream, eval_batches
+from plumbing import checkpoint
+from plumbing.batches import ImageStream, eval_batches
 from config import need
-from data import ImageSet
-from images import to_float
+from plumbing.datasets import ImageSet
+from plumbing.images import to_float
 
 FEATURES = 128
 
@@ -94,7 +94,7 @@ if __name__ == "__main__":
     import os
     import tempfile
 
-    from data import open_images
+    from plumbing.datasets import open_images
     with tempfile.TemporaryDirectory() as folder:
         path, data, val = os.path.join(folder, "tinycnn.pt"), open_images("shapes"), open_images("shapes:val")
         train_judge(path, data, val, 32, False, 150, torch.device("cpu"))

@@ -1,8 +1,8 @@
 """How fast: what this program exists for, measured, both sides in one process and in turn, the median of several.
 
-Run      python bench.py                                 all rows, under ten minutes on 2 CPU cores
-         python bench.py --rows query_block help         some of them
-         python bench.py --json bench.json               rows with name, value, unit, target, met (null: no target)
+Run      python -m experiments.bench                                 all rows, under ten minutes on 2 CPU cores
+         python -m experiments.bench --rows query_block help         some of them
+         python -m experiments.bench --json bench.json               rows with name, value, unit, target, met (null: no target)
 Ratios   compare two ways on the same machine, so they carry over to other machines better than seconds do
 Peak     the rate of a plain matrix product on this machine, in the same precision; "of peak" stands where products dominate
 Floor    of a sampling step at batch 1: reading every weight once, at the rate of a plain matrix-vector product
@@ -62,23 +62,23 @@ import torch
 from PIL import Image
 from torch import nn
 
-import checkpoint
-from batches import ImageStream
+from plumbing import checkpoint
+from plumbing.batches import ImageStream
 from config import TokenizerConfig, load_preset
-from data import open_images
+from plumbing.datasets import open_images
 from generator import ARGenerator, MaskGITGenerator
-from images import to_float
+from plumbing.images import to_float
 from layers import count_parameters
 from loop import new_optimizer
 from losses import reconstruction
 from mit import MIT
 from mocet import MoCET
 from nativetok import NativeTok
-from processes import Processes
+from plumbing.processes import Processes
 from quantizer import VectorQuantizer
 from runs import provenance
 from titok import TiTok
-from tokens import TokenStream
+from plumbing.tokens import TokenStream
 from train import PARTS, freeze
 
 
@@ -222,17 +222,17 @@ def peak_gib(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30       # a Mac counts in bytes
 
 
-def in_child(bench: Bench, script: str, *what) -> list[float]:
-    """-> seconds, GiB that `script --child what` finds, since a peak of memory is that of a whole process."""
+def in_child(bench: Bench, module: str, *what) -> list[float]:
+    """-> seconds, GiB that `module --child what` finds, since a peak of memory is that of a whole process."""
     threads = ["--threads", str(bench.threads)] if bench.threads else []
-    command = [sys.executable, os.path.abspath(script), "--device", bench.device.type, *threads, "--child", *map(str, what)]
+    command = [sys.executable, "-m", module, "--device", bench.device.type, *threads, "--child", *map(str, what)]
     done = subprocess.run(command, capture_output=True, text=True)
     need(done.returncode == 0, f"{' '.join(map(str, what))} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def grow(bench: Bench) -> None:
-    (grow_s, grow_gib), (joint_s, joint_gib) = in_child(bench, __file__, "grow"), in_child(bench, __file__, "joint")
+    (grow_s, grow_gib), (joint_s, joint_gib) = in_child(bench, "experiments.bench", "grow"), in_child(bench, "experiments.bench", "joint")
     bench.row("growth step against joint step, time", grow_s / joint_s, "x", 0.6, least=False, note=f"{grow_s:.2f} s against {joint_s:.2f}")
     bench.row("growth step against joint step, peak memory", grow_gib / joint_gib, "x", 0.6, least=False, note=f"{grow_gib:.1f} GiB against {joint_gib:.1f}")
 
@@ -359,7 +359,7 @@ def images(bench: Bench) -> None:
 
 
 def help(bench: Bench) -> None:
-    command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), "sample.py"), "--help"]
+    command = [sys.executable, "sample.py", "--help"]
     (took,) = bench.seconds(lambda: subprocess.run(command, capture_output=True, check=True), repeats=5)
     bench.row("python sample.py --help", took, "s", 0.3, least=False)
 
@@ -371,7 +371,7 @@ def main(args) -> None:
     if args.child:
         return print(json.dumps(step_of(args.child, bench.device)))
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else platform.machine()
-    print(f"{bench.device.type} {name}, {torch.get_num_threads()} threads, torch {torch.__version__}, python bench.py {' '.join(sys.argv[1:])}")
+    print(f"{bench.device.type} {name}, {torch.get_num_threads()} threads, torch {torch.__version__}, python -m experiments.bench {' '.join(sys.argv[1:])}")
     peak = bench.peak
     print(f"matrix peak {2 * peak[torch.float32] / 1e9:.0f} GFLOP/s in float32, {2 * peak[torch.bfloat16] / 1e9:.0f} in bf16; "
           f"matrix-vector {bench.bandwidth / 1e9:.1f} GB/s; rows are float32 unless they say otherwise\n", flush=True)
@@ -381,7 +381,7 @@ def main(args) -> None:
     missed = sum(row["met"] is False for row in bench.rows)
     print(f"\n{len(bench.rows)} rows in {time.time() - began:.0f} s, {missed} below their target")
     if args.json:
-        checkpoint.write_json(args.json, {**provenance("python bench.py " + " ".join(sys.argv[1:]), bench.device), "seconds": round(time.time() - began),
+        checkpoint.write_json(args.json, {**provenance("python -m experiments.bench " + " ".join(sys.argv[1:]), bench.device), "seconds": round(time.time() - began),
                                           "gflops": {"float32": 2 * peak[torch.float32] / 1e9, "bf16": 2 * peak[torch.bfloat16] / 1e9},
                                           "gb_per_s": bench.bandwidth / 1e9, "rows": bench.rows})
 

@@ -15,18 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-from batches import eval_batches
+from plumbing import checkpoint
+from plumbing.batches import eval_batches
 from config import need
-from data import ImageSet
-from images import explained, to_float, to_uint8
-from inception import WEIGHTS, FIDInceptionV3
+from plumbing.datasets import ImageSet
+from plumbing.images import explained, to_float, to_uint8
+from evaluation.inception import WEIGHTS, FIDInceptionV3
 from losses import psnr
-from measures import InceptionScore, Statistics, frechet_distance, frechet_from_features, precision_recall, ssim
+from evaluation.measures import InceptionScore, Statistics, frechet_distance, frechet_from_features, precision_recall, ssim
 from nativetok import NativeTok
-from processes import Processes
+from plumbing.processes import Processes
 from runs import enough_memory, load_generator, sample_batch
-from tinycnn import FEATURES, load_judge, random_twin
+from evaluation.tinycnn import FEATURES, load_judge, random_twin
 
 KEPT = 10000                                                                  # images whose features are kept, for precision and recall
 

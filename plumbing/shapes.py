@@ -6,7 +6,7 @@ Out      draw_shape(number)   uint8 (32, 32, 3)
          numbers(part)        which of them are for training ("train") and which are held out ("val")
 How      a seeded permutation of the numbers splits them, so training and held-out images never coincide.
          Integers only: the same bytes on every machine.
-Try      python shapes.py      (draws shapes.png)
+Try      python -m plumbing.shapes      (draws shapes.png)
 """
 import functools
 import math
@@ -64,7 +64,7 @@ def numbers(part: str) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    from images import save_grid
+    from plumbing.images import save_grid
 
     train = numbers("train")
     rows = [train[shape_of(train) == k][:12] for k in range(len(SHAPES))]                    # one row per class

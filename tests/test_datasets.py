@@ -1,4 +1,4 @@
-"""data.py: folders, archives and arrays as people have them, what is refused and how, and the held-out images."""
+"""datasets.py: folders, archives and arrays as people have them, what is refused and how, and the held-out images."""
 import gzip
 import os
 import pickle
@@ -8,16 +8,16 @@ import tarfile
 import numpy as np
 import pytest
 
-import data
+from plumbing import datasets
 from config import TrainConfig
 from helpers import PNG, folder_of, noise, packed, put, refused
-from shapes import HELD_OUT, TOTAL
+from plumbing.shapes import HELD_OUT, TOTAL
 
 # ------------------------------------------------------------------------------------------------
 # folders
 
 def test_class_folders_become_labels_in_sorted_order(tmp_path):
-    dataset = data.open_images(str(folder_of(tmp_path / "pets", 6, ("dog", "ant", "cat"))))
+    dataset = datasets.open_images(str(folder_of(tmp_path / "pets", 6, ("dog", "ant", "cat"))))
     assert dataset.name == "pets" and dataset.classes == ["ant", "cat", "dog"]
     assert dataset.labels.dtype == np.int64 and dataset.labels.tolist() == [0, 0, 1, 1, 2, 2] and len(dataset) == 6
     assert np.array_equal(dataset.load(0), noise(1, 8, 8)) and np.array_equal(dataset.load(5), noise(3, 8, 8))
@@ -29,7 +29,7 @@ def test_a_flat_folder_is_one_class_and_other_files_do_not_count(tmp_path):
     put(tmp_path / "README.txt", b"words")
     put(tmp_path / "labels.csv", b"1,2")
     (tmp_path / "folder.png").mkdir()
-    dataset = data.open_images(str(tmp_path))
+    dataset = datasets.open_images(str(tmp_path))
     assert dataset.classes == ["all"] and dataset.labels.tolist() == [0, 0]
 
 
@@ -39,59 +39,59 @@ def test_hidden_files_are_skipped(tmp_path, form):
     for name in (".hidden/1.png", "cat/._000.png", "cat/.ipynb_checkpoints/000.png", "__MACOSX/cat/._000.png"):
         put(root / name, b"not an image")
     path = str(root) if form == "folder" else packed(root, tmp_path / form, "")
-    dataset = data.open_images(path)
+    dataset = datasets.open_images(path)
     assert dataset.classes == ["cat", "dog"] and len(dataset) == 4
 
 
 def test_a_folder_named_like_an_image_is_no_image(tmp_path):
     root = folder_of(tmp_path / "set", 4)
     (root / "cat" / "x.jpg").mkdir()
-    assert len(data.open_images(str(root))) == 4
+    assert len(datasets.open_images(str(root))) == 4
 
 
 def test_folders_above_the_classes_are_ignored_when_all_images_share_them(tmp_path):
     inner = folder_of(tmp_path / "outer" / "train", 4)
-    outer, direct = data.open_images(str(tmp_path / "outer")), data.open_images(str(inner))
+    outer, direct = datasets.open_images(str(tmp_path / "outer")), datasets.open_images(str(inner))
     assert outer.classes == direct.classes == ["cat", "dog"] and outer.fingerprint == direct.fingerprint
 
 
 def test_user_errors_of_folders(tmp_path):
-    refused(data.open_images, str(tmp_path / "gone"), names=["gone", "no such"])
-    refused(data.open_images, put(tmp_path / "a.rar", b"x"), names=["a.rar", ".tar"])
+    refused(datasets.open_images, str(tmp_path / "gone"), names=["gone", "no such"])
+    refused(datasets.open_images, put(tmp_path / "a.rar", b"x"), names=["a.rar", ".tar"])
     (tmp_path / "empty").mkdir()
-    refused(data.open_images, str(tmp_path / "empty"), names=["empty", ".jpeg"])
+    refused(datasets.open_images, str(tmp_path / "empty"), names=["empty", ".jpeg"])
     root = folder_of(tmp_path / "set", 4)
     (root / "cow").mkdir()
-    refused(data.open_images, str(root), names=["cow", "no images"])
+    refused(datasets.open_images, str(root), names=["cow", "no images"])
     (root / "cow").rmdir()
     put(root / "top.png", b"")
-    refused(data.open_images, str(root), names=["top.png", "dog/003.png"])
+    refused(datasets.open_images, str(root), names=["top.png", "dog/003.png"])
 
 
 def test_train_and_test_side_by_side_are_refused_with_advice(tmp_path):
     for part in ("train", "test"):
         folder_of(tmp_path / part, 4)
-    refused(data.open_images, str(tmp_path), names=["train/dog", "test/cat", "give the folder"])
+    refused(datasets.open_images, str(tmp_path), names=["train/dog", "test/cat", "give the folder"])
 
 
 def test_links_work_unless_they_dangle_or_lead_back(tmp_path):
     root = folder_of(tmp_path / "set", 4)
     (root / "dog" / "link.png").symlink_to(root / "cat" / "000.png")
-    assert len(data.open_images(str(root))) == 5
+    assert len(datasets.open_images(str(root))) == 5
     (root / "dog" / "dangling.png").symlink_to(root / "gone.png")
-    refused(data.open_images, str(root), names=["dangling.png", "link"])
+    refused(datasets.open_images, str(root), names=["dangling.png", "link"])
     (root / "dog" / "dangling.png").unlink()
     (root / "dog" / "loop").symlink_to(root)
-    refused(data.open_images, str(root), names=["link"])
+    refused(datasets.open_images, str(root), names=["link"])
 
 
 def test_the_fingerprint_follows_content_not_place(tmp_path):
     root = folder_of(tmp_path / "set", 4)
-    before = data.open_images(str(root)).fingerprint
+    before = datasets.open_images(str(root)).fingerprint
     shutil.copytree(root, tmp_path / "moved" / "copy")
-    assert data.open_images(str(tmp_path / "moved" / "copy")).fingerprint == before
+    assert datasets.open_images(str(tmp_path / "moved" / "copy")).fingerprint == before
     put(root / "cat" / "new.png", PNG)
-    assert data.open_images(str(root)).fingerprint != before
+    assert datasets.open_images(str(root)).fingerprint != before
     assert int(before, 16) >= 0
 
 
@@ -102,8 +102,8 @@ def test_the_fingerprint_follows_content_not_place(tmp_path):
 @pytest.mark.parametrize("ending", [".tar", ".zip", ".tar.gz", ".tgz", ".tar.xz"])
 def test_an_archive_equals_its_folder_bit_for_bit(tmp_path, ending, prefix):
     root = folder_of(tmp_path / "set", 5)
-    folder = data.open_images(str(root))
-    archive = data.open_images(packed(root, tmp_path / ("x" + ending), prefix), cache=str(tmp_path / "cache"))
+    folder = datasets.open_images(str(root))
+    archive = datasets.open_images(packed(root, tmp_path / ("x" + ending), prefix), cache=str(tmp_path / "cache"))
     assert archive.classes == folder.classes and archive.fingerprint == folder.fingerprint
     assert archive.labels.tolist() == folder.labels.tolist()
     copy = pickle.loads(pickle.dumps(archive))
@@ -116,30 +116,30 @@ def test_reading_an_archive_in_place_writes_nothing(tmp_path):
     packed(root, tmp_path / "x.tar", "../../climbs/out/")
     packed(root, tmp_path / "x.zip", "deep/")
     before = sorted(tmp_path.rglob("*"))
-    data.open_images(str(tmp_path / "x.zip")).load(0)
-    refused(data.open_images, str(tmp_path / "x.tar"), names=["x.tar"])       # .. counts as hidden
+    datasets.open_images(str(tmp_path / "x.zip")).load(0)
+    refused(datasets.open_images, str(tmp_path / "x.tar"), names=["x.tar"])       # .. counts as hidden
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_compressed_tar_is_unpacked_once_and_again_when_it_changes(tmp_path, capsys):
     root, cache = folder_of(tmp_path / "set", 4), tmp_path / "run" / "cache"
     path = packed(root, tmp_path / "x.tar.gz", "")
-    data.open_images(path, str(cache))
+    datasets.open_images(path, str(cache))
     assert "unpacking" in capsys.readouterr().err and len(os.listdir(cache)) == 1
-    assert len(data.open_images(path, str(cache))) == 4 and capsys.readouterr().err == ""
+    assert len(datasets.open_images(path, str(cache))) == 4 and capsys.readouterr().err == ""
     folder_of(root, 6)
     packed(root, tmp_path / "x.tar.gz", "")
-    assert len(data.open_images(path, str(cache))) == 6
+    assert len(datasets.open_images(path, str(cache))) == 6
 
 
 def test_unpacking_removes_what_a_killed_run_left_behind_and_blames_a_torn_archive_by_its_name(tmp_path):
     root, cache = folder_of(tmp_path / "set", 4), tmp_path / "cache"
     path = packed(root, tmp_path / "x.tar.gz", "")
     put(cache / f".x.tar.gz.abc.tar.tmp-{os.getpid()}", b"half of it")
-    data.open_images(path, str(cache))
+    datasets.open_images(path, str(cache))
     assert [name.endswith(".tar") for name in os.listdir(cache)] == [True]
     put(tmp_path / "x.tar.gz", b"not gzip at all")
-    assert refused(data.open_images, path, str(cache)).startswith(f"{path}: ")
+    assert refused(datasets.open_images, path, str(cache)).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("ending", [".tar.gz", ".tar.xz", ".zip", ".tar"])
@@ -152,7 +152,7 @@ def test_a_torn_archive_is_refused_and_leaves_nothing(tmp_path, ending, share):
         whole = whole.rstrip(b"\0")                           # up to 10 kB of zeros follow the end
     path.write_bytes(whole[:int(share * len(whole))])
     (tmp_path / "cache").mkdir()
-    refused(data.open_images, str(path), str(tmp_path / "cache"), names=[path.name])
+    refused(datasets.open_images, str(path), str(tmp_path / "cache"), names=[path.name])
     assert os.listdir(tmp_path / "cache") == []
 
 
@@ -163,9 +163,9 @@ def test_a_tar_torn_between_two_images_is_refused(tmp_path):
         third = archive.getmembers()[2].offset
     whole = path.read_bytes()
     path.write_bytes(whole[:third])
-    refused(data.open_images, str(path), names=["x.tar", "torn"])
+    refused(datasets.open_images, str(path), names=["x.tar", "torn"])
     path.write_bytes(bytes(b ^ (k == third + 20) for k, b in enumerate(whole)))       # a damaged header
-    refused(data.open_images, str(path), names=["x.tar", "torn"])
+    refused(datasets.open_images, str(path), names=["x.tar", "torn"])
 
 
 def test_a_damaged_image_in_an_archive_is_named(tmp_path):
@@ -174,7 +174,7 @@ def test_a_damaged_image_in_an_archive_is_named(tmp_path):
     damaged = bytearray(path.read_bytes())
     damaged[120] ^= 1                                         # inside the first image
     path.write_bytes(damaged)
-    refused(data.open_images(str(path)).load, 0, names=["x.zip", "cat/000.png"])
+    refused(datasets.open_images(str(path)).load, 0, names=["x.zip", "cat/000.png"])
 
 
 def test_a_link_in_a_tar_is_refused_with_advice(tmp_path):
@@ -183,7 +183,7 @@ def test_a_link_in_a_tar_is_refused_with_advice(tmp_path):
         link = tarfile.TarInfo("cat/1.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    refused(data.open_images, str(path), names=["cat/1.png", "--dereference"])
+    refused(datasets.open_images, str(path), names=["cat/1.png", "--dereference"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -192,14 +192,14 @@ def test_a_link_in_a_tar_is_refused_with_advice(tmp_path):
 def test_an_npz_gives_its_images_labels_and_names(tmp_path):
     x, path = np.stack([noise(k, 6, 7) for k in range(5)]), str(tmp_path / "a.npz")
     np.savez(path, x=x, y=np.array([0, 2, 1, 0, 2]))
-    dataset = data.open_images(path)
+    dataset = datasets.open_images(path)
     assert dataset.classes == ["0", "1", "2"] and dataset.labels.tolist() == [0, 2, 1, 0, 2]
     assert np.array_equal(pickle.loads(pickle.dumps(dataset)).load(3), x[3])
     np.savez_compressed(path, x=x, y=np.array([0, 1, 1, 0, 1], np.uint8), classes=["cat", "dog", "emu"])
-    assert data.open_images(path).classes == ["cat", "dog", "emu"]
-    assert data.open_images(path).fingerprint != dataset.fingerprint
+    assert datasets.open_images(path).classes == ["cat", "dog", "emu"]
+    assert datasets.open_images(path).fingerprint != dataset.fingerprint
     np.savez(path, x=x)
-    assert data.open_images(path).classes == ["all"]
+    assert datasets.open_images(path).classes == ["all"]
 
 
 class Evil:
@@ -210,10 +210,10 @@ class Evil:
 def test_pickles_never_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez("a.npz", x=noise(0)[None], y=np.array([Evil()], dtype=object))
-    refused(data.open_images, "a.npz", names=["a.npz", "pickle"])
+    refused(datasets.open_images, "a.npz", names=["a.npz", "pickle"])
     with open("b.npz", "wb") as file:
         pickle.dump(Evil(), file)
-    refused(data.open_images, "b.npz", names=["b.npz"])
+    refused(datasets.open_images, "b.npz", names=["b.npz"])
     assert not os.path.exists("pickle-was-run")
 
 
@@ -224,10 +224,10 @@ def test_a_torn_or_flipped_npz_is_refused(tmp_path, save):
     whole = path.read_bytes()
     for share in (0, 0.5, 0.99):
         path.write_bytes(whole[:int(share * len(whole))])
-        refused(data.open_images, str(path), names=["a.npz"])
+        refused(datasets.open_images, str(path), names=["a.npz"])
     for place in range(300, len(whole) - 600, 613):
         path.write_bytes(bytes(b ^ (k == place) for k, b in enumerate(whole)))
-        refused(data.open_images, str(path), names=["a.npz"])
+        refused(datasets.open_images, str(path), names=["a.npz"])
 
 
 @pytest.mark.parametrize("arrays, word", [
@@ -239,7 +239,7 @@ def test_a_torn_or_flipped_npz_is_refused(tmp_path, save):
 def test_an_npz_of_the_wrong_make_is_refused_with_what_was_found(tmp_path, arrays, word):
     path = str(tmp_path / "a.npz")
     np.savez(path, **arrays)
-    refused(data.open_images, path, names=["a.npz", word])
+    refused(datasets.open_images, path, names=["a.npz", word])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -247,22 +247,22 @@ def test_an_npz_of_the_wrong_make_is_refused_with_what_was_found(tmp_path, array
 
 def test_held_out_images_are_set_aside_and_together_they_are_all(tmp_path):
     root = str(folder_of(tmp_path / "set", 40))
-    train, val = data.train_and_val(root, "", 1000, 3)
+    train, val = datasets.train_and_val(root, "", 1000, 3)
     assert (len(train), len(val)) == (36, 4)                  # at most a tenth
-    whole = data.open_images(root)
+    whole = datasets.open_images(root)
     images = [part.load(i).tobytes() for part in (train, val) for i in range(len(part))]
     assert sorted(images) == sorted(whole.load(i).tobytes() for i in range(40))
-    again, _ = data.train_and_val(root, "", 1000, 3)
-    other, _ = data.train_and_val(root, "", 1000, 4)
+    again, _ = datasets.train_and_val(root, "", 1000, 3)
+    other, _ = datasets.train_and_val(root, "", 1000, 4)
     assert again.fingerprint == train.fingerprint != other.fingerprint != whole.fingerprint
     assert all(np.array_equal(again.load(i), train.load(i)) and again.labels[i] == train.labels[i] for i in range(36))
-    assert len(data.train_and_val(root, "", 2, 3)[1]) == 2
+    assert len(datasets.train_and_val(root, "", 2, 3)[1]) == 2
 
 
 def test_tiny_data_sets_still_have_a_held_out_image(tmp_path, capsys):
-    train, val = data.train_and_val(str(folder_of(tmp_path / "two", 2)), "", 1000, 0)
+    train, val = datasets.train_and_val(str(folder_of(tmp_path / "two", 2)), "", 1000, 0)
     assert (len(train), len(val)) == (1, 1) and not np.array_equal(train.load(0), val.load(0))
-    train, val = data.train_and_val(str(folder_of(tmp_path / "one", 1)), "", 1000, 0)
+    train, val = datasets.train_and_val(str(folder_of(tmp_path / "one", 1)), "", 1000, 0)
     assert np.array_equal(train.load(0), val.load(0)) and "single image" in capsys.readouterr().out
 
 
@@ -272,31 +272,31 @@ def test_the_seed_that_sets_images_aside_is_never_negative():
 
 def test_given_held_out_images_must_have_the_same_classes_or_none(tmp_path):
     root = str(folder_of(tmp_path / "set", 4))
-    assert len(data.train_and_val(root, str(folder_of(tmp_path / "same", 2)), 0, 0)[1]) == 2
+    assert len(datasets.train_and_val(root, str(folder_of(tmp_path / "same", 2)), 0, 0)[1]) == 2
     flat = put(tmp_path / "flat" / "a.png", PNG)
-    assert data.train_and_val(root, os.path.dirname(flat), 0, 0)[1].classes == ["all"]
+    assert datasets.train_and_val(root, os.path.dirname(flat), 0, 0)[1].classes == ["all"]
     other = str(folder_of(tmp_path / "other", 2, ("cat", "emu")))
-    refused(data.train_and_val, root, other, 0, 0, names=["missing: dog", "extra: emu"])
-    assert [len(part) for part in data.train_and_val("shapes", "", 5, 0)] == [TOTAL - HELD_OUT, HELD_OUT]
+    refused(datasets.train_and_val, root, other, 0, 0, names=["missing: dog", "extra: emu"])
+    assert [len(part) for part in datasets.train_and_val("shapes", "", 5, 0)] == [TOTAL - HELD_OUT, HELD_OUT]
 
 
 # ------------------------------------------------------------------------------------------------
 # bombs: a few bytes that unpack to very many
 
 def test_a_compressed_archive_stops_at_the_limit_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "ALWAYS_ALLOWED", 1 << 20)
+    monkeypatch.setattr(datasets, "ALWAYS_ALLOWED", 1 << 20)
     path = put(tmp_path / "bomb.tar.gz", gzip.compress(bytes(1 << 26)))       # 64 MiB of zeros in 65 kB
-    refused(data.open_images, path, names=("bomb.tar.gz", "unpack to more than"))
+    refused(datasets.open_images, path, names=("bomb.tar.gz", "unpack to more than"))
     assert [p.name for p in tmp_path.iterdir()] == ["bomb.tar.gz"]
 
 
 @pytest.mark.parametrize("ending", ["zip", "tar"])
 def test_an_image_file_that_is_too_large_is_named_before_it_is_read(tmp_path, monkeypatch, ending):
-    monkeypatch.setattr(data, "MAX_FILE", 50)
-    refused(data.open_images, packed(folder_of(tmp_path / "d", 4), tmp_path / f"x.{ending}", "d/"), names=("image", "an image may have 50"))
+    monkeypatch.setattr(datasets, "MAX_FILE", 50)
+    refused(datasets.open_images, packed(folder_of(tmp_path / "d", 4), tmp_path / f"x.{ending}", "d/"), names=("image", "an image may have 50"))
 
 
 def test_an_npz_that_unpacks_to_far_too_much_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "ALWAYS_ALLOWED", 1 << 20)
+    monkeypatch.setattr(datasets, "ALWAYS_ALLOWED", 1 << 20)
     np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros((20000, 32, 32, 3), np.uint8))
-    refused(data.open_images, str(tmp_path / "bomb.npz"), names=("bomb.npz", "unpack to more than"))
+    refused(datasets.open_images, str(tmp_path / "bomb.npz"), names=("bomb.npz", "unpack to more than"))

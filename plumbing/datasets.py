@@ -27,10 +27,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import checkpoint
-import shapes
+from plumbing import checkpoint
+from plumbing import shapes
 from config import UserError, need
-from images import ENDINGS, MEND_IMAGE, decode, explained, read_image
+from plumbing.images import ENDINGS, MEND_IMAGE, decode, explained, read_image
 
 MEND_ARCHIVE = "is it complete? copy it again"
 # No archive of photographs comes near these; a bomb, kilobytes that unpack to terabytes, is stopped at them.

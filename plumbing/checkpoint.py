@@ -7,7 +7,7 @@ Disk     tokenizer.pt        the newest
          .tokenizer.pt.tmp-PID   being written; a reader never looks at it, sweep() removes leftovers
 How      write the temporary, fsync it, rename it over the old one: a rename happens or does not,
          so at every instant at least one whole checkpoint lies under one of the two names
-Try      python checkpoint.py      (flips one bit; torch.load does not notice)
+Try      python -m plumbing.checkpoint      (flips one bit; torch.load does not notice)
 """
 import contextlib
 import hashlib

@@ -6,7 +6,7 @@ Out      decode       uint8 (H, W, 3)
          to_float     float32 (B, 3, S, S) in [-1, 1], what the models take; to_uint8 is the way back
 Differs  the paper leaves these open: transparent images are put on white, 16-bit gray is scaled to 8 bits,
          EXIF rotation is applied. Whatever cannot be decoded to its last pixel is refused by name.
-Try      python images.py      (rounds and truncates all 256 values; only one of the two brings them back)
+Try      python -m plumbing.images      (rounds and truncates all 256 values; only one of the two brings them back)
 """
 import contextlib
 import io
@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-import checkpoint
+from plumbing import checkpoint
 from config import UserError, need
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")

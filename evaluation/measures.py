@@ -6,7 +6,7 @@ Streams  Statistics and InceptionScore take images in pieces, on many processes,
          never lie in memory together
 Sources  beside each formula
 Differs  The network is the caller's business. A Fréchet distance is called FID only for Inception features.
-Try      python measures.py      (a few seconds: how few images make the distance too large)
+Try      python -m evaluation.measures      (a few seconds: how few images make the distance too large)
 """
 import numpy as np
 import torch
