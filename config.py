@@ -11,23 +11,22 @@ Try      python config.py      (prints the presets side by side)
 """
 import argparse
 import dataclasses
-import inspect
-import json
 import math
 import os
-import re
-import sys
 from dataclasses import dataclass
 
-
-class UserError(Exception):
-    """Something that the person at the keyboard can mend; shown as one line, exit code 2."""
-
-
-def need(condition, message: str) -> None:
-    """Raise UserError(message) unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
+from plumbing.flags import (
+    Parser,
+    UserError,
+    add_flags,
+    as_dict,
+    at_least_one,
+    build,
+    choose,
+    need,
+    read_run,
+    shares,
+)
 
 
 @dataclass(frozen=True)
@@ -198,71 +197,10 @@ PRESETS = {
 }
 
 
-def at_least_one(cfg, *names: str) -> None:
-    for name in names:
-        need(getattr(cfg, name) >= 1, f"{name} {getattr(cfg, name)} must be at least 1")
-
-
-def shares(cfg, *names: str) -> None:
-    for name in names:
-        need(0 <= getattr(cfg, name) <= 1, f"{name} {getattr(cfg, name)} is a share; give a number from 0 to 1")
-
-
-def choose(name: str, value: str, options) -> None:
-    need(value in options, f"{name} {value!r} is unknown; choose one of {', '.join(options)}")
-
-
-def build(values: dict) -> tuple[TokenizerConfig, GeneratorConfig, TrainConfig]:
-    """Field values by name, any subset -> the three configurations. Raises UserError for an unknown name."""
-    known = {f.name for config in CONFIGS for f in dataclasses.fields(config)}
-    unknown = sorted(set(values) - known)
-    need(not unknown, f"unknown setting {', '.join(unknown)}")
-    # JSON has no tuples, so a list that comes back from a file becomes one again.
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for config in CONFIGS:
-        for f in dataclasses.fields(config):
-            given = values.get(f.name, f.default)
-            need(type(given) is type(f.default) or (type(given) is int and type(f.default) is float), f"{f.name} {given!r} is not a {type(f.default).__name__}")
-    return tuple(config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})
-                 for config in CONFIGS)
-
-
 def load_preset(name: str) -> tuple[TokenizerConfig, GeneratorConfig, TrainConfig]:
     """A preset's three configurations. Raises UserError for an unknown name."""
     choose("preset", name, PRESETS)
-    return build(PRESETS[name])
-
-
-def as_dict(*configs) -> dict:
-    """Configurations -> one flat dictionary of plain values, as it goes into JSON and checkpoints."""
-    return {k: list(v) if isinstance(v, tuple) else v for c in configs for k, v in dataclasses.asdict(c).items()}
-
-
-def help_lines(config) -> dict:
-    """{field name: the comment behind the field in this file}."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), flags=re.M))
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that takes no shortened flags and answers a wrong one in one line, with exit code 2."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of the three configurations; flags that are not given stay out of the namespace."""
-    for config in CONFIGS:
-        group, lines = parser.add_argument_group(config.__name__), help_lines(config)
-        for f in dataclasses.fields(config):
-            help_text = f"{lines[f.name]} (default: {f.default})".replace("%", "%%")
-            kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else \
-                dict(type=int, nargs="+", metavar="N") if isinstance(f.default, tuple) else \
-                dict(type=type(f.default), metavar=type(f.default).__name__.upper())
-            group.add_argument(f"--{f.name}", help=help_text, default=argparse.SUPPRESS, **kind)
+    return build(CONFIGS, PRESETS[name])
 
 
 def parse_run(doc: str, argv=None) -> argparse.Namespace:
@@ -276,7 +214,7 @@ def parse_run(doc: str, argv=None) -> argparse.Namespace:
     parser.add_argument("--run", help="folder of this run (default: runs/PRESET)")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="only this stage (default: all that are not finished yet)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: a GPU if there is one)")
-    add_flags(parser)
+    add_flags(parser, CONFIGS)
     args = vars(parser.parse_args(argv))
     preset, folder = args.pop("preset"), args.pop("run")
     stage, device = args.pop("stage"), args.pop("device")
@@ -284,34 +222,8 @@ def parse_run(doc: str, argv=None) -> argparse.Namespace:
     values = read_run(folder) if preset is None and os.path.exists(os.path.join(folder, "config.json")) else {"preset": preset or "tiny"}
     preset = values.pop("preset")
     choose("preset", preset, PRESETS)
-    tok, gen, train = build({**PRESETS[preset], **values, **args})
+    tok, gen, train = build(CONFIGS, {**PRESETS[preset], **values, **args})
     return argparse.Namespace(run=folder, preset=preset, stage=stage, device=device, tok=tok, gen=gen, train=train)
-
-
-def flags(values: dict) -> list[str]:
-    """Field values by name -> the command-line words that set them: the way back from parse_run."""
-    words = []
-    for name, value in values.items():
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return words
-
-
-def read_run(folder: str) -> dict:
-    """config.json of a run -> its flat dictionary, "preset" included. Raises UserError when it is missing or torn."""
-    path = os.path.join(folder, "config.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-        if not isinstance(values, dict) or "preset" not in values:
-            raise ValueError("it names no preset")
-        return values
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not a run: it has no config.json; give a folder that train.py has made") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; restore it or repeat train.py with --preset") from None
 
 
 def settings(kind: str, *configs) -> dict:
@@ -319,15 +231,6 @@ def settings(kind: str, *configs) -> dict:
     def owner(name):
         return "generator" if name.startswith("generator_") or name in GENERATOR_FIELDS else "tokenizer"
     return {k: v for k, v in as_dict(*configs).items() if owner(k) == kind and k not in RUN_ONLY}
-
-
-def run(main) -> None:
-    """Call main(); a UserError becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -17,19 +17,43 @@ Makes    RUN/summary.json, or --json FILE; RUN/tinycnn.pt with --train_features;
 Exit     0 done, 1 failure, 2 something to mend
 """
 import argparse
+import itertools
+import json
 import os
 import shlex
 import sys
+import time
 
-import config
-from config import need
+import numpy as np
+
+from config import CONFIGS
+from evaluation.judging import (
+    Eye,
+    Reference,
+    controls,
+    generated,
+    inception_eye,
+    judge,
+    look,
+    read_reference,
+    real,
+    reconstruction,
+    tinycnn_eyes,
+)
+from evaluation.measures import frechet_distance  # noqa: F401  the contract's place for it
+from evaluation.tinycnn import train_judge
+from nativetok import NativeTok
+from plumbing import checkpoint
+from plumbing.datasets import open_images, train_and_val
+from plumbing.flags import Parser, UserError, build, main_with_user_errors, need, read_run
+from plumbing.processes import Processes, provenance
 
 GRID = {"cfg_scale": float, "temperature": float, "top_k": int, "top_p": float, "steps": int, "randomize_temperature": float}   # what --sweep takes
 
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> namespace. Raises UserError for combinations that would be ignored."""
-    parser = config.Parser(prog="eval_fid.py", usage="%(prog)s --run RUN [flags]", description=__doc__)
+    parser = Parser(prog="eval_fid.py", usage="%(prog)s --run RUN [flags]", description=__doc__)
     to = parser.add_argument_group("what is judged")
     to.add_argument("--run", help="folder of a run of train.py: its reconstructions and its generators")
     to.add_argument("--images", metavar="PATH", help="judge these images instead: a folder, an archive, or an .npz as sample.py writes it")
@@ -76,28 +100,9 @@ def parse(argv=None) -> argparse.Namespace:
         try:
             sweep[name] = [GRID[name](value) for value in values.split(",")]
         except ValueError:
-            raise config.UserError(f"--sweep {part}: {values!r} are not numbers with commas between them") from None
+            raise UserError(f"--sweep {part}: {values!r} are not numbers with commas between them") from None
     args.sweep = sweep
     return args
-
-
-if __name__ == "__main__":                                                    # before torch, so that --help answers at once
-    config.run(lambda: globals().update(ARGS=parse()))
-
-import itertools
-import json
-import time
-
-import numpy as np
-
-from plumbing import checkpoint
-from config import build, read_run
-from plumbing.datasets import open_images, train_and_val
-from evaluation.judging import Eye, Reference, controls, generated, inception_eye, judge, look, read_reference, real, reconstruction, tinycnn_eyes
-from evaluation.measures import frechet_distance  # noqa: F401  the contract's place for it
-from plumbing.processes import Processes
-from runs import load_tokenizer, provenance
-from evaluation.tinycnn import train_judge
 
 
 # ------------------------------------------------------------------------------------------------
@@ -133,8 +138,8 @@ def main(args) -> None:
     if args.run:
         values = read_run(args.run)
         values.pop("preset")
-        tok, _, train = build(values)
-        tokenizer, size = load_tokenizer(args.run, procs.device), tok.image_size
+        tok, _, train = build(CONFIGS, values)
+        tokenizer, size = NativeTok.of_run(args.run, procs.device), tok.image_size
         results = checkpoint.load(os.path.join(args.run, "tokenizer.pt"), needs=("results",))["results"]
         need("base" in results, f"{args.run} has no finished phase yet; let train.py go on")
         data, val = train_and_val(train.data, train.val_data, train.holdout, train.seed, args.run)
@@ -235,4 +240,4 @@ def phases_table(results: dict) -> str:
 
 
 if __name__ == "__main__":
-    config.run(lambda: main(ARGS))
+    main_with_user_errors(lambda: main(parse()))

@@ -11,21 +11,6 @@ Shows    token by token   the image after 1, 2, 4, ... L tokens, and what each s
          training         curves out of log.jsonl                                                (with matplotlib)
 Exit     0 done, 1 failure, 2 something to mend
 """
-import config
-
-if __name__ == "__main__":                                                    # before torch, so that --help answers at once
-    def parse():
-        parser = config.Parser(prog="explain.py", description=__doc__)
-        parser.add_argument("--run", required=True, help="folder of a run of train.py, with a finished tokenizer")
-        parser.add_argument("--against", metavar="RUN", help="another run on the same images, for the order picture")
-        parser.add_argument("--images", type=int, default=6, help="images in each picture (default: 6)")
-        parser.add_argument("--out", help="folder for the page (default: RUN/explain)")
-        parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-        args = parser.parse_args()
-        config.need(args.images >= 2, "images must be at least 2, to swap tokens between them")
-        return args
-    config.run(lambda: globals().update(ARGS=parse()))
-
 import html
 import json
 import math
@@ -36,15 +21,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import CONFIGS
+from generator import Generator
+from nativetok import NativeTok
 from plumbing import checkpoint
 from plumbing.batches import eval_batches
-from config import build, need, read_run
 from plumbing.datasets import ImageSet, train_and_val
+from plumbing.flags import Parser, build, main_with_user_errors, need, read_run
 from plumbing.images import save_grid, to_float, to_uint8
-from nativetok import NativeTok
-from plumbing.processes import Processes
+from plumbing.processes import Processes, need_room
 from quantizer import usage
-from runs import load_generator, load_tokenizer, need_room
+
+
+def parse(argv=None):
+    parser = Parser(prog="explain.py", description=__doc__)
+    parser.add_argument("--run", required=True, help="folder of a run of train.py, with a finished tokenizer")
+    parser.add_argument("--against", metavar="RUN", help="another run on the same images, for the order picture")
+    parser.add_argument("--images", type=int, default=6, help="images in each picture (default: 6)")
+    parser.add_argument("--out", help="folder for the page (default: RUN/explain)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    args = parser.parse_args(argv)
+    need(args.images >= 2, "images must be at least 2, to swap tokens between them")
+    return args
+
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}
@@ -255,7 +254,7 @@ def held_out(folder: str, limit: int = 1000) -> tuple[ImageSet, Tensor, Tensor]:
     """-> the run's held-out images: the data set, uint8 (n, H, W, 3), labels (n,)."""
     values = read_run(folder)
     values.pop("preset")
-    tok, _, train = build(values)
+    tok, _, train = build(CONFIGS, values)
     _, val = train_and_val(train.data, train.val_data, train.holdout, train.seed, folder)
     indices = np.random.default_rng(0).permutation(len(val))[:limit]
     pairs = list(eval_batches(val, tok.image_size, 250, indices))
@@ -268,7 +267,7 @@ def encoded(model: NativeTok, pixels: Tensor) -> Tensor:
 
 def main(args) -> None:
     device = Processes(args.device).device
-    model = load_tokenizer(args.run, device)
+    model = NativeTok.of_run(args.run, device)
     val, pixels, labels = held_out(args.run)
     ids, images = encoded(model, pixels), pixels[:args.images]
     need(len(images) >= 2, f"{val.name} has a single held-out image, and tokens are swapped between two")
@@ -284,7 +283,7 @@ def main(args) -> None:
         if not checkpoint.exists(os.path.join(args.run, f"generator-{kind}.pt")):
             print(f"no {kind} generator in {args.run}; its pictures are left out")
             continue
-        generator = load_generator(args.run, kind, model, device)
+        generator = Generator.of_run(args.run, kind, model, device)
         if kind == "maskgit":
             maskgit_steps(page, model, generator, generator.classes)
         else:
@@ -292,10 +291,10 @@ def main(args) -> None:
             guidance(page, model, generator, generator.classes)
             found.append((model.cfg.tokenizer, *bits_per_position(model, generator, ids, labels.to(device))))
     if args.against:
-        other = load_tokenizer(args.against, device)
+        other = NativeTok.of_run(args.against, device)
         other_val, other_pixels, other_labels = held_out(args.against)
         need(other_val.fingerprint == val.fingerprint, f"{args.against} holds out other images than {args.run}; train both on the same data")
-        ar = load_generator(args.against, "ar", other, device)
+        ar = Generator.of_run(args.against, "ar", other, device)
         found.append((other.cfg.tokenizer, *bits_per_position(other, ar, encoded(other, other_pixels), other_labels.to(device))))
     if found:
         order(page, found, len(ids))
@@ -307,4 +306,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    config.run(lambda: main(ARGS))
+    main_with_user_errors(lambda: main(parse()))

@@ -21,15 +21,16 @@ Try      python generator.py           (CPU, about a second)
 """
 import functools
 import math
+import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plumbing import checkpoint
-from config import GeneratorConfig, need
+from config import GeneratorConfig
 from layers import KVCache, Linear, LlamaBlock, RMSNorm, rotary_table
-
+from plumbing import checkpoint
+from plumbing.flags import need
 
 # ------------------------------------------------------------------------------------------------
 # from logits to tokens
@@ -183,6 +184,19 @@ class Generator(nn.Module):
         checkpoint.load_strict(model, saved["ema"], f"generator weights in {path}")
         model.classes, model.tokenizer_fingerprint = saved["classes"], saved["tokenizer"]
         return model.eval()
+
+    @staticmethod
+    def of_run(folder: str, kind: str, tokenizer: nn.Module, device: torch.device) -> "ARGenerator | MaskGITGenerator":
+        """The run's generator of this kind. Raises UserError unless it has learned the ids of this very tokenizer."""
+        path = os.path.join(folder, f"generator-{kind}.pt")
+        train = f"python train.py --run {folder} --stage 3"
+        need(checkpoint.exists(path), f"{folder} has no {kind} generator; train it: {train}")
+        model = Generator.load(path).to(device)
+        # TRAP: ids of another tokenizer run as well, and decode to noise.
+        need(model.tokenizer_fingerprint == tokenizer.fingerprint,
+             f"{path} has learned the ids of another tokenizer than the tokenizer.pt beside it; "
+             f"delete generator-{kind}*.pt and retrain that generator: {train}")
+        return model
 
 
 # ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import UserError, need
+from plumbing.flags import UserError, need
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of images in [0, 1]: what the classifier was trained with [torchvision]
 IMAGENET_STD = (0.229, 0.224, 0.225)

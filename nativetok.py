@@ -9,15 +9,19 @@ Source   NativeTok, arXiv 2601.22837; cfg.tokenizer "titok" or "titok-causal" pu
          place of MIT and MoCET, with the same quantizer and decoder
 Try      python nativetok.py
 """
+import os
+
 import torch
 from torch import Tensor, nn
 
-from plumbing import checkpoint
-from config import TokenizerConfig, build, need
+from config import CONFIGS, TokenizerConfig
 from decoder import Decoder
 from layers import count_parameters
 from mit import MIT
 from mocet import MoCET
+from plumbing import checkpoint
+from plumbing.flags import build, need
+from plumbing.images import to_uint8
 from quantizer import VectorQuantizer
 from titok import TiTok
 
@@ -85,14 +89,27 @@ class NativeTok(nn.Module):
         """The averaged weights in a tokenizer checkpoint, at the length it has reached, in eval mode."""
         return from_checkpoint(checkpoint.load(path), path)
 
+    @staticmethod
+    def of_run(folder: str, device: torch.device) -> "NativeTok":
+        """The tokenizer in the folder of a run. Raises UserError when there is none."""
+        path = os.path.join(folder, "tokenizer.pt")
+        need(checkpoint.exists(path), f"{folder} has no tokenizer.pt; train one: python train.py --run {folder}")
+        return NativeTok.load(path).to(device)
+
 
 def from_checkpoint(saved: dict, path: str) -> NativeTok:
     """checkpoint.load(path) -> the model in it, with .fingerprint: what names these very weights in caches and generators."""
     need("tokenizer_config" in saved, f"{path} is not a tokenizer checkpoint")
-    model = NativeTok(build(saved["tokenizer_config"])[0]).grow_to(saved["num_tokens"])
+    model = NativeTok(build(CONFIGS, saved["tokenizer_config"])[0]).grow_to(saved["num_tokens"])
     checkpoint.load_strict(model, saved["ema"], path)
     model.fingerprint = checkpoint.fingerprint(saved["ema"], saved["tokenizer_config"])
     return model.eval()
+
+
+def sample_batch(model: nn.Module, tokenizer: NativeTok, labels: Tensor, options: dict, seed: int, b: int) -> Tensor:
+    """labels (B,) of batch b -> uint8 (B, H, W, 3) on the CPU. Its noise is a function of (seed, b) alone."""
+    noise = torch.Generator(labels.device).manual_seed(seed * 1_000_003 + b)
+    return to_uint8(tokenizer.decode(model.sample(labels, generator=noise, **options))).cpu()
 
 
 class eval_mode:

@@ -14,10 +14,24 @@ Repeat    batch b draws from (--seed, b): the same command writes the same bytes
 Exit      0 done, 1 failure, 2 something to mend in the command or the run
 """
 import argparse
+import difflib
 import os
+import re
+import time
 
-import config
-from config import UserError, need
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from generator import Generator
+from losses import psnr
+from nativetok import NativeTok, sample_batch
+from plumbing import checkpoint
+from plumbing.flags import Parser, UserError, main_with_user_errors, need
+from plumbing.images import read_image, resize_crop, save_grid, to_float, to_uint8
+from plumbing.processes import Processes, enough_memory, need_room
 
 PICTURE, NPZ, RECONSTRUCT = "pictures of samples", "--npz", "--reconstruct"   # the three uses
 
@@ -38,7 +52,7 @@ def parse(argv=None) -> argparse.Namespace:
 
     Raises UserError for a flag that this use or this generator would not read, and for a run that is not there.
     """
-    parser = config.Parser(prog="sample.py", usage="%(prog)s --run RUN [flags]", description=__doc__)
+    parser = Parser(prog="sample.py", usage="%(prog)s --run RUN [flags]", description=__doc__)
     defaults, readers, to = {}, {}, parser
 
     def flag(name: str, default, text: str, *read_by: str, **kind) -> None:
@@ -87,28 +101,6 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":                                                    # before torch, so that --help and a wrong flag answer at once
-    config.run(lambda: globals().update(ARGS=parse()))
-
-import difflib
-import re
-import time
-
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-
-from plumbing import checkpoint
-from generator import Generator
-from plumbing.images import read_image, resize_crop, save_grid, to_float, to_uint8
-from losses import psnr
-from nativetok import NativeTok
-from plumbing.processes import Processes
-from runs import enough_memory, load_generator, load_tokenizer, need_room, sample_batch
-
-
 # ------------------------------------------------------------------------------------------------
 # what the command line asks for
 
@@ -143,7 +135,7 @@ def samples(args, tokenizer: NativeTok, device: torch.device) -> None:
     """--npz FILE, or a picture with one row per class."""
     folder = args.out if args.use == PICTURE else os.path.dirname(args.npz) or "."
     need(args.use == PICTURE or not os.path.isdir(args.npz or "."), f"--npz {args.npz} is a folder; give the name of a file")
-    model = load_generator(args.run, args.generator, tokenizer, device)
+    model = Generator.of_run(args.run, args.generator, tokenizer, device)
     names = model.classes
     everything = range(len(names)) if args.use == NPZ else range(min(10, len(names)))
     classes = torch.tensor([class_number(c, names) for c in args.classes] if args.classes else everything)
@@ -200,8 +192,8 @@ def reconstruct(args, tokenizer: NativeTok, device: torch.device) -> None:
 
 def main(args: argparse.Namespace) -> None:
     device = Processes(args.device).device
-    (reconstruct if args.use == RECONSTRUCT else samples)(args, load_tokenizer(args.run, device), device)
+    (reconstruct if args.use == RECONSTRUCT else samples)(args, NativeTok.of_run(args.run, device), device)
 
 
 if __name__ == "__main__":
-    config.run(lambda: main(ARGS))
+    main_with_user_errors(lambda: main(parse()))

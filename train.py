@@ -12,11 +12,6 @@ Makes     runs/NAME/ with config.json tokenizer.pt generator-ar.pt generator-mas
 Resume    repeat the command. SIGTERM and Ctrl-C save first, then exit with 3; a second one quits at once.
 Exit      0 finished, 1 failure, 2 something to mend in the command or the data, 3 interrupted and saved
 """
-import config
-
-if __name__ == "__main__":                                                    # before torch, so that --help and a wrong flag answer at once
-    config.run(lambda: globals().update(ARGS=config.parse_run(__doc__)))
-
 import copy
 import math
 import os
@@ -26,19 +21,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from plumbing import checkpoint
-from plumbing.batches import ImageStream, eval_batches
-from config import TokenizerConfig, TrainConfig, as_dict, need, settings
+import config
+from config import TokenizerConfig, TrainConfig, settings
 from generator import GENERATORS
-from plumbing.images import to_float
 from layers import count_parameters
-from loop import Job, Run, fit, new_optimizer
+from loop import Job, fit, new_optimizer
 from losses import Adversary, Perceptual, psnr, reconstruction
 from nativetok import NativeTok, from_checkpoint
-from quantizer import usage
-from runs import enough_memory
+from plumbing import checkpoint
+from plumbing.batches import ImageStream, eval_batches
+from plumbing.flags import as_dict, main_with_user_errors, need
+from plumbing.images import to_float
+from plumbing.processes import enough_memory
+from plumbing.run import Run
 from plumbing.tokens import TokenStream, cache_tokens
-
+from quantizer import usage
 
 # ------------------------------------------------------------------------------------------------
 # what learns when
@@ -296,4 +293,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    config.run(lambda: main(ARGS))
+    main_with_user_errors(lambda: main(config.parse_run(__doc__)))

@@ -15,18 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from evaluation.inception import WEIGHTS, FIDInceptionV3
+from evaluation.measures import (
+    InceptionScore,
+    Statistics,
+    frechet_distance,
+    frechet_from_features,
+    precision_recall,
+    ssim,
+)
+from evaluation.tinycnn import FEATURES, load_judge, random_twin
+from generator import Generator
+from losses import psnr
+from nativetok import NativeTok, sample_batch
 from plumbing import checkpoint
 from plumbing.batches import eval_batches
-from config import need
 from plumbing.datasets import ImageSet
+from plumbing.flags import need
 from plumbing.images import explained, to_float, to_uint8
-from evaluation.inception import WEIGHTS, FIDInceptionV3
-from losses import psnr
-from evaluation.measures import InceptionScore, Statistics, frechet_distance, frechet_from_features, precision_recall, ssim
-from nativetok import NativeTok
-from plumbing.processes import Processes
-from runs import enough_memory, load_generator, sample_batch
-from evaluation.tinycnn import FEATURES, load_judge, random_twin
+from plumbing.processes import Processes, enough_memory
 
 KEPT = 10000                                                                  # images whose features are kept, for precision and recall
 
@@ -102,7 +109,7 @@ def reconstruction(tokenizer: NativeTok, originals: Subject, device: torch.devic
 
 def generated(kind: str, tokenizer: NativeTok, options: dict, swept: dict, args, device: torch.device) -> Subject:
     """Samples of the run's generator: the classes take turns, batch b draws from (seed, b) on any number of processes."""
-    model = load_generator(args.run, kind, tokenizer, device)
+    model = Generator.of_run(args.run, kind, tokenizer, device)
     labels = torch.arange(args.num_samples) % model.num_classes
     options = {**({"steps": min(8, model.num_tokens)} if kind == "maskgit" else {}), **options, **swept}
 

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import need
-
+from plumbing.flags import need
 
 # ------------------------------------------------------------------------------------------------
 # Fréchet distance

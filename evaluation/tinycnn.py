@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from plumbing import checkpoint
 from plumbing.batches import ImageStream, eval_batches
-from config import need
 from plumbing.datasets import ImageSet
+from plumbing.flags import need
 from plumbing.images import to_float
 
 FEATURES = 128

@@ -8,10 +8,41 @@ Peak     the rate of a plain matrix product on this machine, in the same precisi
 Floor    of a sampling step at batch 1: reading every weight once, at the rate of a plain matrix-vector product
 """
 import argparse
+import functools
+import json
 import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
 
-import config
-from config import need
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from config import TokenizerConfig, load_preset
+from generator import ARGenerator, MaskGITGenerator
+from layers import count_parameters
+from loop import new_optimizer
+from losses import reconstruction
+from mit import MIT
+from mocet import MoCET
+from nativetok import NativeTok
+from plumbing import checkpoint
+from plumbing.batches import ImageStream
+from plumbing.datasets import open_images
+from plumbing.flags import Parser, choose, main_with_user_errors, need
+from plumbing.images import to_float
+from plumbing.processes import Processes, provenance
+from plumbing.tokens import TokenStream
+from quantizer import VectorQuantizer
+from titok import TiTok
+from train import PARTS, freeze
 
 ROWS = {  # name: (what it compares, target as text)
     "query_block": "MoCET, query experts against block experts, depth 2, width 256, 256 patches, batch 4",
@@ -29,7 +60,7 @@ ROWS = {  # name: (what it compares, target as text)
 
 
 def parse() -> argparse.Namespace:
-    parser = config.Parser(prog="bench.py", description=__doc__, epilog="Rows: " + "; ".join(f"{name}: {text}" for name, text in ROWS.items()))
+    parser = Parser(prog="bench.py", description=__doc__, epilog="Rows: " + "; ".join(f"{name}: {text}" for name, text in ROWS.items()))
     parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="only these rows")
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: 3)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
@@ -38,48 +69,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--child", choices=("joint", "grow"), help=argparse.SUPPRESS)         # measured in a process of its own, for its peak memory
     args = parser.parse_args()
     for name in args.rows:
-        config.choose("row", name, ROWS)
+        choose("row", name, ROWS)
     need(args.repeats >= 1, "repeats must be at least 1")
     return args
-
-
-if __name__ == "__main__":                                                    # before torch, so that --help answers at once
-    config.run(lambda: globals().update(ARGS=parse()))
-
-import functools
-import json
-import platform
-import resource
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import replace
-
-import numpy as np
-import torch
-from PIL import Image
-from torch import nn
-
-from plumbing import checkpoint
-from plumbing.batches import ImageStream
-from config import TokenizerConfig, load_preset
-from plumbing.datasets import open_images
-from generator import ARGenerator, MaskGITGenerator
-from plumbing.images import to_float
-from layers import count_parameters
-from loop import new_optimizer
-from losses import reconstruction
-from mit import MIT
-from mocet import MoCET
-from nativetok import NativeTok
-from plumbing.processes import Processes
-from quantizer import VectorQuantizer
-from runs import provenance
-from titok import TiTok
-from plumbing.tokens import TokenStream
-from train import PARTS, freeze
 
 
 # ------------------------------------------------------------------------------------------------
@@ -387,4 +379,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    config.run(lambda: main(ARGS))
+    main_with_user_errors(lambda: main(parse()))

@@ -24,13 +24,43 @@ Makes    OUT/ARM-SEED.json, pca.json, tinycnn.pt, the judge; OUT/runs/, the runs
 Exit     0 finished, 1 failure, 2 something to mend, 3 interrupted and saved
 """
 import argparse
+import contextlib
+import json
+import math
 import os
+import re
 import shlex
+import shutil
+import signal
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 import config
-from config import PRESETS, need
+import train
+from config import CONFIGS, PRESETS, TokenizerConfig
+from evaluation.judging import Reference, generated, judge, look, real, reconstruction, tinycnn_eyes
+from evaluation.tinycnn import train_judge
+from experiments.order_table import costs, doubling, draw_figure, fd_key, read_results, write_tables
+from generator import Generator
+from layers import count_parameters
+from loop import fit
+from losses import psnr
+from nativetok import NativeTok, from_checkpoint
+from plumbing import checkpoint
+from plumbing.batches import eval_batches
+from plumbing.datasets import train_and_val
+from plumbing.flags import Parser, as_flags, build, choose, main_with_user_errors, need
+from plumbing.images import to_float, to_uint8
+from plumbing.processes import Processes, provenance
+from plumbing.tokens import cache_tokens
+from quantizer import usage
 
 ARMS = {  # name: (settings beside those that all arms share, order in which the generator gets the tokens)
     "titok": ({"tokenizer": "titok"}, "as made"),
@@ -59,7 +89,7 @@ PLANS = {  # preset, its settings that change here, steps of tokenizer and gener
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> namespace, with the plan's numbers where none were given. Raises UserError for wrong use."""
-    parser = config.Parser(prog="order.py", description=__doc__)
+    parser = Parser(prog="order.py", description=__doc__)
     parser.add_argument("--preset", choices=("tiny", "cifar", "cifar-cpu"), default="tiny", help="sizes and budget (default: tiny)")
     parser.add_argument("--data", default="shapes", help="training images, in any form that train.py takes (default: the built-in shapes)")
     parser.add_argument("--val_data", default="", help="held-out images; not needed for the shapes")
@@ -83,47 +113,11 @@ def parse(argv=None) -> argparse.Namespace:
         need(getattr(args, name) >= least, f"{name} {getattr(args, name)} must be at least {least}")
     need(min(args.seeds) >= 0, f"seeds {min(args.seeds)} is negative; give 0 or more")
     for arm in args.arms:
-        config.choose("arm", arm, ARMS)
+        choose("arm", arm, ARMS)
     need(args.preset != "cifar" or args.data != "shapes" or args.table, f"--preset {plan} needs images: give --data and --val_data")
     # Held-out images cut from --data would differ between seeds, and so would their judge.
     need(args.data == "shapes" or args.val_data or args.table, "--data needs --val_data, so that all seeds are judged by the same images")
     return args
-
-
-if __name__ == "__main__":                                                    # before torch, so that --help answers at once
-    config.run(lambda: globals().update(ARGS=parse()))
-
-import contextlib
-import json
-import math
-import re
-import shutil
-import signal
-import subprocess
-from dataclasses import replace
-from unittest import mock
-
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from plumbing import checkpoint
-import train
-from plumbing.batches import eval_batches
-from config import TokenizerConfig
-from plumbing.datasets import train_and_val
-from plumbing.images import to_float, to_uint8
-from evaluation.judging import Reference, generated, judge, look, real, reconstruction, tinycnn_eyes
-from layers import count_parameters
-from loop import fit
-from losses import psnr
-from nativetok import NativeTok, from_checkpoint
-from experiments.order_table import costs, doubling, draw_figure, fd_key, read_results, write_tables
-from plumbing.processes import Processes
-from quantizer import usage
-from runs import load_generator, load_tokenizer, provenance
-from evaluation.tinycnn import train_judge
-from plumbing.tokens import cache_tokens
 
 
 # ------------------------------------------------------------------------------------------------
@@ -162,7 +156,7 @@ def settings_of(arm: str, args) -> tuple[dict, int, int]:
                      "finetune_steps": budget - base - len(longer) * grow}
 
     # 2. Parameters.
-    native, tok = (config.build({**PRESETS[args.preset], **values})[0] for values in ({**args.sizes, "token_schedule": (L,)}, settings))
+    native, tok = (build(CONFIGS, {**PRESETS[args.preset], **values})[0] for values in ({**args.sizes, "token_schedule": (L,)}, settings))
     target = encoder_parameters(native)
     if tok.tokenizer != "nativetok":
         deep = replace(tok, encoder_depth=2 * native.encoder_depth)
@@ -170,13 +164,13 @@ def settings_of(arm: str, args) -> tuple[dict, int, int]:
         settings |= {"encoder_depth": deep.encoder_depth, "encoder_width": width}
     elif tok.expert == "block":
         settings |= {"expert_width": matched(tok, "expert_width", tok.expert_heads, target)}
-    return settings, encoder_parameters(config.build({**PRESETS[args.preset], **settings})[0]), target
+    return settings, encoder_parameters(build(CONFIGS, {**PRESETS[args.preset], **settings})[0]), target
 
 
 def command(settings: dict, seed: int, args, folder: str) -> list[str]:
     """The flags of train.py for these settings, tokenizer and generators."""
     return ["--preset", args.preset, "--run", folder, "--data", args.data, "--val_data", args.val_data, "--seed", str(seed), "--device", args.device,
-            *config.flags(settings)]
+            *as_flags(settings)]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -291,7 +285,7 @@ def sample_rows(judged, num_tokens: int) -> list[dict]:
 def measure(arm: str, seed: int, source: str, run, args, procs: Processes, data, val) -> dict:
     """Everything that is told of one arm and seed but where it comes from; source: the folder of its tokenizer's run."""
     device, folder, K, size = procs.device, run.run, run.tok.codebook_size, run.tok.image_size
-    inside = load_tokenizer(source, device)
+    inside = NativeTok.of_run(source, device)
     tokenizer = in_order_of(arm, seed, inside)
     judge_path = os.path.join(args.out, "tinycnn.pt")
     if not checkpoint.exists(judge_path):
@@ -316,7 +310,7 @@ def measure(arm: str, seed: int, source: str, run, args, procs: Processes, data,
     ids = torch.cat([inside.encode(to_float(x.to(device))) for x, _ in batches])   # (m, L)
     order = tokenizer.order if isinstance(tokenizer, Permuted) else torch.arange(ids.shape[1], device=device)
     used, perplexity = usage(ids[:, order], K)
-    bits, total = ar_bits(load_generator(folder, "ar", tokenizer, device), ids[:, order], labels)
+    bits, total = ar_bits(Generator.of_run(folder, "ar", tokenizer, device), ids[:, order], labels)
     learned, _ = cache_tokens(os.path.join(folder, "tokens"), tokenizer.fingerprint, data, size, run.train.flip, None, procs)   # made in training
     marginal = marginal_bits(learned.reshape(-1, ids.shape[1]), ids[:, order], K)
 
@@ -384,4 +378,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    config.run(lambda: main(ARGS))
+    main_with_user_errors(lambda: main(parse()))

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing import checkpoint
-from config import need
+from plumbing.flags import need
 
 
 def costs(folder: str, settings) -> dict:

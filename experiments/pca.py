@@ -10,9 +10,9 @@ import argparse
 
 import numpy as np
 
-import config
 from plumbing.batches import eval_batches
 from plumbing.datasets import train_and_val
+from plumbing.flags import main_with_user_errors
 
 
 def pixels(dataset, size: int, limit: int) -> np.ndarray:
@@ -68,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    main_with_user_errors(main)

@@ -8,8 +8,8 @@ import os
 
 from PIL import Image
 
-import config
 from plumbing.datasets import open_images
+from plumbing.flags import Parser, choose, main_with_user_errors, need
 
 SIZES = ((32, 32), (64, 48), (100, 100), (90, 160), (200, 150))
 ENDINGS = ("jpg", "png", "webp", "gif", "JPG", "jpeg")
@@ -37,16 +37,16 @@ def save(image: Image.Image, number: int, stem: str) -> None:
 
 
 def main() -> None:
-    parser = config.Parser(prog="photos.py", description=__doc__)
+    parser = Parser(prog="photos.py", description=__doc__)
     parser.add_argument("--data", default="shapes", help="images to take, in any form that train.py takes (default: the built-in shapes)")
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names of classes (default: all)")
     parser.add_argument("--per_class", type=int, default=400, metavar="N", help="pictures of each class (default: 400)")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new folder")
     args = parser.parse_args()
     images = open_images(args.data)
-    config.need(not os.path.exists(args.out), f"{args.out} is there already; give --out a new folder")
+    need(not os.path.exists(args.out), f"{args.out} is there already; give --out a new folder")
     for name in args.classes or images.classes:
-        config.choose("class", name, images.classes)
+        choose("class", name, images.classes)
         members = [i for i, label in enumerate(images.labels) if label == images.classes.index(name)][:args.per_class]
         os.makedirs(os.path.join(args.out, name))
         for number, i in enumerate(members):
@@ -55,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    main_with_user_errors(main)

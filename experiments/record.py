@@ -8,29 +8,30 @@ Makes    a JSON with command, commit, seed, device and the numbers. The commit i
 import json
 from pathlib import Path
 
-from plumbing import checkpoint
 import config
+from config import CONFIGS
 from experiments.order_table import costs
-from plumbing.processes import Processes
-from runs import provenance
+from plumbing import checkpoint
+from plumbing.flags import Parser, build, main_with_user_errors, read_run
+from plumbing.processes import Processes, provenance
 
 
 def phases(folder: str) -> list[dict]:
     """log.jsonl of a run -> one row per finished phase: quality on held-out images, seconds, loss over its tenths."""
-    values = config.read_run(folder)
+    values = read_run(folder)
     preset = values.pop("preset")
-    cost = costs(folder, config.build({**config.PRESETS[preset], **values})[2])
+    cost = costs(folder, build(CONFIGS, {**config.PRESETS[preset], **values})[2])
     rows = [json.loads(line) for line in Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{"steps": row.pop("step"), **row, "loss_by_tenth": cost[row["phase"]]["loss_by_tenth"]} for row in rows if "seconds" in row]
 
 
 def main() -> None:
-    parser = config.Parser(prog="record.py", description=__doc__)
+    parser = Parser(prog="record.py", description=__doc__)
     parser.add_argument("--run", required=True, help="folder of a run of train.py")
     parser.add_argument("--by", required=True, metavar="COMMAND", help="what was typed to make it")
     parser.add_argument("--out", required=True, metavar="FILE", help="the JSON to write")
     args = parser.parse_args()
-    values, summary = config.read_run(args.run), Path(args.run, "summary.json")
+    values, summary = read_run(args.run), Path(args.run, "summary.json")
     made = {**provenance(args.by, Processes("auto").device), "seed": values["seed"], "settings": values, "phases": phases(args.run)}
     if summary.exists():
         made["evaluation"] = checkpoint.read_json(summary)
@@ -39,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    main_with_user_errors(main)

@@ -14,11 +14,11 @@ import time
 import numpy as np
 import torch
 
-from plumbing import checkpoint
-import config
 from experiments.bench import Bench, in_child, peak_gib, tokenizer_config
 from nativetok import NativeTok
-from runs import provenance
+from plumbing import checkpoint
+from plumbing.flags import UserError, main_with_user_errors
+from plumbing.processes import provenance
 
 TOKENS, PATCHES = (16, 32, 64, 128, 256), (64, 144, 256, 576, 1024)
 
@@ -54,7 +54,7 @@ def main() -> None:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        raise config.UserError("the picture takes matplotlib: pip install matplotlib") from None
+        raise UserError("the picture takes matplotlib: pip install matplotlib") from None
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     made = provenance("python -m experiments.scaling " + shlex.join(sys.argv[1:]), bench.device)
     for axis, what, points in ((axes[0], "tokens", [(L, 256) for L in TOKENS]), (axes[1], "patches", [(64, N) for N in PATCHES])):
@@ -76,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    main_with_user_errors(main)

@@ -20,12 +20,11 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from plumbing import checkpoint
-import config
-from mocet import MoCET
 from experiments.order import train_stages
-from plumbing.processes import Processes
-from runs import provenance
+from mocet import MoCET
+from plumbing import checkpoint
+from plumbing.flags import Parser, as_flags, choose, main_with_user_errors
+from plumbing.processes import Processes, provenance
 
 BASE = dict(token_schedule=(16,), expert_width=64, base_steps=800, continuous_steps=150, flip=False, tail_drop=0.0, generators="ar", generator_width=192,
             generator_batch_size=32, generator_dropout=0.0, generator_steps=600, sample_every=100000)
@@ -55,7 +54,7 @@ def without_prefix_gradient():
 def run_trial(name: str, seed: int, args) -> dict:
     """Train one trial, or read what it came to -> its row."""
     folder = os.path.join(args.out, "runs", f"{name.replace(' ', '-').replace(',', '')}-{seed}")
-    flags = ["--preset", "cifar", "--run", folder, "--data", args.data, "--val_data", args.val_data, "--seed", str(seed), *config.flags({**BASE, **args.sizes, **TRIALS[name]})]
+    flags = ["--preset", "cifar", "--run", folder, "--data", args.data, "--val_data", args.val_data, "--seed", str(seed), *as_flags({**BASE, **args.sizes, **TRIALS[name]})]
     with without_prefix_gradient() if name == "no gradient through the prefix" else contextlib.nullcontext():
         train_stages(flags, 1, 2, 3)
     rows = [json.loads(line) for line in Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -77,7 +76,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = config.Parser(prog="trials.py", description=__doc__)
+    parser = Parser(prog="trials.py", description=__doc__)
     parser.add_argument("--data", required=True, help="training images, in any form that train.py takes")
     parser.add_argument("--val_data", required=True, help="held-out images")
     parser.add_argument("--trials", nargs="+", default=list(TRIALS), metavar="NAME", help=f"only these (default: all): {', '.join(map(repr, TRIALS))}")
@@ -86,7 +85,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/trials", metavar="DIR", help="results (default: runs/trials)")
     args = parser.parse_args()
     for name in args.trials:
-        config.choose("trial", name, TRIALS)
+        choose("trial", name, TRIALS)
     args.sizes = {} if args.steps is None else dict(base_steps=args.steps, continuous_steps=args.steps // 4, generator_steps=args.steps)
     args.command = "python -m experiments.trials " + shlex.join(sys.argv[1:])
     device, path = Processes("auto").device, os.path.join(args.out, "trials.json")
@@ -107,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    main_with_user_errors(main)

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import UserError, need
 from plumbing.datasets import ImageSet
+from plumbing.flags import UserError, need
 from plumbing.images import augment, resize_crop
 
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}

@@ -24,7 +24,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from config import UserError, need
+from plumbing.flags import UserError, need
 
 FORMAT = 1  # raise it when the content of a checkpoint changes its meaning
 

@@ -27,9 +27,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plumbing import checkpoint
-from plumbing import shapes
-from config import UserError, need
+from plumbing import checkpoint, shapes
+from plumbing.flags import UserError, need
 from plumbing.images import ENDINGS, MEND_IMAGE, decode, explained, read_image
 
 MEND_ARCHIVE = "is it complete? copy it again"

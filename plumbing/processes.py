@@ -4,8 +4,13 @@ In       the environment variables that torchrun sets, or none
 Out      Processes: .rank .world .main .device .stop, and wrap() for models
 How      nccl between GPUs, gloo between CPUs; gradients by DistributedDataParallel
 """
+import contextlib
 import os
+import platform
+import shutil
 import signal
+import subprocess
+import tempfile
 import warnings
 from datetime import timedelta
 
@@ -14,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import need
+from plumbing.flags import UserError, need
 
 
 def fresh_store(timeout: int) -> dict:
@@ -101,3 +106,40 @@ class Processes:
     def autocast(self, wanted: str):
         """Matrix products in that precision; weights stay float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision(wanted) == "bf16")
+
+
+# ------------------------------------------------------------------------------------------------
+# what a program asks of its machine
+
+@contextlib.contextmanager
+def enough_memory(repair: str):
+    """Running out of memory inside, here or in a data worker, becomes a UserError with the repair."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # TRAP: DataLoader raises this from a signal handler, so it can come out of any line of the main process.
+        if "DataLoader worker" in str(error):
+            raise UserError(f"a data worker died ({str(error).splitlines()[0]}); is memory short? lower --workers, and repeat the command to go on") from None
+        # A CPU without memory has no exception of its own in torch, only this text.
+        if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise UserError(f"out of memory; {repair}") from error
+        raise
+
+
+def need_room(folder: str) -> None:
+    """Raise UserError unless files can be written into `folder`, which is made if need be: now, not after hours."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
+
+
+def provenance(command: str, device: torch.device) -> dict:
+    """Where numbers come from: command, commit ("+changes" when files differ from it), torch, device."""
+    def git(*words):
+        done = subprocess.run(["git", "-C", os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *words], capture_output=True, text=True) if shutil.which("git") else None
+        return done.stdout.strip() if done and done.returncode == 0 else ""
+    changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {"command": command, "commit": (git("rev-parse", "HEAD") or "unknown") + changed, "torch": torch.__version__, "device": name}

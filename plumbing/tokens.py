@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from plumbing import checkpoint
 from plumbing.batches import eval_batches, permutation
-from config import need
 from plumbing.datasets import ImageSet
+from plumbing.flags import need
 from plumbing.processes import Processes
 
 SHARD, BATCH = 4096, 256

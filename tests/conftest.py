@@ -3,9 +3,9 @@ import pytest
 import torch
 
 import config
-import loop
 import train
 from helpers import SMALL, some_shapes
+from plumbing import run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,10 +17,10 @@ def one_thread():
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
     """A run of a few steps on 60 shapes: bad, but complete. Copy it before changing it."""
-    folder, before = tmp_path_factory.mktemp("small"), loop.EVAL_IMAGES
-    data, loop.EVAL_IMAGES = some_shapes(folder / "shapes.npz", 60), 20
+    folder, before = tmp_path_factory.mktemp("small"), run.EVAL_IMAGES
+    data, run.EVAL_IMAGES = some_shapes(folder / "shapes.npz", 60), 20
     try:
         train.main(config.parse_run("", [*SMALL, "--run", str(folder / "run"), "--data", data, "--val_data", data]))
     finally:
-        loop.EVAL_IMAGES = before
+        run.EVAL_IMAGES = before
     return folder / "run"

@@ -15,14 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
-import loop
-from plumbing import tokens
 import train
+from plumbing import run, tokens
+from plumbing.flags import main_with_user_errors
 
 kind, rank, step = os.environ["FAULT"].split(":")
 once, count = os.environ.get("FAULT_ONCE"), 0
 mine = os.environ.get("RANK", "0") == rank and not (once and os.path.exists(once))
-loop.EVAL_IMAGES = 20
+run.EVAL_IMAGES = 20
 
 
 def accident() -> None:
@@ -73,4 +73,4 @@ else:
     train.reconstruction = counted
 
 if __name__ == "__main__":
-    config.run(lambda: train.main(config.parse_run(train.__doc__)))
+    main_with_user_errors(lambda: train.main(config.parse_run(train.__doc__)))

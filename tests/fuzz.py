@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from plumbing import checkpoint
-from config import UserError
-from plumbing.datasets import open_images
 from helpers import encoded, folder_of, packed
+from plumbing import checkpoint
+from plumbing.datasets import open_images
+from plumbing.flags import UserError
 from plumbing.images import read_image
 
 SECONDS = 10

@@ -2,16 +2,16 @@
 import io
 import itertools
 import tarfile
-from pathlib import Path
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from config import UserError
 from plumbing.datasets import open_images
+from plumbing.flags import UserError
 
 RED = (200, 30, 60)
 # train.py's flags for a run of seconds, with every phase in it.

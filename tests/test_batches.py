@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import folder_of, packed, put, refused, same, take
 from plumbing import datasets
 from plumbing.batches import ImageStream, eval_batches
-from helpers import folder_of, packed, put, refused, same, take
 from plumbing.images import resize_crop
 
 ROOT = Path(__file__).parent.parent

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from plumbing import checkpoint
-from config import UserError
 from helpers import names, same_content
+from plumbing import checkpoint
+from plumbing.flags import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -255,7 +255,6 @@ def test_kill_9_in_the_middle_of_saving_leaves_a_good_checkpoint(tmp_path):
 FILL = """
 import resource, sys, torch
 from plumbing import checkpoint
-from config import UserError
 for limit in (0, 300, 5_000, 100_000, 399_900, 401_000):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))    # the kernel refuses to write on
     try:

@@ -8,7 +8,17 @@ import tokenize
 import pytest
 
 import config
-from config import CONFIGS, PRESETS, RUN_ONLY, GeneratorConfig, TokenizerConfig, TrainConfig, UserError, as_dict, build, load_preset, parse_run
+from config import (
+    CONFIGS,
+    PRESETS,
+    RUN_ONLY,
+    GeneratorConfig,
+    TokenizerConfig,
+    TrainConfig,
+    load_preset,
+    parse_run,
+)
+from plumbing.flags import UserError, as_dict, build, main_with_user_errors, need, read_run
 
 FIELDS = {f.name: cls for cls in CONFIGS for f in dataclasses.fields(cls)}
 
@@ -105,14 +115,14 @@ def test_a_wrong_or_shortened_flag_stops_with_one_line_and_exit_code_2(argv, cap
 
 def test_a_user_error_becomes_one_line_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as stopped:
-        config.run(lambda: config.need(False, "give another --data"))
+        main_with_user_errors(lambda: need(False, "give another --data"))
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: give another --data\n"
 
 
 def test_another_error_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
-        config.run(lambda: 1 // 0)
+        main_with_user_errors(lambda: 1 // 0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -137,14 +147,14 @@ def test_a_schedule_that_does_not_grow_is_refused(schedule):
 def test_heads_must_divide_widths(part):
     names = f"{part}_width", f"{part}_heads"
     with pytest.raises(UserError, match=names[0]):
-        build(dict(zip(names, (64, 3))))
-    build(dict(zip(names, (64, 4))))
+        build(CONFIGS, dict(zip(names, (64, 3))))
+    build(CONFIGS, dict(zip(names, (64, 4))))
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_widths_that_hold_positions_are_multiples_of_4(part):
     with pytest.raises(UserError, match=f"{part}_width 66"):
-        build({f"{part}_width": 66, f"{part}_heads": 3})
+        build(CONFIGS, {f"{part}_width": 66, f"{part}_heads": 3})
 
 
 def test_generator_heads_hold_rotary_pairs():
@@ -158,12 +168,12 @@ def test_generator_heads_hold_rotary_pairs():
                                    dict(base_steps=100, continuous_steps=100), dict(continuous_steps=-1)])
 def test_a_value_out_of_range_is_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
-        build(wrong)
+        build(CONFIGS, wrong)
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="unknown setting colour, shape"):
-        build({"shape": 1, "image_size": 32, "colour": 2})
+        build(CONFIGS, {"shape": 1, "image_size": 32, "colour": 2})
     with pytest.raises(UserError, match="preset 'huge' is unknown; choose one of tiny"):
         load_preset("huge")
     with pytest.raises(UserError, match="preset 'huge' is unknown"):
@@ -183,7 +193,7 @@ def test_configurations_cannot_be_changed_after_they_were_checked():
 def test_every_preset_loads_and_survives_json(name):
     loaded = load_preset(name)
     assert tuple(map(type, loaded)) == CONFIGS == (TokenizerConfig, GeneratorConfig, TrainConfig)
-    assert build(json.loads(json.dumps(as_dict(*loaded)))) == loaded
+    assert build(CONFIGS, json.loads(json.dumps(as_dict(*loaded)))) == loaded
     assert all(dict(as_dict(*loaded))[k] == (list(v) if isinstance(v, tuple) else v) for k, v in PRESETS[name].items())
 
 
@@ -197,7 +207,7 @@ def test_num_patches_counts_the_grid():
 
 def save_run(folder, **changes) -> tuple:
     """What train.py writes into a run folder."""
-    saved = build({**PRESETS["tiny"], "codebook_size": 99, "batch_size": 7, **changes})
+    saved = build(CONFIGS, {**PRESETS["tiny"], "codebook_size": 99, "batch_size": 7, **changes})
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"preset": "tiny", **as_dict(*saved)}))
     return saved
@@ -226,7 +236,7 @@ def test_a_new_run_is_named_after_its_preset():
 
 def test_a_folder_that_is_no_run_or_is_torn_is_named(tmp_path):
     with pytest.raises(UserError, match="empty is not a run"):
-        config.read_run(str(tmp_path / "empty"))
+        read_run(str(tmp_path / "empty"))
     save_run(tmp_path / "torn")
     path = tmp_path / "torn" / "config.json"
     path.write_text(path.read_text()[:50])

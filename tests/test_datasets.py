@@ -8,9 +8,9 @@ import tarfile
 import numpy as np
 import pytest
 
-from plumbing import datasets
 from config import TrainConfig
 from helpers import PNG, folder_of, noise, packed, put, refused
+from plumbing import datasets
 from plumbing.shapes import HELD_OUT, TOTAL
 
 # ------------------------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-import config
 import eval_fid
-from evaluation import judging
 import sample
-from plumbing.datasets import open_images
+from evaluation import judging
 from evaluation.judging import Eye, Seen
 from evaluation.tinycnn import random_twin
+from plumbing.datasets import open_images
+from plumbing.flags import main_with_user_errors
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,7 +36,7 @@ def command(*flags) -> tuple[int, str, str]:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            config.run(lambda: eval_fid.main(eval_fid.parse([*map(str, flags), "--device", "cpu", "--batch_size", "16"])))
+            main_with_user_errors(lambda: eval_fid.main(eval_fid.parse([*map(str, flags), "--device", "cpu", "--batch_size", "16"])))
         except SystemExit as stop:
             code = stop.code
     return code, out.getvalue(), err.getvalue()

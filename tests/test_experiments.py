@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 
 import config
-from plumbing.datasets import open_images
+import train
+from experiments import photos, trials
 from helpers import some_shapes
 from mocet import MoCET
+from plumbing.datasets import open_images
+from plumbing.flags import as_dict, as_flags
 from quantizer import VectorQuantizer
 
 ROOT = Path(__file__).parent.parent
-from experiments import photos
-import train
-from experiments import trials
 
 
 def call(name: str, *flags) -> subprocess.CompletedProcess:
@@ -30,8 +30,8 @@ def call(name: str, *flags) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("name", trials.TRIALS)
 def test_a_trial_is_a_run_that_train_would_take(name):
-    run = config.parse_run("", ["--preset", "cifar", "--data", "x", *config.flags({**trials.BASE, **trials.TRIALS[name]})])
-    values = config.as_dict(run.tok, run.gen, run.train)
+    run = config.parse_run("", ["--preset", "cifar", "--data", "x", *as_flags({**trials.BASE, **trials.TRIALS[name]})])
+    values = as_dict(run.tok, run.gen, run.train)
     for field, value in {**trials.BASE, **trials.TRIALS[name]}.items():
         assert values[field] == (list(value) if isinstance(value, tuple) else value)
     assert sum(phase.steps for phase in train.phases(run.tok, run.train)) == trials.BASE["base_steps"], "all learn from as many images"

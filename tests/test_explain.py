@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-import config
 import explain
+from generator import Generator
+from nativetok import NativeTok
+from plumbing.flags import main_with_user_errors
 from plumbing.images import to_float
 from plumbing.processes import Processes
-from runs import load_generator, load_tokenizer
 
 
 def command(run, *flags, out) -> tuple[int, str, str]:
@@ -24,7 +25,7 @@ def command(run, *flags, out) -> tuple[int, str, str]:
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
-            config.run(lambda: explain.main(args))
+            main_with_user_errors(lambda: explain.main(args))
         except SystemExit as stop:
             code = stop.code
     return code, stdout.getvalue(), stderr.getvalue()
@@ -64,7 +65,7 @@ def test_without_matplotlib_the_page_is_still_made(small_run, tmp_path, monkeypa
 
 
 def test_the_last_column_of_the_token_picture_is_the_reconstruction(small_run, page):
-    model = load_tokenizer(str(small_run), torch.device("cpu"))
+    model = NativeTok.of_run(str(small_run), torch.device("cpu"))
     _, pixels, _ = explain.held_out(str(small_run))
     recon = explain.decode(model, model.encode(to_float(pixels[:3]))).numpy()
     sheet = np.asarray(Image.open(page[0] / "tokens.png"))
@@ -76,7 +77,7 @@ def test_the_last_column_of_the_token_picture_is_the_reconstruction(small_run, p
 
 
 def test_attention_of_the_loop_sums_to_one_and_leaves_the_ids_alone(small_run):
-    model = load_tokenizer(str(small_run), torch.device("cpu"))
+    model = NativeTok.of_run(str(small_run), torch.device("cpu"))
     x, trace = torch.rand(2, 3, 32, 32) * 2 - 1, []
     with torch.no_grad():
         plain = model.mocet.forward_loop(model.mit(x), model.quantizer)[1]
@@ -88,8 +89,8 @@ def test_attention_of_the_loop_sums_to_one_and_leaves_the_ids_alone(small_run):
 
 
 def test_bits_are_those_of_the_generators_loss(small_run):
-    model = load_tokenizer(str(small_run), torch.device("cpu"))
-    ar = load_generator(str(small_run), "ar", model, torch.device("cpu"))
+    model = NativeTok.of_run(str(small_run), torch.device("cpu"))
+    ar = Generator.of_run(str(small_run), "ar", model, torch.device("cpu"))
     _, pixels, labels = explain.held_out(str(small_run))
     ids = explain.encoded(model, pixels)
     bits, marginal = explain.bits_per_position(model, ar, ids, labels)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from plumbing import checkpoint
 from helpers import SMALL, same_content, some_shapes, without_times
+from plumbing import checkpoint
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parent.parent

@@ -4,10 +4,11 @@ import math
 import pytest
 import torch
 
-from plumbing import checkpoint
 import generator as G
-from config import GeneratorConfig, UserError, as_dict
+from config import GeneratorConfig
 from generator import ARGenerator, MaskGITGenerator
+from plumbing import checkpoint
+from plumbing.flags import UserError, as_dict
 
 L, K, C = 8, 16, 3
 KINDS = pytest.mark.parametrize("Kind", [ARGenerator, MaskGITGenerator])

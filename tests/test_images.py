@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from plumbing import datasets
 from helpers import RED, encoded, noise, put, refused
+from plumbing import datasets
 from plumbing.images import augment, decode, read_image, resize_crop, save_grid, to_float, to_uint8
 
 

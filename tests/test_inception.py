@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from evaluation import inception
-from helpers import refused
 from evaluation.inception import FIDInceptionV3, resize
+from helpers import refused
 
 GOLDEN = Path(__file__).parent / "golden" / "inception.npz"
 SIZES = ((32, 32), (48, 64), (256, 256), (299, 299))

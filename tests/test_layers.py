@@ -7,7 +7,20 @@ import torch.nn.functional as F
 from torch import nn
 
 import layers
-from layers import Attention, KVCache, Linear, LlamaBlock, RMSNorm, SwiGLU, ViTBlock, patchify, rotary_table, rotate, sincos_2d, unpatchify
+from layers import (
+    Attention,
+    KVCache,
+    Linear,
+    LlamaBlock,
+    RMSNorm,
+    SwiGLU,
+    ViTBlock,
+    patchify,
+    rotary_table,
+    rotate,
+    sincos_2d,
+    unpatchify,
+)
 
 HEADS, D, T, B = 2, 8, 6, 3
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import losses
-from config import UserError
+from plumbing.flags import UserError
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation.measures import (
+    InceptionScore,
+    Statistics,
+    frechet_distance,
+    frechet_from_features,
+    precision_recall,
+    ssim,
+)
 from helpers import refused
-from evaluation.measures import InceptionScore, Statistics, frechet_distance, frechet_from_features, precision_recall, ssim
 
 GOLDEN_FRECHET = {
     "full rank": 28.855420605878138,

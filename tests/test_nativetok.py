@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plumbing import checkpoint
-from config import TokenizerConfig, UserError, as_dict
+from config import TokenizerConfig
 from losses import psnr
 from nativetok import NativeTok, from_checkpoint
+from plumbing import checkpoint
+from plumbing.flags import UserError, as_dict
 
 CFG = TokenizerConfig(image_size=16, patch_size=4, encoder_width=32, encoder_depth=1, encoder_heads=2, expert_width=32, expert_depth=1,
                       expert_heads=2, token_schedule=(2, 4, 6), codebook_size=32, code_dim=4, decoder_width=32, decoder_depth=1, decoder_heads=2)

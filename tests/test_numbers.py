@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import train
+from experiments import order, order_table, trials
 from generator import ARGenerator
 from layers import count_parameters
 from nativetok import NativeTok
@@ -20,9 +21,6 @@ from nativetok import NativeTok
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "experiments/README.md", "CONTRIBUTING.md", "tests/README.md")}
-from experiments import order
-from experiments import order_table
-from experiments import trials
 
 
 def sections(page: str) -> dict[str, str]:

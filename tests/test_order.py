@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import config
+from config import CONFIGS
+from experiments import order, order_table
 from helpers import some_shapes
 from nativetok import NativeTok
+from plumbing.flags import as_dict, build, main_with_user_errors
 
 ROOT = Path(__file__).parent.parent
-from experiments import order
-from experiments import order_table
 
 TRIED = ["titok", "nativetok-hnt", "nativetok-shuffled"]
 
@@ -26,7 +27,7 @@ def command(*flags) -> tuple[int, str, str]:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            config.run(lambda: order.main(order.parse([*map(str, flags), "--device", "cpu"])))
+            main_with_user_errors(lambda: order.main(order.parse([*map(str, flags), "--device", "cpu"])))
         except SystemExit as stop:
             code = stop.code
     return code, out.getvalue(), err.getvalue()
@@ -66,7 +67,7 @@ def test_encoders_of_all_arms_have_the_same_size_within_a_tenth(preset):
     args, size = order.parse(["--preset", preset, *([] if preset == "tiny" else ["--data", "x", "--val_data", "x"])]), {}
     for arm in order.ARMS:
         settings, parameters, target = order.settings_of(arm, args)
-        tok = config.build({**config.PRESETS[args.preset], **settings})[0]
+        tok = build(CONFIGS, {**config.PRESETS[args.preset], **settings})[0]
         assert config.parse_run("", order.command(settings, 0, args, "nowhere")).tok == tok, "the flags say the same"
         model = NativeTok(tok).grow_to(tok.num_tokens)                        # counted another way
         size[arm] = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("decoder", "quantizer")))
@@ -83,7 +84,7 @@ def test_all_arms_take_the_same_steps_and_differ_only_where_they_should():
         assert sum(phase.steps for phase in order.train.phases(run.tok, run.train)) == round(999 * order.SHARE.get(arm, 1)), arm
         assert (len(run.tok.token_schedule) > 1) == (arm in ("nativetok-hnt", "nativetok-reversed", "nativetok-shuffled"))
         assert (run.tok.tail_drop > 0) == (arm == "titok-taildrop")
-        values = config.as_dict(run.tok, run.gen, run.train)
+        values = as_dict(run.tok, run.gen, run.train)
         differing = ("tokenizer", "encoder_width", "encoder_depth", "expert", "expert_width", "expert_depth", "tail_drop",
                      "token_schedule", "base_steps", "grow_steps", "finetune_steps")
         shared.add((run.tok.num_tokens, *(str(v) for name, v in values.items() if name not in differing)))

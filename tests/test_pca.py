@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments import pca
 from helpers import some_shapes
 
 ROOT = Path(__file__).parent.parent
-from experiments import pca
 
 
 def test_levels_for_a_normal_variable_are_lloyd_and_maxs():

@@ -13,6 +13,7 @@ from PIL import Image
 
 import config
 from helpers import SMALL, some_shapes
+from plumbing.flags import UserError
 
 ROOT = Path(__file__).parent.parent
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "experiments/README.md", "CONTRIBUTING.md", "tests/README.md")}
@@ -156,5 +157,5 @@ def test_the_list_of_commands_is_not_empty():
 
 
 def test_a_training_command_with_a_wrong_flag_would_be_noticed():
-    with pytest.raises((SystemExit, config.UserError)):
+    with pytest.raises((SystemExit, UserError)):
         config.parse_run("", [*SMALL, "--run", "x", "--no_such_flag", "1"])

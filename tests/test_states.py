@@ -3,10 +3,9 @@ import pytest
 import torch
 from torch import nn
 
-from plumbing import checkpoint
-from config import UserError
 from helpers import names, same_content
-
+from plumbing import checkpoint
+from plumbing.flags import UserError
 
 # ------------------------------------------------------------------------------------------------
 # states

@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from plumbing.datasets import open_images
-from helpers import folder_of, refused
 from evaluation.tinycnn import TinyCNN, load_judge, random_twin, train_judge
+from helpers import folder_of, refused
+from plumbing.datasets import open_images
 
 
 @pytest.fixture(scope="module")

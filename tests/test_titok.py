@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from config import TokenizerConfig, UserError
+from config import TokenizerConfig
+from plumbing.flags import UserError
 from quantizer import VectorQuantizer
 from titok import TiTok, causal_mask
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import config
-from plumbing import datasets
-from plumbing import tokens
-from plumbing.batches import ImageStream
 from helpers import noise, refused, same, take
+from plumbing import datasets, tokens
+from plumbing.batches import ImageStream
+from plumbing.flags import need
 from plumbing.processes import Processes
 from plumbing.tokens import TokenStream, cache_tokens
 
@@ -62,7 +61,7 @@ def test_the_cache_holds_each_image_and_its_mirror_image_beside_its_label(tmp_pa
 def test_an_image_that_stands_in_for_a_bad_one_brings_its_own_label(tmp_path, dataset):
     """Image 1 cannot be read, image 2 takes its place; under image 1's label the generator would learn a wrong class."""
     def read(key):
-        config.need(key != 1, "image 1: torn")
+        need(key != 1, "image 1: torn")
         return dataset.read(key)
     ids, labels = cached(tmp_path / "tokens", dataclasses.replace(dataset, read=read), skip_bad=True)
     assert np.array_equal(ids[1], ids[2]) and labels[1] == labels[2] == 2 and labels[0] == 0

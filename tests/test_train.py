@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from plumbing import checkpoint
 import config
 import loop
 import train
-from config import UserError
+from config import CONFIGS
 from helpers import SMALL, same_content, some_shapes, without_times
 from nativetok import NativeTok, from_checkpoint
+from plumbing import checkpoint
+from plumbing import run as run_folder
+from plumbing.flags import UserError, build
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Few held-out images, and the signal handlers as they were."""
-    monkeypatch.setattr(loop, "EVAL_IMAGES", 20)
+    monkeypatch.setattr(run_folder, "EVAL_IMAGES", 20)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     yield
     for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
@@ -58,7 +60,7 @@ def rows(folder):
 def finished(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("finished")
     patch = pytest.MonkeyPatch()
-    patch.setattr(loop, "EVAL_IMAGES", 20)
+    patch.setattr(run_folder, "EVAL_IMAGES", 20)
     run(folder, data)
     patch.undo()
     return folder
@@ -75,12 +77,12 @@ def test_the_phases_are_those_of_the_table():
 
 
 def test_no_grow_decoder_freezes_the_decoder_while_growing():
-    tok, _, cfg = config.build({"grow_decoder": False})
+    tok, _, cfg = build(CONFIGS, {"grow_decoder": False})
     assert train.phases(tok, cfg)[1].learns == ("new experts",)
 
 
 def test_one_length_has_nothing_to_grow_and_nothing_to_fine_tune():
-    tok, _, cfg = config.build({"token_schedule": [16]})
+    tok, _, cfg = build(CONFIGS, {"token_schedule": [16]})
     assert [p.name for p in train.phases(tok, cfg)] == ["base"]
 
 

@@ -1,0 +1,124 @@
+"""Dataclasses as command lines: one field, one flag, and one line for a person's mistake.
+
+In       dataclasses of settings, such as the three of config.py, and sys.argv
+Out      their instances; UserError and need for everything that the person at the keyboard can mend
+Differs  from argparse alone: the comment behind a field is its help text, no flag can be shortened,
+         and a wrong one gets one line. The standard library is enough
+"""
+import argparse
+import dataclasses
+import inspect
+import json
+import os
+import re
+import sys
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend; shown as one line, exit code 2."""
+
+
+def need(condition, message: str) -> None:
+    """Raise UserError(message) unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def at_least_one(cfg, *names: str) -> None:
+    for name in names:
+        need(getattr(cfg, name) >= 1, f"{name} {getattr(cfg, name)} must be at least 1")
+
+
+def shares(cfg, *names: str) -> None:
+    for name in names:
+        need(0 <= getattr(cfg, name) <= 1, f"{name} {getattr(cfg, name)} is a share; give a number from 0 to 1")
+
+
+def choose(name: str, value: str, options) -> None:
+    need(value in options, f"{name} {value!r} is unknown; choose one of {', '.join(options)}")
+
+
+def build(configs: tuple[type, ...], values: dict) -> tuple:
+    """Field values by name, any subset -> one instance of each dataclass. Raises UserError for an unknown name."""
+    known = {f.name for config in configs for f in dataclasses.fields(config)}
+    unknown = sorted(set(values) - known)
+    need(not unknown, f"unknown setting {', '.join(unknown)}")
+    # JSON has no tuples, so a list that comes back from a file becomes one again.
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for config in configs:
+        for f in dataclasses.fields(config):
+            given = values.get(f.name, f.default)
+            fits = type(given) is type(f.default) or (type(given) is int and type(f.default) is float)
+            need(fits, f"{f.name} {given!r} is not a {type(f.default).__name__}")
+    return tuple(config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})
+                 for config in configs)
+
+
+def as_dict(*configs) -> dict:
+    """Configurations -> one flat dictionary of plain values, as it goes into JSON and checkpoints."""
+    return {k: list(v) if isinstance(v, tuple) else v for c in configs for k, v in dataclasses.asdict(c).items()}
+
+
+def as_flags(values: dict) -> list[str]:
+    """Field values by name -> the command-line words that set them: the way back from add_flags."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
+def help_lines(config) -> dict:
+    """{field name: the comment behind the field, in the file that holds the dataclass}."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), flags=re.M))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes no shortened flags and answers a wrong one in one line, with exit code 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def add_flags(parser: argparse.ArgumentParser, configs: tuple[type, ...]) -> None:
+    """One flag per field of the dataclasses; flags that are not given stay out of the namespace."""
+    for config in configs:
+        group, lines = parser.add_argument_group(config.__name__), help_lines(config)
+        for f in dataclasses.fields(config):
+            help_text = f"{lines[f.name]} (default: {f.default})".replace("%", "%%")
+            if isinstance(f.default, bool):
+                kind = dict(action=argparse.BooleanOptionalAction)
+            elif isinstance(f.default, tuple):
+                kind = dict(type=int, nargs="+", metavar="N")
+            else:
+                kind = dict(type=type(f.default), metavar=type(f.default).__name__.upper())
+            group.add_argument(f"--{f.name}", help=help_text, default=argparse.SUPPRESS, **kind)
+
+
+def read_run(folder: str) -> dict:
+    """config.json of a run -> its flat dictionary, "preset" included. Raises UserError when it is missing or torn."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+        if not isinstance(values, dict) or "preset" not in values:
+            raise ValueError("it names no preset")
+        return values
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a run: it has no config.json; give a folder that train.py has made") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; restore it or repeat train.py with --preset") from None
+
+
+def main_with_user_errors(main) -> None:
+    """Call main(); a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
