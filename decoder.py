@@ -23,8 +23,9 @@ class Decoder(nn.Module):
         P, D = cfg.patch_size, cfg.decoder_width
         self.patch_size, self.image_size = P, cfg.image_size
         self.embed = nn.Linear(cfg.code_dim, D)
-        self.mask_tokens = nn.Parameter(sincos_2d(cfg.image_size // P, D))    # (N, D) a mask token is its position
-        self.code_pos = nn.ParameterList()                                    # one (new tokens, D) table per growth step
+        # (N, D) a mask token is its position
+        self.mask_tokens = nn.Parameter(sincos_2d(cfg.image_size // P, D))
+        self.code_pos = nn.ParameterList()  # one (new tokens, D) table per growth step
         self.blocks = nn.ModuleList(ViTBlock(D, cfg.decoder_heads) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(D)
         self.to_pixels = nn.Linear(D, 3 * P * P)

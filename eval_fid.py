@@ -220,7 +220,7 @@ def main(args) -> None:
 def run_summary(folder: str, results: dict, rows: list[dict], accuracy: float | None) -> dict:
     """What DESIGN promises of summary.json: quality by length, codebook use, class accuracy, seconds."""
     summary = {"psnr_by_tokens": {}, "codebook_used": {}, "class_accuracy": {}, "seconds": {}}
-    for result in results.values():                                           # in order: the fine-tune overwrites its length's growth step
+    for result in results.values():  # in order: the fine-tune overwrites its length's growth step
         summary["psnr_by_tokens"][str(result["num_tokens"])] = result["psnr"]
         summary["codebook_used"][str(result["num_tokens"])] = result["codebook_used"]
     for row in rows:

@@ -136,7 +136,8 @@ def attention(page: Page, model: NativeTok, images: Tensor, x: Tensor) -> None:
     def shown(maps, under):
         """(L, N) -> uint8 (L, H, W, 3): `under`, bright where the expert looks."""
         scaled = maps / maps.amax(dim=1, keepdim=True).clamp_min(1e-9)
-        mask = F.interpolate(scaled.view(-1, 1, side, side), size=under.shape[:2], mode="nearest")            # (L, 1, H, W)
+        # (L, 1, H, W)
+        mask = F.interpolate(scaled.view(-1, 1, side, side), size=under.shape[:2], mode="nearest")
         return (under.float() * (0.15 + 0.85 * mask.permute(0, 2, 3, 1))).to(torch.uint8)
     white, L, columns = torch.full_like(images[0], 255), model.num_tokens, 12
     looks = [shown(maps.mean(dim=0), white), *(shown(maps[i], images[i]) for i in range(min(4, len(images))))]

@@ -58,7 +58,7 @@ def keep_likely(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
         values[..., top_k:] = -math.inf
     if top_p < 1:
         p = values.softmax(dim=-1)
-        likelier = p.cumsum(dim=-1) - p                       # (..., K), probability of all before this one
+        likelier = p.cumsum(dim=-1) - p  # (..., K), probability of all before this one
         values = values.masked_fill(likelier >= top_p, -math.inf)
     return torch.empty_like(logits).scatter(-1, order, values)
 
@@ -108,7 +108,7 @@ class Generator(nn.Module):
         super().__init__()
         self.cfg, self.num_tokens, self.codebook_size, self.num_classes = cfg, num_tokens, codebook_size, num_classes
         self.classes = [str(c) for c in range(num_classes)]   # names; load() knows better ones
-        self.tokenizer_fingerprint = ""                       # of the tokenizer that these ids belong to; "" unknown
+        self.tokenizer_fingerprint = ""  # of the tokenizer that these ids belong to; "" unknown
         D, heads, depth = cfg.generator_width, cfg.generator_heads, cfg.generator_depth
 
         # AR never reads its last token; MaskGIT reads all of them and knows one more word, the mask.
@@ -210,7 +210,7 @@ class ARGenerator(Generator):
 
         The sum over positions is the cost of an image; an order that helps the generator makes it small.
         """
-        logits = self(self.hide_labels(labels), ids[:, :-1])                                   # (B, L, K)
+        logits = self(self.hide_labels(labels), ids[:, :-1])  # (B, L, K)
         nll = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none").view(ids.shape)   # (B, L)
         return nll.mean(), {"nll_by_position": nll.detach().mean(dim=0)}
 
@@ -226,9 +226,9 @@ class ARGenerator(Generator):
         ids = labels.new_empty(len(labels), 0)
         caches = self.new_caches(len(labels) if cfg_scale == 1 else 2 * len(labels)) if use_cache else None
         for _ in range(self.num_tokens):
-            logits = self.guided(labels, ids, cfg_scale, caches)[:, -1]                        # (B, K)
-            new = draw(logits, generator, temperature, top_k, top_p)                           # (B,)
-            ids = torch.cat([ids, new[:, None]], dim=1)                                        # (B, T) -> (B, T+1)
+            logits = self.guided(labels, ids, cfg_scale, caches)[:, -1]  # (B, K)
+            new = draw(logits, generator, temperature, top_k, top_p)  # (B,)
+            ids = torch.cat([ids, new[:, None]], dim=1)  # (B, T) -> (B, T+1)
         return ids
 
     def new_caches(self, batch: int) -> list[KVCache]:
@@ -247,7 +247,8 @@ def random_masks(batch: int, length: int, device=None) -> Tensor:
     """
     share = torch.acos(torch.rand(batch, 1, device=device)) / (math.pi / 2)
     count = (share * length).round().clamp_min(1)                               # (B, 1)
-    order = torch.rand(batch, length, device=device).argsort(dim=1)             # (B, L), a random permutation per row
+    # (B, L), a random permutation per row
+    order = torch.rand(batch, length, device=device).argsort(dim=1)
     return order < count
 
 
@@ -278,10 +279,11 @@ class MaskGITGenerator(Generator):
 
         dict: "masked_share", how much was masked; "masked_accuracy", the share of masked tokens guessed exactly.
         """
-        masked = random_masks(*ids.shape, ids.device)                                          # (B, L)
-        logits = self(self.hide_labels(labels), ids.masked_fill(masked, self.mask_id))[:, 1:]  # (B, L, K)
+        masked = random_masks(*ids.shape, ids.device)  # (B, L)
+        # (B, L, K)
+        logits = self(self.hide_labels(labels), ids.masked_fill(masked, self.mask_id))[:, 1:]
         error = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none",
-                                label_smoothing=self.cfg.label_smoothing).view(ids.shape)      # (B, L)
+                                label_smoothing=self.cfg.label_smoothing).view(ids.shape)  # (B, L)
         weight = torch.where(masked, 1.0, self.cfg.unmasked_weight)
         loss = (weight * error).sum() / weight.sum()
         hits = (logits.detach().argmax(dim=-1) == ids) & masked
@@ -305,27 +307,28 @@ class MaskGITGenerator(Generator):
         for step, still_masked in enumerate(mask_schedule(self.num_tokens, steps), start=1):
             progress = step / steps
             scale = 1 + (cfg_scale - 1) * progress if cfg_scale > 1 else cfg_scale
-            logits = self.guided(labels, ids, scale)[:, 1:]                                    # (B, L, K)
+            logits = self.guided(labels, ids, scale)[:, 1:]  # (B, L, K)
 
             # 1. Guess every masked token.
-            masked = ids == self.mask_id                                                       # (B, L)
-            guess = draw(logits, generator, temperature)                                       # (B, L)
+            masked = ids == self.mask_id  # (B, L)
+            guess = draw(logits, generator, temperature)  # (B, L)
             ids = torch.where(masked, guess, ids)
 
             # 2. How sure is each guess? Tokens kept earlier are beyond doubt, so they never change.
-            sure = logits.log_softmax(dim=-1).gather(-1, guess[..., None]).squeeze(-1)         # (B, L)
+            sure = logits.log_softmax(dim=-1).gather(-1, guess[..., None]).squeeze(-1)  # (B, L)
             sure = sure + randomize_temperature * (1 - progress) * gumbel(sure.shape, generator, sure.device)
             sure = sure.masked_fill(~masked, math.inf)
 
             # 3. Mask the least sure ones again, as many as the schedule says.
-            again = sure.topk(still_masked, dim=1, largest=False).indices                      # (B, still_masked)
+            again = sure.topk(still_masked, dim=1, largest=False).indices  # (B, still_masked)
             ids = ids.scatter(1, again, self.mask_id)
             if trace is not None:
                 trace.append(ids)
         return ids
 
 
-GENERATORS = {"ar": ARGenerator, "maskgit": MaskGITGenerator}  # the kinds, as flags and checkpoints spell them
+# the kinds, as flags and checkpoints spell them
+GENERATORS = {"ar": ARGenerator, "maskgit": MaskGITGenerator}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from plumbing.flags import need
 from plumbing.run import Run
 
-INTERRUPTED = 3                                                               # exit code after a signal, when all is saved
+INTERRUPTED = 3  # exit code after a signal, when all is saved
 
 
 # ------------------------------------------------------------------------------------------------
@@ -31,13 +31,13 @@ class Job:
     name: str
     steps: int
     batch_size: int                                                           # over all processes
-    rates: tuple[float, float, int]                                           # learning rate: peak, end, warm-up steps
+    rates: tuple[float, float, int]  # learning rate: peak, end, warm-up steps
     model: nn.Module
-    ema: nn.Module                                                            # averaged weights, the ones that are used later
+    ema: nn.Module  # averaged weights, the ones that are used later
     optimizer: torch.optim.Optimizer
-    stream: Callable[[int], Iterator]                                         # step -> batches of this rank from there on
-    loss: Callable                                                            # (wrapped model, batch) -> scalar, {name: scalar}
-    after_step: Callable[[int], None]                                         # called with the number of steps done
+    stream: Callable[[int], Iterator]  # step -> batches of this rank from there on
+    loss: Callable  # (wrapped model, batch) -> scalar, {name: scalar}
+    after_step: Callable[[int], None]  # called with the number of steps done
     save: Callable[[int], None]
     picture: Callable[[str], None]
     step: int = 0                                                             # steps done
@@ -48,7 +48,8 @@ def new_optimizer(model: nn.Module, weight_decay: float, beta2: float) -> torch.
     learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
     def is_matrix(name, p):
-        return p.ndim == 3 or (p.ndim == 2 and name.endswith("weight"))       # experts' matrices are stacked: (n, out, in)
+        # experts' matrices are stacked: (n, out, in)
+        return p.ndim == 3 or (p.ndim == 2 and name.endswith("weight"))
     return torch.optim.AdamW([dict(params=[p for n, p in learning if is_matrix(n, p)], weight_decay=weight_decay),
                               dict(params=[p for n, p in learning if not is_matrix(n, p)], weight_decay=0.0)],
                              lr=0.0, betas=(0.9, beta2), fused=True)
@@ -106,7 +107,7 @@ def fit(job: Job, run: Run) -> None:
 
         # 4. Tell, draw, save. Logged values are means over the steps since the last line, on this process.
         for name, value in {"loss": loss.detach(), "grad_norm": norm, **logs}.items():
-            sums[name].append(value)                                          # float() would wait for the GPU at every step
+            sums[name].append(value)  # float() would wait for the GPU at every step
         if job.step % train.log_every == 0 or job.step == job.steps:
             means = {name: round(torch.stack(values).mean().item(), 6) for name, values in sums.items()}
             speed = job.batch_size * (job.step - since[1]) / (time.time() - since[0])

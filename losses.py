@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from plumbing.flags import UserError, need
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of images in [0, 1]: what the classifier was trained with [torchvision]
+# of images in [0, 1]: what the classifier was trained with [torchvision]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
@@ -68,7 +69,7 @@ class Perceptual(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, enabled=False):    # float32 throughout [TiTok]
-            x = (images.float() + 1) / 2                           # [0, 1], as ImageNet's mean and std expect
+            x = (images.float() + 1) / 2  # [0, 1], as ImageNet's mean and std expect
             x = F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True)
             return self.network((x - self.mean) / self.std)        # (B, classes)
 
@@ -80,13 +81,14 @@ def pretrained_convnext() -> nn.Module:
     """
     try:
         from torchvision.models import ConvNeXt_Small_Weights, convnext_small
-    except (ImportError, RuntimeError) as error:    # RuntimeError: built for another version of torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another version of torch
         raise UserError(f"the perceptual loss needs a torchvision that fits torch {torch.__version__}: "
                         "pip install torchvision, or run with --perceptual_weight 0") from error
     weights = ConvNeXt_Small_Weights.IMAGENET1K_V1
     try:
         return convnext_small(weights=weights)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:    # no network, or half a file
+    # no network, or half a file
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         folder = f"{torch.hub.get_dir()}/checkpoints"
         raise UserError(f"cannot load the weights of the perceptual loss ({type(error).__name__}): "
                         f"put {weights.url} into {folder}, replacing what is there, "
@@ -109,10 +111,10 @@ class Discriminator(nn.Module):
     def __init__(self, width: int = 64):
         super().__init__()
         layers = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]             # H/2
-        for inputs, outputs, stride in ((1, 2, 2), (2, 4, 2), (4, 8, 1)):                     # H/4, H/8, H/8 - 1
+        for inputs, outputs, stride in ((1, 2, 2), (2, 4, 2), (4, 8, 1)):  # H/4, H/8, H/8 - 1
             layers += [nn.Conv2d(inputs * width, outputs * width, 4, stride, padding=1, bias=False),
                        nn.GroupNorm(32, outputs * width), nn.LeakyReLU(0.2)]
-        layers += [nn.Conv2d(8 * width, 1, 4, stride=1, padding=1)]                           # H/8 - 2
+        layers += [nn.Conv2d(8 * width, 1, 4, stride=1, padding=1)]  # H/8 - 2
         self.layers = nn.Sequential(*layers)
         self.apply(self.init)
 
@@ -192,7 +194,7 @@ class Adversary:
     def __init__(self, learning_rate: float, device: torch.device):
         self.net, self.lecam = Discriminator().to(device), LeCam().to(device)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-4)
-        self.seen = None                                                      # (real, fake) of the step that is under way
+        self.seen = None  # (real, fake) of the step that is under way
 
     def judge(self, images: Tensor, recon: Tensor) -> Tensor:
         """images, recon (B, 3, H, W) -> the tokenizer's adversarial loss, a scalar."""
@@ -204,7 +206,7 @@ class Adversary:
         if self.seen is None:
             return
         (images, recon), self.seen = self.seen, None
-        self.optimizer.zero_grad(set_to_none=True)                            # judge() left the tokenizer's gradients here
+        self.optimizer.zero_grad(set_to_none=True)  # judge() left the tokenizer's gradients here
         real, fake = self.net(images), self.net(recon)
         (discriminator_loss(real, fake) + 0.001 * self.lecam(real, fake)).backward()
         if dist.is_available() and dist.is_initialized():

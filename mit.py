@@ -23,7 +23,8 @@ class MIT(nn.Module):
         P, D = cfg.patch_size, cfg.encoder_width
         self.patch_size = P
         self.embed = nn.Linear(3 * P * P, D)
-        self.pos = nn.Parameter(sincos_2d(cfg.image_size // P, D))            # (N, D) starts as sine and cosine, then learns
+        # (N, D) starts as sine and cosine, then learns
+        self.pos = nn.Parameter(sincos_2d(cfg.image_size // P, D))
         self.blocks = nn.ModuleList(ViTBlock(D, cfg.encoder_heads) for _ in range(cfg.encoder_depth))
         self.norm = nn.LayerNorm(D)
         self.dimension_switcher = nn.Linear(D, cfg.expert_width)

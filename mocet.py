@@ -53,12 +53,12 @@ class ExpertGroup(nn.Module):
         E, d = cfg.expert_width, cfg.code_dim
 
         def matrices(out, into, gain=1.0):
-            bound = gain * (6 / (out + into)) ** 0.5                          # Xavier-uniform, like every ViT here
+            bound = gain * (6 / (out + into)) ** 0.5  # Xavier-uniform, like every ViT here
             return nn.Parameter(torch.empty(n, out, into).uniform_(-bound, bound))
 
         # Unit-scale queries make attention pick some patches from the first step on, others for each expert.
         self.query = nn.Parameter(torch.randn(n, E))
-        self.pos = nn.Parameter(torch.randn(n, E))                            # the place of token i, for those who read it
+        self.pos = nn.Parameter(torch.randn(n, E))  # the place of token i, for those who read it
         self.layers = nn.ModuleList(nn.ParameterDict(dict(
             wq=matrices(E, E, QUERY_GAIN), wk=matrices(E, E), wv=matrices(E, E),
             wo=matrices(E, E), bo=nn.Parameter(torch.zeros(n, E)),
@@ -98,7 +98,8 @@ def watch(trace: list | None, q: Tensor, k: Tensor) -> None:
 def block_layer(w: SimpleNamespace, x: Tensor, heads: int, trace: list | None = None) -> Tensor:
     """Published form: all rows x (B, T, E) ask all rows, and all are rewritten."""
     c = norm(x)
-    q, k, v = (split_heads(F.linear(c, m), heads).transpose(1, 2) for m in (w.wq, w.wk, w.wv))   # (B, heads, T, E/heads)
+    # (B, heads, T, E/heads)
+    q, k, v = (split_heads(F.linear(c, m), heads).transpose(1, 2) for m in (w.wq, w.wk, w.wv))
     watch(trace, q, k)
     x = x + F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), w.wo, w.bo)
     return x + mlp(w, x)
@@ -107,8 +108,9 @@ def block_layer(w: SimpleNamespace, x: Tensor, heads: int, trace: list | None = 
 def query_layer(w: SimpleNamespace, h: Tensor, context: Tensor, heads: int, trace: list | None = None) -> Tensor:
     """Query form, written out: h (B, E) asks the rows of context (B, T, E) and itself; only h is rewritten."""
     rows = torch.cat([context, norm(h)[:, None]], dim=1)                      # (B, T+1, E)
-    q = split_heads(F.linear(norm(h), w.wq), heads)[:, :, None]               # (B, heads, 1, E/heads)
-    k, v = (split_heads(F.linear(rows, m), heads).transpose(1, 2) for m in (w.wk, w.wv))         # (B, heads, T+1, E/heads)
+    q = split_heads(F.linear(norm(h), w.wq), heads)[:, :, None]  # (B, heads, 1, E/heads)
+    # (B, heads, T+1, E/heads)
+    k, v = (split_heads(F.linear(rows, m), heads).transpose(1, 2) for m in (w.wk, w.wv))
     watch(trace, q, k)
     h = h + F.linear(F.scaled_dot_product_attention(q, k, v).flatten(1), w.wo, w.bo)
     return h + mlp(w, h)
@@ -116,8 +118,8 @@ def query_layer(w: SimpleNamespace, h: Tensor, context: Tensor, heads: int, trac
 
 def query_in_context_space(wq: Tensor, wk: Tensor, h: Tensor, heads: int) -> Tensor:
     """u = Wk^T Wq norm(h) / sqrt(E/heads), one row per head: h (..., E), wq, wk (..., E, E) -> (..., heads, E)."""
-    q = split_heads((wq @ norm(h)[..., None])[..., 0], heads)                 # (..., heads, E/heads)
-    wk = wk.unflatten(-2, (heads, -1))                                        # (..., heads, E/heads, E)
+    q = split_heads((wq @ norm(h)[..., None])[..., 0], heads)  # (..., heads, E/heads)
+    wk = wk.unflatten(-2, (heads, -1))  # (..., heads, E/heads, E)
     return (q[..., None, :] @ wk)[..., 0, :] * q.shape[-1] ** -0.5
 
 
@@ -128,7 +130,8 @@ def query_layer_fast(w: SimpleNamespace, h: Tensor, cx: Tensor, prior: Tensor, h
     """
     memory = torch.cat([prior, norm(h)[:, None]], dim=1)                      # (B, T+1, E)
     q = split_heads(F.linear(norm(h), w.wq), heads)                           # (B, heads, E/heads)
-    u = torch.einsum("bhc,hce->bhe", q, w.wk.unflatten(0, (heads, -1))) * q.shape[-1] ** -0.5    # (B, heads, E)
+    # (B, heads, E)
+    u = torch.einsum("bhc,hce->bhe", q, w.wk.unflatten(0, (heads, -1))) * q.shape[-1] ** -0.5
     if scores_x is None:
         scores_x = u @ cx.transpose(1, 2)                                     # (B, heads, N)
     a = torch.cat([scores_x, u @ memory.transpose(1, 2)], dim=-1).softmax(dim=-1)
@@ -147,8 +150,9 @@ class MoCET(nn.Module):
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
         self.cfg = cfg
-        self.embed_code = nn.Linear(cfg.code_dim, cfg.expert_width)           # a prior token, as the experts read it
-        nn.init.normal_(self.embed_code.weight)                               # codes have norm 1: this makes them unit scale
+        # a prior token, as the experts read it
+        self.embed_code = nn.Linear(cfg.code_dim, cfg.expert_width)
+        nn.init.normal_(self.embed_code.weight)  # codes have norm 1: this makes them unit scale
         nn.init.zeros_(self.embed_code.bias)
         self.groups = nn.ModuleList()
         self.grow(cfg.token_schedule[0])
@@ -176,8 +180,8 @@ class MoCET(nn.Module):
     def forward(self, x_latent: Tensor, quantizer: VectorQuantizer) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         cfg, heads = self.cfg, self.cfg.expert_heads
         codes, cx = quantizer.codes(), norm(x_latent)                         # (K, d), (B, N, E)
-        prior = cx[:, :0]                                                     # (B, 0, E) query form: prior tokens as context rows
-        rows = x_latent                                                       # (B, N, E) block form: everything so far, as it is
+        prior = cx[:, :0]  # (B, 0, E) query form: prior tokens as context rows
+        rows = x_latent  # (B, N, E) block form: everything so far, as it is
         z, z_q, ids = [], [], []
         for group in self.groups:
             # One product per group, not one for all: growing must not change how the old part rounds.
@@ -209,7 +213,8 @@ class MoCET(nn.Module):
     def first_scores(self, group: ExpertGroup, cx: Tensor) -> list[Tensor]:
         """Scores of the first layer against X_latent for all experts of a group: a (B, heads, N) for each."""
         n, heads = len(group), self.cfg.expert_heads
-        u = query_in_context_space(group.layers[0].wq, group.layers[0].wk, group.query, heads)   # (n, heads, E)
+        # (n, heads, E)
+        u = query_in_context_space(group.layers[0].wq, group.layers[0].wk, group.query, heads)
         scores = cx @ u.flatten(0, 1).T                                       # (B, N, n*heads)
         return scores.transpose(1, 2).unflatten(1, (n, heads)).unbind(1)
 
@@ -219,7 +224,7 @@ class MoCET(nn.Module):
         trace   a list to which each layer of each expert appends its attention (B, heads, N + tokens so far + 1)
         """
         heads = self.cfg.expert_heads
-        rows = x_latent                                                       # (B, N, E), later followed by the tokens
+        rows = x_latent  # (B, N, E), later followed by the tokens
         z, z_q, ids = [], [], []
         for group in self.groups:
             for i in range(len(group)):

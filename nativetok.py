@@ -45,7 +45,7 @@ class NativeTok(nn.Module):
         z_q, ids, losses = self.tokenize(images)
         if self.training and self.cfg.tail_drop and torch.rand(()) < self.cfg.tail_drop:
             k = int(torch.randint(1, self.num_tokens + 1, ()))
-            z_q = z_q[:, :k]                                                  # the decoder gets the first k tokens only
+            z_q = z_q[:, :k]  # the decoder gets the first k tokens only
         return self.decoder(z_q).float(), ids, losses
 
     def tokenize(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -34,7 +34,7 @@ class VectorQuantizer(nn.Module):
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
         self.codebook = nn.Parameter(F.normalize(torch.randn(cfg.codebook_size, cfg.code_dim), dim=-1))   # (K, d)
-        self.entropy_weight = cfg.entropy_weight                              # only to know whether the term is wanted
+        self.entropy_weight = cfg.entropy_weight  # only to know whether the term is wanted
         self.continuous = False
         self.register_buffer("count", torch.zeros(cfg.codebook_size, dtype=torch.int64))
         self.recent = None
@@ -68,8 +68,9 @@ class VectorQuantizer(nn.Module):
             if self.training:
                 self.count += torch.bincount(ids.flatten(), minlength=len(self.count))
                 self.recent = z.detach().flatten(0, -2)
-            losses = {"codebook": F.mse_loss(e, z.detach()),                              # codes move to the vectors
-                      "commitment": F.mse_loss(z, e.detach()) * (not self.continuous)}    # vectors stay near their codes
+            losses = {"codebook": F.mse_loss(e, z.detach()),  # codes move to the vectors
+                      # vectors stay near their codes
+                      "commitment": F.mse_loss(z, e.detach()) * (not self.continuous)}
             if self.entropy_weight:
                 losses["entropy"] = self.unevenness(z)
             return losses
@@ -99,7 +100,8 @@ class VectorQuantizer(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(self.count)
         dead = self.count == 0
-        fresh = shared_sample(self.recent, len(self.codebook))                # drawn in any case: all ranks must take part
+        # drawn in any case: all ranks must take part
+        fresh = shared_sample(self.recent, len(self.codebook))
         self.codebook[dead] = fresh[dead]
         self.count.zero_()
         return dead
@@ -121,7 +123,7 @@ def shared_sample(z: Tensor, amount: int) -> Tensor:
     if rounds > 1:
         rows = F.normalize(rows + 0.01 * torch.randn(rows.shape).to(rows), dim=-1)
     if dist.is_initialized():
-        dist.broadcast(rows, 0)                                               # the ranks' random states differ
+        dist.broadcast(rows, 0)  # the ranks' random states differ
     return rows
 
 

@@ -43,7 +43,7 @@ def number(kind: type, low: float = 0):
         if not low <= value <= 1e9:
             raise argparse.ArgumentTypeError(f"{text} is out of range; give {low} to 1e9")
         return value
-    read.__name__ = kind.__name__                                             # argparse: invalid int value: 'x'
+    read.__name__ = kind.__name__  # argparse: invalid int value: 'x'
     return read
 
 
@@ -61,7 +61,8 @@ def parse(argv=None) -> argparse.Namespace:
         text += "" if default is None or default is False else f" (default: {default})"
         if "type" in kind:
             kind["metavar"] = kind["type"].__name__.upper()
-        to.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)   # SUPPRESS: absent unless given
+        # SUPPRESS: absent unless given
+        to.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
 
     flag("run", None, "folder of the run, made by train.py", required=True)
     flag("device", "auto", "where to compute; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
@@ -159,7 +160,8 @@ def samples(args, tokenizer: NativeTok, device: torch.device) -> None:
     print(f"{path}: {args.per_class} samples in a row; rows {', '.join(names[c] for c in classes)}{more}")
     if args.single:
         for j, (image, label) in enumerate(zip(images, labels)):
-            name = re.sub(r"[^\w-]+", "-", names[label])                      # "tabby, tabby cat" and a/b make no file names
+            # "tabby, tabby cat" and a/b make no file names
+            name = re.sub(r"[^\w-]+", "-", names[label])
             with checkpoint.replacing(os.path.join(folder, f"{j:03}_{name}.png")) as file:
                 Image.fromarray(image).save(file, "PNG")
         print(f"{os.path.join(folder, '000_*.png')} to {j:03}: the same, one by one")
@@ -181,7 +183,8 @@ def reconstruct(args, tokenizer: NativeTok, device: torch.device) -> None:
         x = to_float(image[None].to(device))                                  # (1, 3, H, W)
         with enough_memory("use --device cpu"):
             ids = tokenizer.encode(x)                                         # (1, L)
-            recon = torch.cat([tokenizer.decode(ids[:, :k]) for k in prefixes]).clamp(-1, 1)       # (P, 3, H, W)
+            # (P, 3, H, W)
+            recon = torch.cat([tokenizer.decode(ids[:, :k]) for k in prefixes]).clamp(-1, 1)
         rows.append(torch.cat([image[None], to_uint8(recon).cpu()]))          # (1+P, H, W, 3)
         print(f"{file}\n  PSNR  " + ", ".join(f"{k}: {dB:.2f}" for k, dB in zip(prefixes, psnr(recon, x).tolist())) + " dB")
         print("  ids  ", *ids[0].tolist())

@@ -27,7 +27,8 @@ class TiTok(nn.Module):
         self.patch_size = P
         self.embed = nn.Linear(3 * P * P, D)
         self.pos = nn.Parameter(sincos_2d(cfg.image_size // P, D))            # (N, D)
-        self.latents = nn.Parameter(torch.randn(L, D))                        # unit scale, so that each asks for something else
+        # unit scale, so that each asks for something else
+        self.latents = nn.Parameter(torch.randn(L, D))
         self.blocks = nn.ModuleList(ViTBlock(D, cfg.encoder_heads) for _ in range(cfg.encoder_depth))
         self.norm = nn.LayerNorm(D)
         self.head = nn.Linear(D, cfg.code_dim)

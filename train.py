@@ -114,7 +114,7 @@ def train_tokenizer(run: Run, stage: int | None) -> None:
     missing = [p.name for p in plan if p.stage < (stage or 1) and p.name not in results]
     need(not missing, f"stage {stage} needs stage 1, and {', '.join(missing)} is not finished in {run.folder}; run it without --stage, or with --stage 1")
 
-    torch.manual_seed(train.seed)                                             # the same weights on every process
+    torch.manual_seed(train.seed)  # the same weights on every process
     model = NativeTok(tok)
     if saved:
         checkpoint.load_strict(model.grow_to(saved["num_tokens"]), saved["model"], path)
@@ -134,7 +134,7 @@ def train_tokenizer(run: Run, stage: int | None) -> None:
         start = saved["step"] if saved and saved["phase"] == phase.name else 0
         steps_before = sum(p.steps for p in plan[:number])
         if model.num_tokens < phase.num_tokens:
-            torch.manual_seed(train.seed + number)                            # the same new experts on every process
+            torch.manual_seed(train.seed + number)  # the same new experts on every process
             model.grow(phase.num_tokens)
             ema = copy.deepcopy(model).requires_grad_(False).eval()
         freeze(model, phase.learns)
@@ -165,7 +165,7 @@ def train_tokenizer(run: Run, stage: int | None) -> None:
                 quantizer.continuous, moved = False, ...
             elif "codebook" in phase.learns and not quantizer.continuous and train.reseed_every and done % train.reseed_every == 0:
                 moved = quantizer.reseed()
-            if moved is not None:                                             # an average of old and new places is no code
+            if moved is not None:  # an average of old and new places is no code
                 ema.quantizer.codebook[moved] = quantizer.codebook[moved]
             if adversary:
                 with torch.enable_grad():
@@ -187,7 +187,7 @@ def train_tokenizer(run: Run, stage: int | None) -> None:
                   model, ema, optimizer, stream, loss, after_step, save, picture, start)
         began = time.time()
         fit(job, run)
-        model.load_state_dict(ema.state_dict())                               # what is frozen from now on is what will be used
+        model.load_state_dict(ema.state_dict())  # what is frozen from now on is what will be used
         results[phase.name] = {"num_tokens": model.num_tokens, **evaluate(ema, run), "seconds": round(time.time() - began, 1)}
         save(phase.steps)
         picture(phase.name)
@@ -268,7 +268,7 @@ def train_generator(run: Run, kind: str) -> None:
     with torch.no_grad():
         batches = eval_batches(run.val, run.tok.image_size, 250, run.eval_indices, skip_bad=train.skip_bad)
         held_out = [(encode(images).to(procs.device), y.to(procs.device)) for images, y in batches]
-        torch.manual_seed(train.seed)                                         # MaskGIT's loss draws masks
+        torch.manual_seed(train.seed)  # MaskGIT's loss draws masks
         losses = [ema.loss(i, y)[0].item() * len(i) for i, y in held_out] if run.val.classes == run.data.classes else []
     save(train.generator_steps, "finished")
     picture(kind)

@@ -37,10 +37,11 @@ def resize(images: Tensor, size: int = SIZE) -> Tensor:
     """
     for dim in (2, 3):
         length = images.shape[dim]
-        place = torch.arange(size, dtype=torch.float32, device=images.device) * (length / size)   # (size,)
+        # (size,)
+        place = torch.arange(size, dtype=torch.float32, device=images.device) * (length / size)
         low = place.long().clamp(max=length - 1)
         high = (low + 1).clamp(max=length - 1)
-        share = (place - low).view(-1, *[1] * (3 - dim))                                          # of `high`
+        share = (place - low).view(-1, *[1] * (3 - dim))  # of `high`
         images = images.index_select(dim, low) * (1 - share) + images.index_select(dim, high) * share
     return images
 
@@ -176,8 +177,8 @@ class FIDInceptionV3(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         need(images.dtype == torch.uint8, f"FIDInceptionV3 takes uint8 images, 0 to 255, not {images.dtype}")
-        with torch.autocast(images.device.type, enabled=False):                  # FID is defined in float32
-            x = (resize(images.float()) - 128) / 128                             # (B, 3, 299, 299) in [-1, 1)
+        with torch.autocast(images.device.type, enabled=False):  # FID is defined in float32
+            x = (resize(images.float()) - 128) / 128  # (B, 3, 299, 299) in [-1, 1)
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
             x = F.max_pool2d(x, 3, stride=2)                                     # (B, 64, 73, 73)
             x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
@@ -185,8 +186,8 @@ class FIDInceptionV3(nn.Module):
             for block in (self.Mixed_5b, self.Mixed_5c, self.Mixed_5d, self.Mixed_6a, self.Mixed_6b, self.Mixed_6c, self.Mixed_6d,
                           self.Mixed_6e, self.Mixed_7a, self.Mixed_7b, self.Mixed_7c):
                 x = block(x)
-            features = x.mean(dim=(2, 3))                                        # (B, 2048, 8, 8) -> (B, 2048)
-            return features, features @ self.fc.weight.T                         # Inception Score leaves the bias out, too
+            features = x.mean(dim=(2, 3))  # (B, 2048, 8, 8) -> (B, 2048)
+            return features, features @ self.fc.weight.T  # Inception Score leaves the bias out, too
 
     @staticmethod
     def load(path: str = "") -> "FIDInceptionV3":

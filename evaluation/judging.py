@@ -35,7 +35,7 @@ from plumbing.flags import need
 from plumbing.images import explained, to_float, to_uint8
 from plumbing.processes import Processes, enough_memory
 
-KEPT = 10000                                                                  # images whose features are kept, for precision and recall
+KEPT = 10000  # images whose features are kept, for precision and recall
 
 
 # ------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ class Eye:
     """key: the name of its Fréchet distance in the results; title: what it must be called; says_class: logits are those of the data."""
     key: str
     title: str
-    look: Callable                                                            # uint8 (B, H, W, 3) -> features (B, f), logits (B, C)
+    look: Callable  # uint8 (B, H, W, 3) -> features (B, f), logits (B, C)
     features: int
     says_class: bool = False
 
@@ -85,9 +85,9 @@ class Subject:
     name: str
     n: int
     batches: Callable[[list[int]], Iterator[tuple[Tensor, Tensor, Tensor | None]]]
-    labelled: bool = True                                                     # do the labels say what should be seen?
+    labelled: bool = True  # do the labels say what should be seen?
     settings: dict = field(default_factory=dict)
-    swept: dict = field(default_factory=dict)                                 # those settings that --sweep varies
+    swept: dict = field(default_factory=dict)  # those settings that --sweep varies
 
 
 def real(name: str, dataset: ImageSet, indices: np.ndarray, size: int, args, change: Callable | None = None) -> Subject:
@@ -212,7 +212,7 @@ def read_reference(path: str, eyes: list[Eye]) -> Reference:
     need(found, f"{path} holds statistics of {key}, and this is {' and '.join(eye.key for eye in eyes)}: they cannot be compared"
          + ("; use --features inception" if key == "fid" else ""))
     need(mu.shape == (found[0].features,) and sigma.shape == (found[0].features,) * 2, f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit {key}")
-    eyes[:] = found                                                           # the others have nothing to be compared with
+    eyes[:] = found  # the others have nothing to be compared with
     return Reference(os.path.basename(path), n, {key: mu}, {key: sigma}, {})
 
 

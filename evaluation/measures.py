@@ -26,7 +26,8 @@ class Statistics:
     """
 
     def __init__(self, f: int):
-        self.n, self.mu, self.scatter = 0, np.zeros(f), np.zeros((f, f))      # scatter = sum of (x - mu)(x - mu)^T
+        # scatter = sum of (x - mu)(x - mu)^T
+        self.n, self.mu, self.scatter = 0, np.zeros(f), np.zeros((f, f))
 
     def add(self, features: np.ndarray) -> None:
         """features (m, f), any m from 1 on."""
@@ -147,7 +148,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     window = torch.exp(-x.square() / (2 * 1.5 ** 2))
     window = (window / window.sum()).to(a.device)
 
-    def blur(images):                                                         # (B, 3, H, W) -> (B, 3, H-10, W-10)
+    def blur(images):  # (B, 3, H, W) -> (B, 3, H-10, W-10)
         x = images.double().flatten(0, 1)[:, None]
         return F.conv2d(F.conv2d(x, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11)).view(*images.shape[:2], *(s - 10 for s in images.shape[2:]))
     a, b = a.double(), b.double()

@@ -66,7 +66,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    parser.add_argument("--child", choices=("joint", "grow"), help=argparse.SUPPRESS)         # measured in a process of its own, for its peak memory
+    # measured in a process of its own, for its peak memory
+    parser.add_argument("--child", choices=("joint", "grow"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     for name in args.rows:
         choose("row", name, ROWS)
@@ -211,7 +212,7 @@ def peak_gib(device) -> float:
     if os.path.exists("/proc/self/status"):
         with open("/proc/self/status") as status:
             return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30       # a Mac counts in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30  # a Mac counts in bytes
 
 
 def in_child(bench: Bench, module: str, *what) -> list[float]:

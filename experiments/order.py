@@ -62,7 +62,8 @@ from plumbing.processes import Processes, provenance
 from plumbing.tokens import cache_tokens
 from quantizer import usage
 
-ARMS = {  # name: (settings beside those that all arms share, order in which the generator gets the tokens)
+# name: (settings beside those that all arms share, order in which the generator gets the tokens)
+ARMS = {
     "titok": ({"tokenizer": "titok"}, "as made"),
     "titok-causal": ({"tokenizer": "titok-causal"}, "as made"),
     "titok-taildrop": ({"tokenizer": "titok", "tail_drop": 0.5}, "as made"),
@@ -73,10 +74,12 @@ ARMS = {  # name: (settings beside those that all arms share, order in which the
     "nativetok-reversed": ({}, "reversed"),
     "nativetok-shuffled": ({}, "shuffled"),
 }
-SHARE = {"nativetok-joint-time": 0.9}                                          # of the budget's steps: hnt's training time by joint's, as measured
-GROWN = "nativetok-hnt"                                                        # also the arm whose tokens the controls take
-SCALES = (1.5, 2.0, 3.0)                                                      # guidance that is tried beside 1, plain
-PLANS = {  # preset, its settings that change here, steps of tokenizer and generators, samples, steps of the judge
+# of the budget's steps: hnt's training time by joint's, as measured
+SHARE = {"nativetok-joint-time": 0.9}
+GROWN = "nativetok-hnt"  # also the arm whose tokens the controls take
+SCALES = (1.5, 2.0, 3.0)  # guidance that is tried beside 1, plain
+# preset, its settings that change here, steps of tokenizer and generators, samples, steps of the judge
+PLANS = {
     # 16 tokens and narrow experts: eight arms in under 40 minutes, and titok's ViT is as wide as MIT. Over half of hnt's steps are fine-tune, see trials.py.
     "tiny": ("tiny", dict(token_schedule=(8, 12, 16), expert_width=64, base_steps=400, grow_steps=100, finetune_steps=700), 1200, 400, 500, 500),
     "cifar": ("cifar", dict(), 14000, 2500, 2000, 2000),
@@ -125,7 +128,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 def encoder_parameters(tok: TokenizerConfig) -> int:
     """Parameters of what makes tokens of images, at full length: all but the codebook and the decoder, which are shared."""
-    with torch.device("meta"):                                                # counted without making them
+    with torch.device("meta"):  # counted without making them
         model = NativeTok(tok).grow_to(tok.num_tokens)
     return count_parameters(model) - count_parameters(model.quantizer) - count_parameters(model.decoder)
 
@@ -135,7 +138,7 @@ def matched(tok: TokenizerConfig, name: str, step: int, target: int) -> int:
     best, value = None, step
     while True:
         off = abs(encoder_parameters(replace(tok, **{name: value})) - target)
-        if best is not None and off > best[0]:                                # past the nearest, as wider is only ever larger
+        if best is not None and off > best[0]:  # past the nearest, as wider is only ever larger
             return best[1]
         best, value = (off, value), value + step
 
@@ -148,7 +151,8 @@ def settings_of(arm: str, args) -> tuple[dict, int, int]:
     # 1. Steps. HNT's phases share the budget in the preset's proportions; joint training is one phase of all steps.
     total = preset["base_steps"] + len(longer) * preset["grow_steps"] + preset["finetune_steps"]
     base, grow = (max(1, round(budget * preset[name] / total)) for name in ("base_steps", "grow_steps"))
-    start = round(args.budget * preset["base_steps"] / total) // 3            # without quantization at most, the same in all arms
+    # without quantization at most, the same in all arms
+    start = round(args.budget * preset["base_steps"] / total) // 3
     settings = {**args.sizes, "tail_drop": 0.0, "token_schedule": (L,), "base_steps": budget, "generator_steps": args.generator_steps,
                 "continuous_steps": min(preset["continuous_steps"], start), **ARMS[arm][0]}
     if arm == GROWN or ARMS[arm][1] != "as made":
@@ -189,7 +193,8 @@ class Permuted(nn.Module):
         return self.tokenizer.encode(images)[:, self.order]                   # (B, L)
 
     def decode(self, ids: Tensor) -> Tensor:
-        return self.tokenizer.decode(ids[:, self.order.argsort()])            # all L of them: a prefix has holes when put back
+        # all L of them: a prefix has holes when put back
+        return self.tokenizer.decode(ids[:, self.order.argsort()])
 
 
 def in_order_of(arm: str, seed: int, tokenizer: NativeTok) -> NativeTok | Permuted:
@@ -208,7 +213,7 @@ def watched_fit(job, run) -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")                     # the peak becomes what is in use now
+            Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is in use now
     fit(job, run)
     if cuda or status.exists():
         peak = torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1024
@@ -221,7 +226,7 @@ def train_stages(flags: list[str], *stages: int) -> None:
         with mock.patch.object(train, "fit", watched_fit):
             for stage in stages:
                 train.main(config.parse_run("", [*flags, "--stage", str(stage)]))
-    finally:                                                                  # nobody listens to train.py's handlers any more
+    finally:  # nobody listens to train.py's handlers any more
         signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -329,7 +334,7 @@ def run_arm(arm: str, seed: int, args, procs: Processes, data, val) -> None:
     path = os.path.join(args.out, f"{arm}-{seed}.json")
     settings, parameters, target = settings_of(arm, args)
     asked = {"preset": args.preset, **settings, "num_samples": args.num_samples, "judge_steps": args.judge_steps, "images": data.fingerprint, "held_out": val.fingerprint}
-    asked = json.loads(json.dumps(asked))                                     # as it comes back from a file: no tuples
+    asked = json.loads(json.dumps(asked))  # as it comes back from a file: no tuples
     if os.path.exists(path):
         found = checkpoint.read_json(path)["settings"]
         changed = [f"{k}: {found.get(k)} -> {asked.get(k)}" for k in {**found, **asked} if found.get(k) != asked.get(k)]
@@ -367,7 +372,7 @@ def main(args) -> None:
         data, val = train_and_val(args.data, args.val_data, 0, 0)
         need(val.classes == data.classes and len(data.classes) > 1, f"{args.data} and {args.val_data} need the same classes, two or more")
         os.makedirs(os.path.join(args.out, "runs"), exist_ok=True)
-        for seed in args.seeds:                                               # a whole table first, then its spread
+        for seed in args.seeds:  # a whole table first, then its spread
             for arm in args.arms:
                 run_arm(arm, seed, args, procs, data, val)
         if not args.quick:

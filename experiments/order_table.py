@@ -148,7 +148,8 @@ def draw_figure(found: dict[str, list[dict]], out: str) -> None:
         quality, bits, ar, maskgit = ([t[title][name] for t in tables] for title, name in (
             ("Reconstruction and bits", "PSNR"), ("Reconstruction and bits", "AR bits"), ("Samples", "AR best FD"), ("Samples", "MaskGIT best FD")))
         for axis, x, y, marker in ((middle, quality, ar, "o"), (middle, quality, maskgit, "^"), (right, bits, quality, "o")):
-            axis.scatter(x, y, s=12, color=colour, alpha=0.5, marker=marker)  # each seed, and their mean
+            # each seed, and their mean
+            axis.scatter(x, y, s=12, color=colour, alpha=0.5, marker=marker)
             axis.scatter(np.mean(x), np.mean(y), s=60, color=colour, marker=marker, label=arm)
     if os.path.exists(os.path.join(out, "pca.json")):
         right.plot(*zip(*checkpoint.read_json(os.path.join(out, "pca.json"))["bits_and_psnr"]), "k.--", label="PCA transform code")

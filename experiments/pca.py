@@ -46,7 +46,7 @@ def main() -> None:
     x, held_out = pixels(train, args.image_size, 20000), pixels(val, args.image_size, 10000)
     mean = x.mean(axis=0)
     _, basis = np.linalg.eigh(np.cov(x, rowvar=False))
-    basis = basis[:, ::-1][:, :256]                                           # (pixels, components), the strongest first
+    basis = basis[:, ::-1][:, :256]  # (pixels, components), the strongest first
     count = basis.shape[1]
     c, h = (x - mean) @ basis, (held_out - mean) @ basis
     errors = [[float((column ** 2).mean())] for column in c.T]                # [component][bits]

@@ -13,7 +13,7 @@ from plumbing.flags import Parser, choose, main_with_user_errors, need
 
 SIZES = ((32, 32), (64, 48), (100, 100), (90, 160), (200, 150))
 ENDINGS = ("jpg", "png", "webp", "gif", "JPG", "jpeg")
-ORIENTATION, TURNED = 0x0112, 6                                               # EXIF: show it turned a quarter clockwise
+ORIENTATION, TURNED = 0x0112, 6  # EXIF: show it turned a quarter clockwise
 
 
 def save(image: Image.Image, number: int, stem: str) -> None:

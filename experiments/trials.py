@@ -30,7 +30,7 @@ BASE = dict(token_schedule=(16,), expert_width=64, base_steps=800, continuous_st
             generator_batch_size=32, generator_dropout=0.0, generator_steps=600, sample_every=100000)
 TRIALS = {  # name: settings of train.py that differ from BASE
     "base": {},
-    "no gradient through the prefix": {},                                     # see without_prefix_gradient
+    "no gradient through the prefix": {},  # see without_prefix_gradient
     "experts of two layers": dict(expert_depth=2),
     "experts twice as wide": dict(expert_width=128),
     "MIT twice as deep": dict(encoder_depth=4),

@@ -64,7 +64,8 @@ class Batches:
 
     def __init__(self, dataset: ImageSet, plan: Callable, skip_bad: bool):
         self.dataset, self.plan = dataset, plan
-        self.limit = max(1, len(dataset) // 100) if skip_bad else 0           # unreadable images to put up with
+        # unreadable images to put up with
+        self.limit = max(1, len(dataset) // 100) if skip_bad else 0
 
     def __getitem__(self, number: int) -> tuple[Tensor | None, Tensor | None, list[str]]:
         """images uint8 (b, S, S, 3), labels int64 (b,), errors. No images when there are more errors than the limit.
@@ -80,7 +81,8 @@ class Batches:
                     errors.append(str(error))
                     if len(set(errors)) > self.limit:
                         return None, None, errors
-                    index = (index + 1) % len(self.dataset)   # the next one stands in, on every run alike
+                    # the next one stands in, on every run alike
+                    index = (index + 1) % len(self.dataset)
             labels.append(self.dataset.labels[index])
         return torch.from_numpy(np.stack(images)), torch.from_numpy(np.array(labels)), errors
 
@@ -91,7 +93,8 @@ class Batches:
             # By fork, whatever Python's default: workers then share the keys' memory and inherit the block below.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator())                      # or it draws from the global one and disturbs the training
+            # or it draws from the global one and disturbs the training
+            generator=torch.Generator())
         skipped = set()
         with stop_signals_blocked() if workers else contextlib.nullcontext():
             batches = iter(loader)

@@ -41,7 +41,8 @@ def replacing(path: str | Path, keep_previous: bool = False) -> Iterator[BinaryI
     Raises UserError when the disk is full or the folder not writable; what was at `path` is then still there.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")    # same folder: a rename cannot cross disks
+    # same folder: a rename cannot cross disks
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -53,7 +54,8 @@ def replacing(path: str | Path, keep_previous: bool = False) -> Iterator[BinaryI
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):                        # raised by a signal handler that happened to run here
+        # raised by a signal handler that happened to run here
+        if "DataLoader worker" in str(error):
             raise
         # torch.save turns a full disk into a puzzling RuntimeError; what really happened is its context.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -99,7 +101,7 @@ def _is_alive(pid: int) -> bool:
 
 def _reason(error: Exception) -> str:
     """One line that says what went wrong."""
-    if isinstance(error, pickle.UnpicklingError):    # its own text advises to load the file unsafely
+    if isinstance(error, pickle.UnpicklingError):  # its own text advises to load the file unsafely
         return "its pickle asks for more than plain data, which is never loaded"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.strip().splitlines()[0]
@@ -145,7 +147,8 @@ def load(path: str | Path, needs: tuple[str, ...] = ()) -> dict:
         try:
             content = _read(candidate)
             break
-        except Exception as error:    # damage surfaces as nearly any exception, from zipfile, pickle or torch
+        # damage surfaces as nearly any exception, from zipfile, pickle or torch
+        except Exception as error:
             problems.append(f"{candidate.name}: {_reason(error)}")
     else:
         raise UserError(f"no checkpoint in {path.parent} can be read ({'; '.join(problems)}); "
@@ -340,7 +343,8 @@ if __name__ == "__main__":
         print("files       ", *sorted(file.name for file in path.parent.iterdir()))
 
         data = bytearray(path.read_bytes())
-        data[len(data) // 8 * 4 + 3] ^= 1 << 4    # halfway lie the weights: one bit in the exponent of one of them
+        # halfway lie the weights: one bit in the exponent of one of them
+        data[len(data) // 8 * 4 + 3] ^= 1 << 4
         path.write_bytes(data)
 
         weights = torch.load(path, weights_only=True)["weights"]

@@ -33,8 +33,8 @@ from plumbing.images import ENDINGS, MEND_IMAGE, decode, explained, read_image
 
 MEND_ARCHIVE = "is it complete? copy it again"
 # No archive of photographs comes near these; a bomb, kilobytes that unpack to terabytes, is stopped at them.
-MAX_RATIO, ALWAYS_ALLOWED = 200, 1 << 30                      # unpacked bytes: a GiB, and 200 for each packed one
-MAX_FILE = 1 << 28                                            # bytes of one image file in an archive
+MAX_RATIO, ALWAYS_ALLOWED = 200, 1 << 30  # unpacked bytes: a GiB, and 200 for each packed one
+MAX_FILE = 1 << 28  # bytes of one image file in an archive
 
 
 def digest(*parts: str | bytes) -> str:
@@ -133,7 +133,8 @@ def from_files(path: str, files: dict, folders: list[str], read: Callable) -> Im
     parts = {name: split(name) for name in files}
     names = sorted(files, key=parts.get)
     depth = max(len(p) for p in parts.values())
-    above = os.path.commonprefix([p[:-1] for p in parts.values()])[:max(0, depth - 2)]      # such as (cifar, train)
+    # such as (cifar, train)
+    above = os.path.commonprefix([p[:-1] for p in parts.values()])[:max(0, depth - 2)]
     by_depth = sorted(names, key=lambda name: len(parts[name]))
     need(depth - len(above) <= 2 and len(parts[by_depth[0]]) == depth, f"{path}: images must lie in one folder per class, "
          f"or all in one, but there are {by_depth[0]} and {by_depth[-1]}; give the folder that holds the classes")
@@ -180,7 +181,7 @@ def list_tar(path: str, shown: str) -> tuple[dict, list[str]]:
     files, folders, end = {}, [], 0
     with explained(shown, MEND_ARCHIVE), tarfile.open(path, "r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members = []                                  # or it keeps a kilobyte for every one of a million images
+            tar.members = []  # or it keeps a kilobyte for every one of a million images
             end = member.offset_data + math.ceil(member.size / 512) * 512
             if hidden(member.name):
                 continue
@@ -209,7 +210,7 @@ def read_from_tar(path: str, key: np.void) -> np.ndarray:
 def list_zip(path: str) -> tuple[dict, list[str]]:
     with explained(path, MEND_ARCHIVE), zipfile.ZipFile(path) as archive:
         infos = [info for info in archive.infolist() if not hidden(info.filename)]
-    for info in infos:                                        # zipfile reads no more of a member than its size says
+    for info in infos:  # zipfile reads no more of a member than its size says
         need(info.file_size <= MAX_FILE or not is_image(info.filename), f"{path}: {info.filename} unpacks to {info.file_size:,} bytes, "
              f"and an image may have {MAX_FILE:,}; remove it")
     return ({info.filename: (info.header_offset, info.file_size) for info in infos if is_image(info.filename)},
@@ -246,14 +247,14 @@ def decompressed(path: str, cache: str | None) -> str:
         repair = f"is it complete, and is there room in {folder or '.'}?"
         with explained(path, repair):
             os.makedirs(folder or ".", exist_ok=True)
-        checkpoint.sweep(folder or ".")                       # a killed run may have left as much as it had unpacked
+        checkpoint.sweep(folder or ".")  # a killed run may have left as much as it had unpacked
         opener = lzma.open if path.lower().endswith(".xz") else gzip.open
         with checkpoint.replacing(target) as plain, explained(path, repair), opener(path) as packed:
             while chunk := packed.read(1 << 20):
                 plain.write(chunk)
                 need_sane(path, source.st_size, plain.tell())
             plain.flush()
-            list_tar(plain.name, path)                        # only what can be read to its end gets the lasting name
+            list_tar(plain.name, path)  # only what can be read to its end gets the lasting name
     return target
 
 
@@ -267,7 +268,8 @@ def from_npz(path: str) -> ImageSet:
         with np.load(path, allow_pickle=False) as arrays:
             need("x" in arrays or "arr_0" in arrays, f"{path}: has no array x, only {' '.join(arrays)}; name the images x and the labels y")
             # Reading an array to its end compares its check sum, so every flipped bit is found.
-            wanted = ("x", "y", "classes") if "x" in arrays else ("arr_0", "arr_1", "classes")    # the names that ADM gives to samples
+            # the names that ADM gives to samples
+            wanted = ("x", "y", "classes") if "x" in arrays else ("arr_0", "arr_1", "classes")
             x, y, names = (np.asarray(arrays[k]) if k in arrays else None for k in wanted)
     need(x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] == 3 and x.size > 0,
          f"{path}: x is {x.dtype} {x.shape}; images must be uint8 (n, H, W, 3)")

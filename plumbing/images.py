@@ -21,7 +21,8 @@ from plumbing import checkpoint
 from plumbing.flags import UserError, need
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # no others: Pillow would run Ghostscript for an EPS
+# no others: Pillow would run Ghostscript for an EPS
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 MEND_IMAGE = "replace or remove it (train.py --skip_bad passes over up to 1% of bad ones)"
 
 
@@ -32,7 +33,8 @@ def explained(what: str, repair: str):
         yield
     except UserError:
         raise
-    except Exception as error:  # zipfile, tarfile, zlib, lzma, numpy and Pillow know some twenty kinds between them
+    # zipfile, tarfile, zlib, lzma, numpy and Pillow know some twenty kinds between them
+    except Exception as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
         raise UserError(f"{what}: {reason}; {repair}") from error
 
@@ -49,7 +51,7 @@ def decode(data: bytes, name: str) -> np.ndarray:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F":
             raise ValueError("pixels are floating-point numbers of unknown range, save it with 8 or 16 bits")
-        if image.mode.startswith("I"):                        # TRAP: convert("RGB") clips 16 bits to white
+        if image.mode.startswith("I"):  # TRAP: convert("RGB") clips 16 bits to white
             values = np.asarray(image).astype(np.int64)
             if values.min() < 0 or values.max() > 65535:
                 raise ValueError("gray values go beyond 16 bits, save it with 8 or 16 bits")
@@ -89,7 +91,7 @@ def resize_crop(image: np.ndarray, size: int, rng: np.random.Generator | None = 
 def augment(image: np.ndarray, size: int, key: tuple[int, ...], flip: bool, random_crop: bool) -> np.ndarray:
     """resize_crop and mirror at random, as a function of `key` = (seed, epoch, index) alone."""
     rng = np.random.default_rng(key)
-    mirror = rng.random() < 0.5                               # drawn in any case, so that flip leaves the crops alone
+    mirror = rng.random() < 0.5  # drawn in any case, so that flip leaves the crops alone
     image = resize_crop(image, size, rng if random_crop else None)
     return image[:, ::-1] if flip and mirror else image
 
@@ -102,7 +104,8 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3); values outside are clamped."""
     x = (images.float() + 1) * 127.5
-    return x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)   # TRAP: without round, 63 of 256 values change
+    # TRAP: without round, 63 of 256 values change
+    return x.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def save_grid(images: Tensor | np.ndarray, path: str, columns: int, scale: int = 1) -> None:
@@ -122,7 +125,8 @@ def save_grid(images: Tensor | np.ndarray, path: str, columns: int, scale: int =
 
 
 if __name__ == "__main__":
-    values = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)      # each byte once
+    # each byte once
+    values = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     x = to_float(values)
     truncated = ((x + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 1)
     for way, result in (("rounded", to_uint8(x)), ("truncated", truncated)):

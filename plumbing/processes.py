@@ -52,7 +52,7 @@ class Processes:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")                        # TF32 where autocast leaves float32
+            torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
         if "RANK" in os.environ and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), **fresh_store(timeout))
 

@@ -14,7 +14,7 @@ from plumbing.flags import UserError, as_dict, need
 from plumbing.images import save_grid, to_uint8
 from plumbing.processes import Processes
 
-EVAL_IMAGES = 2000                                                            # held-out images by which a phase is judged
+EVAL_IMAGES = 2000  # held-out images by which a phase is judged
 
 
 class Run:
@@ -25,7 +25,7 @@ class Run:
         self.procs = Processes(args.device, self.train.timeout)
         need(self.train.data != "shapes" or self.tok.image_size == 32,
              f"the built-in shapes are 32x32 pixels, not {self.tok.image_size}; give --data or --image_size 32")
-        for turn in (True, False):                                            # the main process first: it may unpack an archive
+        for turn in (True, False):  # the main process first: it may unpack an archive
             if self.procs.main == turn:
                 self.data, self.val = train_and_val(self.train.data, self.train.val_data, self.train.holdout, self.train.seed, self.folder)
             self.procs.barrier()
@@ -58,7 +58,7 @@ class Run:
         saved = checkpoint.load(path, needs=("settings", "data", "phase", "step", "model", "ema", "optimizer", "random", *needs))
         checkpoint.check_same(saved["settings"], fixed, f"{path}: settings")
         checkpoint.check_same({"images": saved["data"]}, {"images": data}, f"{path}: data")
-        if self.procs.main:                                                   # rows after the checkpoint will be written again
+        if self.procs.main:  # rows after the checkpoint will be written again
             checkpoint.trim_jsonl(self.path("log.jsonl"), lambda row: row["phase"] != saved["phase"] or row["step"] <= saved["step"])
         return saved
 
@@ -73,7 +73,7 @@ class Run:
         random = self.procs.gather(checkpoint.random_state())
         if self.procs.main:
             checkpoint.save(path, {"random": random, "data": self.data.fingerprint, "classes": self.data.classes, **content})
-        self.procs.barrier()                                                  # or another process would look for it too early
+        self.procs.barrier()  # or another process would look for it too early
 
     def grid(self, name: str, rows: list[Tensor]) -> None:
         """Write samples/NAME.png from rows of float images (n, 3, H, W), all with the same n."""

@@ -67,7 +67,7 @@ if __name__ == "__main__":
     from plumbing.images import save_grid
 
     train = numbers("train")
-    rows = [train[shape_of(train) == k][:12] for k in range(len(SHAPES))]                    # one row per class
+    rows = [train[shape_of(train) == k][:12] for k in range(len(SHAPES))]  # one row per class
     save_grid(np.stack([draw_shape(number) for number in np.concatenate(rows)]), "shapes.png", columns=12, scale=2)
     print(f"shapes.png: {', '.join(SHAPES)}, twelve of each")
     pixels, bits = draw_shape(0).size * 8, math.log2(TOTAL)

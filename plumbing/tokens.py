@@ -48,9 +48,9 @@ def cache_tokens(folder: str, tokenizer: str, dataset: ImageSet, image_size: int
         members = np.arange(k * SHARD, min((k + 1) * SHARD, len(dataset)))
         rows, labels = [], []
         for images, y in eval_batches(dataset, image_size, BATCH, members, workers, skip_bad):
-            both = [images, images.flip(2)][:copies]                          # (b, S, S, 3): axis 2 runs along a row
+            both = [images, images.flip(2)][:copies]  # (b, S, S, 3): axis 2 runs along a row
             rows.append(torch.stack([encode(side) for side in both], dim=1))  # (b, copies, L)
-            labels.append(y)                                  # not the data set's own: under skip_bad another image may stand in
+            labels.append(y)  # not the data set's own: under skip_bad another image may stand in
         ids = torch.cat(rows).numpy()
         with checkpoint.replacing(shard_path(folder, k)) as file:
             np.savez(file, ids=ids.astype(np.uint16 if ids.max() < 2 ** 16 else np.int32), labels=torch.cat(labels).numpy())
@@ -87,7 +87,7 @@ class TokenStream:
         while True:
             positions = step * self.batch_size + self.rank * share + np.arange(share)
             epochs, places = np.divmod(positions, n)
-            picks = []                                        # of one epoch, or of several when it ends within the batch
+            picks = []  # of one epoch, or of several when it ends within the batch
             for epoch in np.unique(epochs).tolist():
                 index = permutation(n, self.seed, epoch)[places[epochs == epoch]]
                 picks.append((index, chosen_copies(n, self.ids.shape[1], self.seed, epoch)[index]))
@@ -97,7 +97,8 @@ class TokenStream:
 
 
 if __name__ == "__main__":
-    ids = np.stack([np.arange(6), np.arange(6) + 100], axis=1)[:, :, None]    # 6 images, 2 copies, 1 token
+    # 6 images, 2 copies, 1 token
+    ids = np.stack([np.arange(6), np.arange(6) + 100], axis=1)[:, :, None]
     print("Six images as tokens 0 .. 5, their mirror images 100 .. 105; batches of 4, an epoch ends in the middle of the second:")
     for step, (batch, _) in zip(range(3), TokenStream(ids, np.zeros(6, np.int64), batch_size=4, seed=0)):
         print(f"  step {step}:", batch[:, 0].tolist())

@@ -59,7 +59,7 @@ def fsync_and_die(number, original=os.fsync):
 if kind == "save":
     os.fsync = fsync_and_die
 elif kind == "tokens":
-    tokens.SHARD, tokens.BATCH = 16, 8                                        # several shards even of a small data set
+    tokens.SHARD, tokens.BATCH = 16, 8  # several shards even of a small data set
 
     def encode_and_die(*args, original=tokens.eval_batches, **kwargs):
         global count

@@ -108,7 +108,7 @@ def run(kinds: list[str], count: int, seed: int) -> int:
     signal.signal(signal.SIGALRM, ring)
     with tempfile.TemporaryDirectory() as temporary:
         files = originals(Path(temporary))
-        for kind in kinds:                                                    # once unharmed: imports on first use are no accident
+        for kind in kinds:  # once unharmed: imports on first use are no accident
             for path in files[kind]:
                 open_it(kind, str(path))
         for kind in kinds:

@@ -57,7 +57,7 @@ def packed(root, path, prefix: str) -> str:
     else:
         kind = {".tar": "w", ".gz": "w:gz", ".tgz": "w:gz", ".xz": "w:xz"}[path.suffix]
         with tarfile.open(path, kind) as archive:
-            for file in reversed(files):                      # the order inside an archive must not matter
+            for file in reversed(files):  # the order inside an archive must not matter
                 archive.add(file, prefix + str(file.relative_to(root)))
     return str(path)
 

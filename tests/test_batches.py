@@ -49,7 +49,7 @@ def test_the_stream_is_the_same_for_one_and_two_and_three_ranks(small):
 
 def test_the_stream_resumes_at_any_step(small):
     plain = take(stream(small), 9)
-    for start in (1, 4, 7):                                   # step 4 lies across the end of an epoch
+    for start in (1, 4, 7):  # step 4 lies across the end of an epoch
         assert same(plain[start:], take(stream(small, start_step=start), 9 - start))
     assert same(plain[4:], take(stream(small, start_step=4, workers=2), 5))
 
@@ -92,7 +92,7 @@ def test_workers_outlive_signals_from_their_first_moment_on(small):
     batches = iter(stream(small, workers=2))
     got = [next(batches)]
     workers = [str(worker.pid) for worker in multiprocessing.active_children()]
-    for name in ("-TERM", "-INT"):                            # as from a terminal or a job scheduler, not from the parent
+    for name in ("-TERM", "-INT"):  # as from a terminal or a job scheduler, not from the parent
         subprocess.run(["kill", name, *workers], check=True)
     got += itertools.islice(batches, 8)
     assert same(got, take(stream(small), 9))
@@ -137,12 +137,13 @@ def test_skip_bad_stops_above_one_percent(tmp_path):
     for k in (0, 50):
         put(root / "cat" / f"{k:03}.png", b"")
     dataset = datasets.open_images(str(root))
-    assert len(take(stream(dataset, skip_bad=True, batch_size=50), 8)) == 8           # 2 of 200 are 1%
+    assert len(take(stream(dataset, skip_bad=True, batch_size=50), 8)) == 8  # 2 of 200 are 1%
     put(root / "cat" / "100.png", b"")
     refused(lambda: iter(stream(dataset, skip_bad=True, batch_size=50)), names=["3 of 200"])
     for file in root.rglob("*.png"):
         file.write_bytes(b"")
-    refused(lambda: iter(stream(dataset, skip_bad=True)), names=["3 of 200"])         # and it does not hang
+    # and it does not hang
+    refused(lambda: iter(stream(dataset, skip_bad=True)), names=["3 of 200"])
 
 
 # ------------------------------------------------------------------------------------------------

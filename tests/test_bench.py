@@ -20,7 +20,7 @@ def small(**changes) -> Bench:
 
 
 def test_ways_are_measured_in_turn_after_one_round_and_the_median_counts():
-    order, pauses = [], iter([0.2, 0.01, 0.2, 0.01])                          # the first is the warm-up
+    order, pauses = [], iter([0.2, 0.01, 0.2, 0.01])  # the first is the warm-up
 
     def slow():
         order.append("a")

@@ -131,7 +131,8 @@ def test_a_flipped_bit_in_the_weights_is_noticed(path, capsys):
 
 def test_a_flipped_bit_anywhere_gives_a_good_checkpoint_or_the_one_before(path):
     whole = path.read_bytes()
-    with zipfile.ZipFile(path) as archive:    # 38 bytes into a directory entry are the attributes of the file
+    # 38 bytes into a directory entry are the attributes of the file
+    with zipfile.ZipFile(path) as archive:
         entry = whole.index(b"/data/0", archive.start_dir)
         attributes = whole.rindex(b"PK\1\2", archive.start_dir, entry) + 38
     anywhere = random.Random(0)
@@ -275,7 +276,8 @@ def test_a_full_disk_is_one_clear_line_and_the_old_checkpoints_stay(path):
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(path):
-    for bad in (path.parent / "absent" / "x.pt", path / "x.pt"):    # no such folder, and a file in its place
+    # no such folder, and a file in its place
+    for bad in (path.parent / "absent" / "x.pt", path / "x.pt"):
         with pytest.raises(UserError, match="cannot write .*x.pt: .*not writable"):
             checkpoint.save(bad, content(1))
 

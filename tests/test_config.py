@@ -89,13 +89,14 @@ def test_later_wins_default_then_preset_then_flag():
     assert tiny.codebook_size != default.codebook_size and tiny.code_dim == default.code_dim
     args = parse_run("", ["--codebook_size", "77"])
     assert (args.preset, args.tok) == ("tiny", dataclasses.replace(tiny, codebook_size=77))
-    args = parse_run("", ["--codebook_size", "77", "--preset", "imagenet-32"])    # the order on the line does not matter
+    # the order on the line does not matter
+    args = parse_run("", ["--codebook_size", "77", "--preset", "imagenet-32"])
     assert args.tok == dataclasses.replace(load_preset("imagenet-32")[0], codebook_size=77)
 
 
 @pytest.mark.parametrize("argv", [
     ["--colour", "red"],
-    ["--encoder_wid", "64"],                                   # argparse alone would take these two for encoder_width
+    ["--encoder_wid", "64"],  # argparse alone would take these two for encoder_width
     ["--encoder_w=64"],
     ["--no-fli"],
     ["--image_size", "many"],

@@ -117,7 +117,7 @@ def test_reading_an_archive_in_place_writes_nothing(tmp_path):
     packed(root, tmp_path / "x.zip", "deep/")
     before = sorted(tmp_path.rglob("*"))
     datasets.open_images(str(tmp_path / "x.zip")).load(0)
-    refused(datasets.open_images, str(tmp_path / "x.tar"), names=["x.tar"])       # .. counts as hidden
+    refused(datasets.open_images, str(tmp_path / "x.tar"), names=["x.tar"])  # .. counts as hidden
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -164,7 +164,7 @@ def test_a_tar_torn_between_two_images_is_refused(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:third])
     refused(datasets.open_images, str(path), names=["x.tar", "torn"])
-    path.write_bytes(bytes(b ^ (k == third + 20) for k, b in enumerate(whole)))       # a damaged header
+    path.write_bytes(bytes(b ^ (k == third + 20) for k, b in enumerate(whole)))  # a damaged header
     refused(datasets.open_images, str(path), names=["x.tar", "torn"])
 
 
@@ -285,7 +285,7 @@ def test_given_held_out_images_must_have_the_same_classes_or_none(tmp_path):
 
 def test_a_compressed_archive_stops_at_the_limit_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "ALWAYS_ALLOWED", 1 << 20)
-    path = put(tmp_path / "bomb.tar.gz", gzip.compress(bytes(1 << 26)))       # 64 MiB of zeros in 65 kB
+    path = put(tmp_path / "bomb.tar.gz", gzip.compress(bytes(1 << 26)))  # 64 MiB of zeros in 65 kB
     refused(datasets.open_images, path, names=("bomb.tar.gz", "unpack to more than"))
     assert [p.name for p in tmp_path.iterdir()] == ["bomb.tar.gz"]
 

@@ -19,7 +19,7 @@ from plumbing import checkpoint
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parent.parent
-STEPS = 18                                                                    # base 6, grow 4 and 4, fine-tune 4
+STEPS = 18  # base 6, grow 4 and 4, fine-tune 4
 NAMES = ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt")
 ADVERSARY = ["--adversarial_weight", "0.1", "--adversarial_start", "3"]
 PORT = iter(range(29700, 29999))
@@ -99,7 +99,8 @@ def whole_two(data, tmp_path_factory):
 # ------------------------------------------------------------------------------------------------
 # interrupted and resumed equals uninterrupted
 
-@pytest.mark.parametrize("step", [3, 8, 12, 16])              # within an epoch of base, grow-4, grow-6, the fine-tune
+# within an epoch of base, grow-4, grow-6, the fine-tune
+@pytest.mark.parametrize("step", [3, 8, 12, 16])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sigterm_and_resume_gives_the_same_bits(whole, data, tmp_path, step, workers):
     code, err = train(tmp_path, data, "--workers", workers, fault=f"term:0:{step}")
@@ -118,7 +119,8 @@ def test_the_same_after_the_adversarial_loss_has_started(whole_adversary, data, 
 
 @pytest.mark.parametrize("step", [4, 10])
 def test_the_same_with_two_processes(whole_two, data, tmp_path, step):
-    code, err = train(tmp_path, data, fault=f"term:1:{step}", ranks=2)        # one of them gets the signal, both stop
+    # one of them gets the signal, both stop
+    code, err = train(tmp_path, data, fault=f"term:1:{step}", ranks=2)
     assert code != 0 and checkpoint.load(tmp_path / "tokenizer.pt")["step"] > 0, err
     done(tmp_path, data, ranks=2)
     assert equal(tmp_path, whole_two)
@@ -127,7 +129,7 @@ def test_the_same_with_two_processes(whole_two, data, tmp_path, step):
 def test_killed_ten_times_in_the_middle_of_saving_and_still_the_same(whole, data, tmp_path):
     for number in range(10):
         code, err = train(tmp_path, data, "--stage", "1" if number < 5 else "2", fault=f"save:0:{1 + 2 * number}")
-        assert code in (0, -signal.SIGKILL), err              # the ninth fsync may come after the end
+        assert code in (0, -signal.SIGKILL), err  # the ninth fsync may come after the end
         if number == 4:
             done(tmp_path, data, "--stage", "1")
     done(tmp_path, data)
@@ -140,7 +142,8 @@ def test_killed_between_two_phases_and_in_the_middle_of_the_token_cache(whole, d
     assert train(tmp_path, data, "--stage", "3", fault="tokens:0:5")[0] == -signal.SIGKILL
     shards = sorted(path.name for path in (tmp_path / "tokens").glob("*.npz"))
     assert shards and not (tmp_path / "generator-ar.pt").exists()
-    done(tmp_path, data, "--stage", "3", fault="tokens:0:0")  # no accident, but the same small shards
+    # no accident, but the same small shards
+    done(tmp_path, data, "--stage", "3", fault="tokens:0:0")
     assert len(list((tmp_path / "tokens").glob("*.npz"))) > len(shards)
     assert equal(tmp_path, whole)
 
@@ -173,7 +176,8 @@ def test_a_signal_saves_and_exits_with_3_also_when_the_whole_group_gets_it(whole
 
 
 def test_sigterm_to_torchrun_saves_on_its_way_out(whole_two, data, tmp_path):
-    process = start(tmp_path, data, "--save_every", 1000, ranks=2)            # so there is no checkpoint but that of the way out
+    # so there is no checkpoint but that of the way out
+    process = start(tmp_path, data, "--save_every", 1000, ranks=2)
     wait_for(lambda: (tmp_path / "log.jsonl").exists())
     process.send_signal(signal.SIGTERM)
     code, err = finish(process)
@@ -185,7 +189,8 @@ def test_sigterm_to_torchrun_saves_on_its_way_out(whole_two, data, tmp_path):
 
 
 def test_a_second_signal_quits_at_once(data, tmp_path):
-    process = start(tmp_path, data, fault="hang:0:3")         # the step never ends, so the first signal cannot be answered
+    # the step never ends, so the first signal cannot be answered
+    process = start(tmp_path, data, fault="hang:0:3")
     wait_for(lambda: (tmp_path / "log.jsonl").exists())
     time.sleep(1)
     process.send_signal(signal.SIGTERM)

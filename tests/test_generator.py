@@ -102,7 +102,7 @@ def test_ar_row_t_is_scored_against_token_t_plus_1():
     model, ids = loud(ARGenerator), some_ids()
     loss, info = model.loss(ids, LABELS)
     expected = []
-    for t in range(L):                                         # one position at a time, from its prefix alone
+    for t in range(L):  # one position at a time, from its prefix alone
         p = model(LABELS, ids[:, :t])[:, -1].softmax(dim=-1)
         expected.append(-p[torch.arange(4), ids[:, t]].log().mean())
     torch.testing.assert_close(info["nll_by_position"], torch.stack(expected))
@@ -138,7 +138,7 @@ def test_masked_counts_follow_arccos():
     share = masked.float().mean(dim=1)
     assert share.min() >= 1 / 32, "at least one token"
     assert share.mean().item() == pytest.approx(2 / math.pi, abs=0.01)         # E[arccos(u)] = 1
-    for x in (0.25, 0.5, 0.75):                                                # share > x  <=>  u < cos(x pi/2)
+    for x in (0.25, 0.5, 0.75):  # share > x  <=>  u < cos(x pi/2)
         x = x + 0.5 / 32                                                       # between two counts
         assert (share > x).float().mean().item() == pytest.approx(math.cos(x * math.pi / 2), abs=0.015)
     assert (masked.float().mean(dim=0) - 2 / math.pi).abs().max() < 0.02, "all places alike"

@@ -81,7 +81,7 @@ def test_exif_rotation_is_applied(kind):
     image = Image.new("RGB", (40, 20), "white")
     image.paste("black", (0, 0, 20, 20))                      # stored: black on the left
     exif = Image.Exif()
-    exif[0x112] = 6                                           # to be seen turned right by 90 degrees: black on top
+    exif[0x112] = 6  # to be seen turned right by 90 degrees: black on top
     seen = decode(encoded(image, kind, exif=exif), "x")
     assert seen.shape == (40, 20, 3) and seen[5].max() < 50 and seen[35].min() > 200
 

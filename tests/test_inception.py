@@ -114,15 +114,18 @@ def test_logits_leave_the_bias_out(net):
 
 def test_resize_reads_pixel_i_at_i_times_the_ratio():
     row = torch.tensor([0.0, 10.0, 20.0, 30.0]).view(1, 1, 1, 4)
-    assert resize(row, 8)[0, 0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]        # the last pixel has no right neighbour
-    assert resize(row, 2)[0, 0, 0].tolist() == [0, 20]                               # and smaller is just skipping: no antialiasing
+    # the last pixel has no right neighbour
+    assert resize(row, 8)[0, 0, 0].tolist() == [0, 5, 10, 15, 20, 25, 30, 30]
+    # and smaller is just skipping: no antialiasing
+    assert resize(row, 2)[0, 0, 0].tolist() == [0, 20]
     assert torch.equal(resize(image(299, 299).float()), image(299, 299).float())
 
 
 def test_an_image_alone_or_in_a_batch_gives_the_same_features(net):
     one, two = image(32, 32), image(32, 32).flip(3)
     alone, together = net(one)[0], net.train()(torch.cat([one, two]))[0]
-    assert torch.allclose(alone[0], together[0], rtol=1e-4, atol=1e-5)               # in train mode it would see its neighbour
+    # in train mode it would see its neighbour
+    assert torch.allclose(alone[0], together[0], rtol=1e-4, atol=1e-5)
 
 
 def test_only_bytes_are_taken(net):

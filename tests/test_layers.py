@@ -50,7 +50,8 @@ def test_unpatchify_undoes_patchify():
 def test_patches_are_in_reading_order_and_hold_row_column_channel():
     H, W, P = 4, 6, 2
     c, y, x = torch.meshgrid(torch.arange(3), torch.arange(H), torch.arange(W), indexing="ij")
-    patches = patchify((100 * c + 10 * y + x)[None].float(), P)[0]            # every pixel tells its channel, row and column
+    # every pixel tells its channel, row and column
+    patches = patchify((100 * c + 10 * y + x)[None].float(), P)[0]
     assert patches.shape == (6, 12)
     for n in range(6):
         top, left = n // 3 * P, n % 3 * P
@@ -73,7 +74,7 @@ def test_sincos_rows_have_one_norm_and_are_all_different(side, width):
 
 
 def test_half_of_a_sincos_row_tells_the_row_and_half_the_column():
-    grid = sincos_2d(4, 16).view(4, 4, 16)                                    # (row, column, channel)
+    grid = sincos_2d(4, 16).view(4, 4, 16)  # (row, column, channel)
     assert torch.equal(grid[:, :, :8], grid[:, :1, :8].expand(-1, 4, -1)), "first half: the same along a row"
     assert torch.equal(grid[:, :, 8:], grid[:1, :, 8:].expand(4, -1, -1)), "second half: the same along a column"
     assert torch.equal(grid[2, 1, :8], grid[1, 2, 8:]), "both axes count alike"
@@ -206,10 +207,11 @@ def run(block, x):
 def test_a_block_adds_to_what_it_reads_and_norms_before_it_looks(Block):
     block, x = Block(D, HEADS).double(), some(B, T, D).double()
     added = [run(block, scale * x) - scale * x for scale in (1e4, 2e4)]
-    torch.testing.assert_close(added[0], added[1], rtol=0, atol=1e-3)         # only the direction of x is looked at
+    # only the direction of x is looked at
+    torch.testing.assert_close(added[0], added[1], rtol=0, atol=1e-3)
     assert added[0].abs().max() > 0.1
     for name, p in block.named_parameters():
-        if "out" in name or "mlp.2" in name or "w2" in name:                  # the last matrix of each branch
+        if "out" in name or "mlp.2" in name or "w2" in name:  # the last matrix of each branch
             nn.init.zeros_(p)
     assert torch.equal(run(block, x), x)
 
@@ -228,7 +230,7 @@ def test_queries_start_larger_than_keys_and_values_by_their_gain():
     torch.manual_seed(0)
     block = ViTBlock(64, 4).apply(layers.init_vit)
     q, k, v = block.attention.qkv.weight.detach().chunk(3)
-    bound = math.sqrt(6 / (64 + 64))                                          # Xavier-uniform of a square matrix
+    bound = math.sqrt(6 / (64 + 64))  # Xavier-uniform of a square matrix
     assert layers.QUERY_GAIN > 1
     for part, gain in ((q, layers.QUERY_GAIN), (k, 1), (v, 1)):
         assert 0.99 < part.abs().max() / (gain * bound) <= 1

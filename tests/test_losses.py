@@ -115,7 +115,7 @@ def test_the_classifier_sees_224_pixels_normalised_as_for_imagenet():
 
 def test_a_large_image_is_smoothed_before_it_is_shrunk():
     stripes = torch.ones(1, 3, 672, 672)
-    stripes[..., ::3] = -1                           # every third column black: 2/3 white on average
+    stripes[..., ::3] = -1  # every third column black: 2/3 white on average
     spy = Spy()
     losses.Perceptual(spy)(stripes, stripes)
     gray = spy.seen[0][0, 0] * 0.229 + 0.485
@@ -208,7 +208,8 @@ def test_hinge_anchors_of_the_discriminator(real, fake, expected):
 
 
 def test_hinge_is_taken_per_verdict_and_not_of_the_mean():
-    real, fake = torch.tensor([3., -1.]), torch.tensor([-3., 1.])          # means 1 and -1 alone would give 0
+    # means 1 and -1 alone would give 0
+    real, fake = torch.tensor([3., -1.]), torch.tensor([-3., 1.])
     assert losses.discriminator_loss(real, fake) == 1
 
 
@@ -248,7 +249,7 @@ def test_lecam_pulls_the_logits_and_not_the_anchors():
     lecam = losses.LeCam()
     real, fake = torch.tensor([2.], requires_grad=True), torch.tensor([-3.], requires_grad=True)
     loss = lecam(real, fake)
-    lecam.update(real, fake)                                               # before backward, on purpose
+    lecam.update(real, fake)  # before backward, on purpose
     loss.backward()
     assert real.grad == 4 and fake.grad == -6                              # 2 * 2, and -2 * 3
     assert not lecam.real_anchor.requires_grad

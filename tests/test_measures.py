@@ -35,7 +35,7 @@ def sets(case: str) -> tuple[np.ndarray, np.ndarray]:
     mix = rng.standard_normal((64, 64)) / 8
     if case == "full rank":
         return rng.standard_normal((500, 64)) @ mix, rng.standard_normal((400, 64)) + 0.3
-    if case == "rank-deficient":                                              # 20 of 64 dimensions, not the same ones
+    if case == "rank-deficient":  # 20 of 64 dimensions, not the same ones
         return rng.standard_normal((500, 20)) @ mix[:20], rng.standard_normal((500, 20)) @ mix[10:30] + 0.1
     if case == "ill-conditioned":
         scale = np.logspace(-3, 3, 64)
@@ -79,12 +79,15 @@ def test_frechet_distance_of_equal_sets_is_nothing(case):
 
 def test_frechet_distance_anchors():
     eye = np.eye(3)
-    assert frechet_distance(np.zeros(3), eye, np.array([3.0, 4, 0]), eye) == pytest.approx(25)       # only the means differ
-    assert frechet_distance(np.zeros(3), eye, np.zeros(3), 4 * eye) == pytest.approx(3)              # 3 dimensions, (2 - 1)^2 each
+    # only the means differ
+    assert frechet_distance(np.zeros(3), eye, np.array([3.0, 4, 0]), eye) == pytest.approx(25)
+    # 3 dimensions, (2 - 1)^2 each
+    assert frechet_distance(np.zeros(3), eye, np.zeros(3), 4 * eye) == pytest.approx(3)
 
 
 def test_statistics_in_pieces_equal_statistics_at_once():
-    x = np.random.default_rng(0).standard_normal((1000, 16)) + 1e4            # a large mean: sums of squares would lose half of the digits
+    # a large mean: sums of squares would lose half of the digits
+    x = np.random.default_rng(0).standard_normal((1000, 16)) + 1e4
     whole, pieces = Statistics(16), Statistics(16)
     whole.add(x)
     for start, end in ((0, 1), (1, 300), (300, 999), (999, 1000)):
@@ -126,7 +129,7 @@ def test_inception_score_anchors_sure_and_balanced_is_the_number_of_classes_and_
     sure = torch.eye(5).repeat(20, 1) * 100
     assert scored(sure, 7)[0] == pytest.approx(5) and scored(sure, 7)[1] == pytest.approx(5) and scored(sure, 7)[2] == pytest.approx(0, abs=1e-6)
     assert scored(torch.zeros(100, 5), 7)[0] == pytest.approx(1)
-    assert scored(sure[:1].repeat(100, 1), 7)[0] == pytest.approx(1)          # always the same class
+    assert scored(sure[:1].repeat(100, 1), 7)[0] == pytest.approx(1)  # always the same class
 
 
 def test_inception_score_in_pieces_equals_its_formula():
@@ -157,7 +160,8 @@ def test_precision_and_recall_equal_the_plain_double_loop():
     real, fake = torch.randn(60, 5, generator=rng), torch.randn(50, 5, generator=rng) * 0.7 + 0.5
 
     def share(points, centres):
-        reach = [sorted((c - other).norm().item() for other in centres)[3] for c in centres]       # [0] is itself
+        # [0] is itself
+        reach = [sorted((c - other).norm().item() for other in centres)[3] for c in centres]
         return sum(any((p - c).norm().item() <= r for c, r in zip(centres, reach)) for p in points) / len(points)
     precision, recall = precision_recall(real, fake, chunk=7)
     assert 0.2 < recall < 1 and precision > 0.2
@@ -186,6 +190,7 @@ def test_ssim_anchors():
     a, _ = images()
     assert ssim(a, a).tolist() == pytest.approx([1, 1])
     white, black = torch.ones(1, 3, 16, 16), -torch.ones(1, 3, 16, 16)
-    assert ssim(white, black).item() == pytest.approx((-2 + 4e-4) / (2 + 4e-4), abs=1e-5)            # no structure; means 1 and -1
+    # no structure; means 1 and -1
+    assert ssim(white, black).item() == pytest.approx((-2 + 4e-4) / (2 + 4e-4), abs=1e-5)
     refused(ssim, white[..., :10], white[..., :10], names=("11 pixels",))
     assert not math.isnan(ssim(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)).item())

@@ -36,7 +36,7 @@ def small(form, depth=1, grown=False) -> tuple[MoCET, Watched]:
     if grown:
         mocet.grow(LONG)
         mocet.eval()
-    for p in mocet.parameters():                                # biases start at zero; here they count
+    for p in mocet.parameters():  # biases start at zero; here they count
         if not p.any():
             torch.nn.init.normal_(p, std=0.3)
     return mocet, quantizer
@@ -74,7 +74,7 @@ def parameters_of(mocet, i):
 @torch.no_grad()
 def test_no_token_depends_on_later_experts_and_all_later_tokens_depend_on_each(form, depth):
     mocet, quantizer = small(form, depth, grown=True)
-    for continuous in (False, True):                           # unquantized, so that every influence can be seen
+    for continuous in (False, True):  # unquantized, so that every influence can be seen
         quantizer.continuous = continuous
         z_q, ids, _, z = look(mocet, quantizer)
         for j in range(LONG):
@@ -114,7 +114,7 @@ def test_experts_meet_only_through_the_codes(form, depth):
     fixed = {i: i for i in range(SHORT)}
     z = look(mocet, quantizer, replace=fixed)[3]
     for name, p in parameters_of(mocet, 0).items():
-        if name != "pos":                                      # the place of a token belongs to what others read of it
+        if name != "pos":  # the place of a token belongs to what others read of it
             p += torch.randn_like(p)
     assert changed(look(mocet, quantizer, replace=fixed)[3], z) == [True] + [False] * (SHORT - 1)
 

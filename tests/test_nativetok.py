@@ -129,7 +129,7 @@ def test_tail_drop_keeps_every_length_and_only_in_training(kind):
 
 def test_tail_drop_keeps_all_lengths_alike_in_its_share_of_the_steps():
     lengths = kept(small("titok", tail_drop=0.6, token_schedule=(3,)).train(), 300)
-    for k, expected in ((1, 60), (2, 60), (3, 60 + 120)):                     # 0.6 / 3 each, and 0.4 are not cut
+    for k, expected in ((1, 60), (2, 60), (3, 60 + 120)):  # 0.6 / 3 each, and 0.4 are not cut
         assert abs(lengths.count(k) - expected) < 30
 
 

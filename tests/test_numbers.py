@@ -47,20 +47,22 @@ def shown(text: str, value: float) -> bool:
 # ------------------------------------------------------------------------------------------------
 # measured numbers, wherever they stand
 
-HELD = {  # page, section: result files; numbers that are settings, versions or other people's, and nothing that was measured here
+# page, section: result files; numbers that are settings, versions or other people's, and nothing that was measured here
+HELD = {
     ("README.md", ""): ("demo", "~6"),
     ("README.md", "Your own pictures"): ("photos", ""),
     ("README.md", "ImageNet, several GPUs, several machines"): ("", "30 300 296 222 261 354 69 4.0 0.9 4.6 1.0"),   # test_costs_of_imagenet...
-    ("README.md", "What the paper says, what we chose"): ("", "5.23 2.16"),                                          # the paper's
-    ("README.md", "Presets"): ("demo", "6.7 1.0 4.8 0.9 1.9 5.1 3.2 4.3"),                                           # test_parameters_in...
+    ("README.md", "What the paper says, what we chose"): ("", "5.23 2.16"),  # the paper's
+    ("README.md", "Presets"): ("demo", "6.7 1.0 4.8 0.9 1.9 5.1 3.2 4.3"),  # test_parameters_in...
     ("README.md", "What has been run"): ("demo cifar order-cifar-cpu", ""),
     ("README.md", "Does native order help?"): ("order-tiny order-cifar-cpu", "1.5 10"),
-    ("README.md", "Questions"): ("demo", "0.1 5.5 6.2"),                                                            # ln 256, ln 512
+    ("README.md", "Questions"): ("demo", "0.1 5.5 6.2"),  # ln 256, ln 512
     ("README.md", "What is not there yet"): ("", "2.13 3.11 2.5 3.10"),
     ("experiments/README.md", "Evaluation: how good is it?"): ("demo demo-controls", ""),
     ("experiments/README.md", "A publishable ImageNet FID"): ("", "50000"),
     ("experiments/README.md", "What one change does"): ("trials", "0.2"),
-    ("experiments/README.md", "Speed"): ("bench-cpu", "1.05 0.9 0.6 1.1 0.95 0.3 1.0 2 10 2.13"),           # targets: test_targets_in...
+    # targets: test_targets_in...
+    ("experiments/README.md", "Speed"): ("bench-cpu", "1.05 0.9 0.6 1.1 0.95 0.3 1.0 2 10 2.13"),
 }
 UNITS = r"(?:dB|%|s|ms|seconds|minutes|min|hours|h|GB|GiB|MiB|MB|nats|GFLOP|GFLOP/s|GB/s)"
 
@@ -136,7 +138,7 @@ def test_parameters_in_the_table_of_presets_are_those_of_the_models(row):
     name, _, tokens, parameters, generator, _ = row
     tok, gen, _ = config.load_preset(name.strip("`"))
     assert tokens == f"{', '.join(map(str, tok.token_schedule))} × {tok.codebook_size}"
-    with torch.device("meta"):                                                # counted without making them
+    with torch.device("meta"):  # counted without making them
         model = NativeTok(tok).grow_to(tok.num_tokens)
         counts = [count_parameters(part) for part in (model, model.mit, model.mocet, model.decoder)]
         made = count_parameters(ARGenerator(gen, tok.num_tokens, tok.codebook_size, 1000 if "imagenet" in name else 10))

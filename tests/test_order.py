@@ -185,7 +185,7 @@ def test_a_second_call_trains_nothing_and_changes_nothing(flags, out, monkeypatc
     def contents():
         return {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
     before = contents()
-    monkeypatch.setattr(order, "train_arm", None)                             # whoever calls it fails
+    monkeypatch.setattr(order, "train_arm", None)  # whoever calls it fails
     code, text, err = command(*flags)
     assert code == 0 and text.count("finished before") == 3, err
     assert contents() == before

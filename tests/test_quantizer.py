@@ -68,7 +68,7 @@ def test_under_bf16_autocast_codes_are_compared_in_float32():
     assert not torch.equal((F.normalize(z, dim=1).bfloat16() @ quantizer.codes().bfloat16().T).argmax(dim=1), expected[1]), "it matters here"
     with torch.autocast("cpu", torch.bfloat16):
         z_q, ids, losses = quantizer(z)
-        half = quantizer(z.bfloat16())                                        # what a linear layer hands over under autocast
+        half = quantizer(z.bfloat16())  # what a linear layer hands over under autocast
         assert quantizer.lookup(ids).dtype == torch.float32
     assert torch.equal(ids, expected[1]) and torch.equal(z_q, expected[0]) and losses == expected[2]
     assert half[0].dtype == torch.float32 and torch.equal(half[1], quantizer(z.bfloat16().float())[1])
@@ -132,7 +132,7 @@ def test_continuous_codes_pass_z_through_while_the_codebook_runs_after_it():
 def test_entropy_loss_anchors_one_code_is_1_and_all_codes_alike_is_0():
     quantizer = VectorQuantizer(TokenizerConfig(codebook_size=4, code_dim=4))
     quantizer.codebook.data = torch.eye(4)
-    codes = torch.eye(4)[:, None]                                             # (B=4, L=1, d): the batch says each code once
+    codes = torch.eye(4)[:, None]  # (B=4, L=1, d): the batch says each code once
     assert quantizer(codes)[2]["entropy"] < 1e-3
     assert quantizer(codes[:1].expand(4, 1, 4))[2]["entropy"] > 0.99
     half = quantizer(codes[[0, 0, 1, 1]])[2]["entropy"]
@@ -142,7 +142,7 @@ def test_entropy_loss_anchors_one_code_is_1_and_all_codes_alike_is_0():
 def test_entropy_is_asked_of_each_position_not_of_all_together():
     quantizer = VectorQuantizer(TokenizerConfig(codebook_size=4, code_dim=4))
     quantizer.codebook.data = torch.eye(4)
-    silent = torch.eye(4).expand(8, 4, 4)                                     # position i says code i, whatever the image
+    silent = torch.eye(4).expand(8, 4, 4)  # position i says code i, whatever the image
     assert quantizer(silent)[2]["entropy"] > 0.99
 
 
@@ -188,7 +188,8 @@ def test_choices_are_counted_in_training_alone():
 def test_reseed_moves_exactly_the_unused_codes_and_onto_recent_vectors():
     quantizer = small()
     quantizer(quantizer.codebook.detach()[[2, 3, 5]])
-    quantizer(some_z(100, d).abs() + quantizer.codebook.detach()[2])          # the last step, with enough vectors for all
+    # the last step, with enough vectors for all
+    quantizer(some_z(100, d).abs() + quantizer.codebook.detach()[2])
     used, before = quantizer.count > 0, quantizer.codebook.detach().clone()
     assert used[[2, 3, 5]].all() and not used.all()
     moved = quantizer.reseed()

@@ -66,7 +66,7 @@ def test_every_flag_that_is_named_exists():
 # ------------------------------------------------------------------------------------------------
 # commands
 
-ELSEWHERE = ("python evaluator.py",)                                          # other people's programs
+ELSEWHERE = ("python evaluator.py",)  # other people's programs
 
 
 def commands() -> list[str]:
@@ -124,7 +124,7 @@ def arguments(line: str, place: Path) -> tuple[str, list[str]]:
         elif before in ("--npz", "--out", "--json"):
             flags[i] = str(place / Path(word).name)
         elif "--prefixes" in flags[:i]:
-            flags[i] = str(min(int(word), 6))                                 # the small run has six tokens
+            flags[i] = str(min(int(word), 6))  # the small run has six tokens
     return file, flags
 
 
@@ -136,10 +136,11 @@ def test_commands_run(line, place, seen):
     if file == "train.py" and "--help" not in flags:
         if "--run" in flags:
             flags[flags.index("--run") + 1] = str(place / "new")
-        assert config.parse_run("", flags).preset in config.PRESETS           # raises for a flag or value that is wrong
+        # raises for a flag or value that is wrong
+        assert config.parse_run("", flags).preset in config.PRESETS
         return
     if file.startswith("experiments/") or "inception" in flags or "VIRTUAL" in line:
-        flags = ["--help"]                                                    # minutes or hours, or files of others
+        flags = ["--help"]  # minutes or hours, or files of others
     elif file == "eval_fid.py":
         flags += ["5"] * (flags[-1] == "--train_features") + ["--num_samples", "20"]
     if (file, *flags) in seen:

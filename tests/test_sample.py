@@ -22,7 +22,7 @@ from plumbing.flags import as_dict, main_with_user_errors
 from plumbing.images import read_image, to_float, to_uint8
 
 CLASSES = ["cat", "dog", "tabby, tabby cat"]
-SIZE, L, MARGIN, SCALE = 16, 4, 2, 4                          # SCALE: small pictures are enlarged to 64 pixels
+SIZE, L, MARGIN, SCALE = 16, 4, 2, 4  # SCALE: small pictures are enlarged to 64 pixels
 TOK = TokenizerConfig(image_size=SIZE, patch_size=8, encoder_width=16, encoder_depth=1, encoder_heads=2, expert_width=16, expert_depth=1,
                       expert_heads=2, token_schedule=(2, L), codebook_size=16, code_dim=4, decoder_width=16, decoder_depth=1, decoder_heads=2)
 GEN = GeneratorConfig(generator_width=16, generator_depth=1, generator_heads=2)

@@ -29,7 +29,7 @@ def test_no_held_out_shape_is_ever_trained_on_even_mirrored():
 def test_every_shape_lies_wholly_inside_the_picture():
     for shape, size in itertools.product(range(10), range(3)):
         areas = {int(coverage(shape, size, row, column).sum()) for row in range(5) for column in range(5)}
-        assert len(areas) == 1                                # cut off anywhere, it would be smaller there
+        assert len(areas) == 1  # cut off anywhere, it would be smaller there
 
 
 def test_labels_tell_the_shape_and_colours_contrast():
@@ -40,7 +40,7 @@ def test_labels_tell_the_shape_and_colours_contrast():
 
 
 def test_shapes_of_any_two_classes_differ_even_out_of_focus():
-    for size in range(3):                                     # 8 x 8 pixels must still tell them apart
+    for size in range(3):  # 8 x 8 pixels must still tell them apart
         small = [coverage(shape, size, 2, 2).reshape(8, 4, 8, 4).mean((1, 3)) / 16 for shape in range(10)]
         for a, b in itertools.combinations(small, 2):
             assert np.abs(a - b).sum() > 2                    # the area of two such pixels

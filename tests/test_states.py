@@ -47,7 +47,8 @@ def test_random_numbers_go_on_where_the_state_was_saved(tmp_path):
 
 def test_a_fingerprint_changes_with_one_bit_one_name_one_shape_one_type_one_setting():
     state = {"b": torch.arange(6.), "a": torch.ones(2, dtype=torch.bfloat16), "step": torch.tensor(1)}
-    one_bit = {**state, "b": torch.nextafter(state["b"], torch.tensor([0., 0., 9., 3., 4., 5.]))}    # b[2], the last bit
+    # b[2], the last bit
+    one_bit = {**state, "b": torch.nextafter(state["b"], torch.tensor([0., 0., 9., 3., 4., 5.]))}
     prints = [checkpoint.fingerprint(s, *extra) for s, *extra in (
         (state,), (one_bit,), ({**state, "b": state["b"].view(2, 3)},), ({**state, "b": state["b"].view(torch.int32)},),
         ({"c": state["b"], "a": state["a"], "step": state["step"]},), ({**state, "step": torch.tensor(2)},),

@@ -139,7 +139,7 @@ def test_processes_share_the_shards_even_if_one_looks_when_the_other_has_finishe
     first, second = Counting(), Counting()
 
     def late():
-        if first.seen and not second.seen:                    # the first process waits for the second one at the end
+        if first.seen and not second.seen:  # the first process waits for the second one at the end
             procs = SimpleNamespace(rank=1, world=2, main=False, barrier=lambda: None)
             results.append(cached(tmp_path / "tokens", dataset, encode=second, procs=procs)[0])
     results = []
@@ -154,7 +154,8 @@ def test_processes_share_the_shards_even_if_one_looks_when_the_other_has_finishe
 # the stream
 
 N, L = 23, 3
-IDS = np.arange(N)[:, None, None] + np.array([0, 1000])[None, :, None] + np.array([0, 100, 200])   # image + 1000 copy + 100 place
+# image + 1000 copy + 100 place
+IDS = np.arange(N)[:, None, None] + np.array([0, 1000])[None, :, None] + np.array([0, 100, 200])
 LABELS = np.arange(N) % 7
 
 
@@ -172,7 +173,8 @@ def test_batches_are_rows_of_ids_with_their_labels():
         assert ids.shape == (6, L) and ids.dtype == labels.dtype == torch.int64
         image, copy = ids[:, 0] % 1000, ids[:, 0] // 1000
         assert labels.tolist() == (image % 7).tolist()
-        assert np.array_equal(ids.numpy(), IDS[image, copy])          # all tokens of a row come from the same copy
+        # all tokens of a row come from the same copy
+        assert np.array_equal(ids.numpy(), IDS[image, copy])
 
 
 def test_the_order_is_the_same_for_one_and_two_and_three_ranks():
@@ -194,7 +196,8 @@ def test_the_order_is_that_of_the_images_and_not_of_the_batch_size():
     pictures = ImageStream(datasets.open_images("shapes").subset(np.arange(N)), 32, 6, seed=5)
     order = [index for step in range(9) for index, _ in pictures.plan(step)]
     assert images_and_copies(take(stream(), 9))[0].tolist() == order
-    assert images_and_copies(take(stream(batch_size=54), 1))[0].tolist() == order      # a batch larger than the data set
+    # a batch larger than the data set
+    assert images_and_copies(take(stream(batch_size=54), 1))[0].tolist() == order
 
 
 def test_every_epoch_shows_every_image_once_in_about_half_of_the_cases_mirrored():
@@ -203,7 +206,7 @@ def test_every_epoch_shows_every_image_once_in_about_half_of_the_cases_mirrored(
     for image, copy in epochs:
         assert sorted(image.tolist()) == list(range(400)) and 150 < copy.sum() < 250
     # Whether an image is mirrored follows neither from the image nor from the epoch before.
-    by_image = torch.stack([copy[image.argsort()] for image, copy in epochs])           # (epochs, images)
+    by_image = torch.stack([copy[image.argsort()] for image, copy in epochs])  # (epochs, images)
     for a in range(3):
         assert 150 < (by_image[a] == by_image[a + 1]).sum() < 250
     # Nor does it follow from its place: neighbours in the order differ as often as not.

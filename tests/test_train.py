@@ -138,7 +138,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(finished, data, tmp_path, 
     for name in ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt"):
         assert same_content(without_times(checkpoint.load(tmp_path / name)), without_times(checkpoint.load(finished / name))), name
     steps = [(row["phase"], row["step"]) for row in rows(tmp_path) if "loss" in row]
-    assert steps == [(row["phase"], row["step"]) for row in rows(finished) if "loss" in row]     # each step is logged once
+    # each step is logged once
+    assert steps == [(row["phase"], row["step"]) for row in rows(finished) if "loss" in row]
 
 
 def test_growing_left_the_old_ids_as_they_were(data, tmp_path, monkeypatch):
@@ -147,7 +148,8 @@ def test_growing_left_the_old_ids_as_they_were(data, tmp_path, monkeypatch):
     interrupt_at(monkeypatch, "finetune", 1)
     with pytest.raises(SystemExit):
         run(tmp_path, data, "--stage", "2", "--save_every", "100")
-    saved = checkpoint.load(checkpoint.previous(tmp_path / "tokenizer.pt"))   # the end of the last growth step
+    # the end of the last growth step
+    saved = checkpoint.load(checkpoint.previous(tmp_path / "tokenizer.pt"))
     assert saved["phase"] == "grow-6"
     grown = from_checkpoint(saved, "previous")
     images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -203,7 +205,7 @@ def test_changed_settings_and_changed_images_are_refused_with_the_difference(fin
     with pytest.raises(UserError, match="data"):
         run(finished, "shapes")
     whole = Path(data).read_bytes()
-    some_shapes(data, 59)                                                     # other images under the same name
+    some_shapes(data, 59)  # other images under the same name
     try:
         with pytest.raises(UserError, match="images"):
             run(finished, data)
