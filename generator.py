@@ -102,7 +102,8 @@ class Generator(nn.Module):
     thing at another position: each has an expert of its own. On made-up ids of that sort both generators learned
     without the table too, but more slowly.
     """
-    causal: bool
+    causal: bool               # does a row see earlier rows only?
+    options: tuple[str, ...]   # the settings of sample() that a command line can give
 
     def __init__(self, cfg: GeneratorConfig, num_tokens: int, codebook_size: int, num_classes: int):
         super().__init__()
@@ -204,6 +205,7 @@ class Generator(nn.Module):
 
 class ARGenerator(Generator):
     causal = True
+    options = ("cfg_scale", "temperature", "top_k", "top_p")
 
     def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """Mean cross-entropy in nats, and "nll_by_position" (L,): how hard each token is to predict from those before.
@@ -269,10 +271,16 @@ def mask_schedule(length: int, steps: int) -> list[int]:
 
 class MaskGITGenerator(Generator):
     causal = False
+    options = ("cfg_scale", "temperature", "steps", "randomize_temperature")
 
     @property
     def mask_id(self) -> int:
-        return self.codebook_size                             # the word after the last code
+        return self.codebook_size  # the word after the last code
+
+    @property
+    def default_steps(self) -> int:
+        """8 as in the paper, or one per token where there are fewer."""
+        return min(8, self.num_tokens)
 
     def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """Weighted mean of the smoothed cross-entropy: masked tokens count 1, the others unmasked_weight.
@@ -290,10 +298,12 @@ class MaskGITGenerator(Generator):
         return loss, {"masked_share": masked.float().mean(), "masked_accuracy": hits.sum() / masked.sum()}
 
     @for_sampling
-    def sample(self, labels: Tensor, steps: int = 8, cfg_scale: float = 1.0, temperature: float = 1.0,
-               randomize_temperature: float = 4.5, generator: torch.Generator | None = None,
-               trace: list | None = None) -> Tensor:
-        """labels (B,) -> ids (B, L) in 1 <= steps <= L passes. The same generator state repeats the same ids.
+    def sample(self, labels: Tensor, steps: int | None = None, cfg_scale: float = 1.0,
+               temperature: float = 1.0, randomize_temperature: float = 4.5,
+               generator: torch.Generator | None = None, trace: list | None = None) -> Tensor:
+        """labels (B,) -> ids (B, L) in 1 <= steps <= L passes (None: default_steps).
+
+        The same generator state repeats the same ids.
 
         cfg_scale              above 1 it is reached in a straight line from 1, so that the first tokens are chosen
                                freely and samples stay varied [Muse, TiTok]; up to 1 it holds from the start
@@ -303,6 +313,7 @@ class MaskGITGenerator(Generator):
         Raises UserError for an unknown class or a setting out of range.
         """
         self.check(labels)
+        steps = self.default_steps if steps is None else steps
         ids = labels.new_full((len(labels), self.num_tokens), self.mask_id)
         for step, still_masked in enumerate(mask_schedule(self.num_tokens, steps), start=1):
             progress = step / steps

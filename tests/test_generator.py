@@ -1,4 +1,5 @@
 """Promises of generator.py: what each generator may see, how it learns, and what sampling guarantees."""
+import inspect
 import math
 
 import pytest
@@ -281,9 +282,23 @@ def test_sampling_an_odd_class_is_refused(Kind):
 
 
 @KINDS
+def test_options_name_all_settings_of_sample_but_those_that_only_a_program_can_give(Kind):
+    settings = set(inspect.signature(Kind.sample).parameters)
+    assert set(Kind.options) == settings - {"self", "labels", "generator", "use_cache", "trace"}
+    assert len(set(Kind.options)) == len(Kind.options)
+
+
+@pytest.mark.parametrize("num_tokens, steps", [(1, 1), (5, 5), (8, 8), (12, 8)])
+def test_maskgit_takes_8_steps_by_default_but_never_more_than_it_has_tokens(num_tokens, steps):
+    model, trace = small(MaskGITGenerator, num_tokens=num_tokens), []
+    model.sample(LABELS, trace=trace)
+    assert len(trace) == steps == model.default_steps
+
+
+@KINDS
 def test_one_token_is_enough(Kind):
     model = small(Kind, num_tokens=1)
-    ids = model.sample(LABELS, **({"steps": 1} if Kind is MaskGITGenerator else {}))
+    ids = model.sample(LABELS)
     assert ids.shape == (4, 1) and model.loss(ids, LABELS)[0].isfinite()
 
 
