@@ -30,14 +30,28 @@ def reconstruction(recon: Tensor, images: Tensor) -> Tensor:
     return F.mse_loss(recon.float(), images.float())
 
 
+def mse(recon: Tensor, images: Tensor) -> Tensor:
+    """Mean squared error (B,) of each image by itself, in float32."""
+    return (recon.float() - images.float()).square().flatten(1).mean(1)
+
+
+def to_db(mse: Tensor) -> Tensor:
+    """Mean squared errors of images in [-1, 1], any shape -> peak signal-to-noise ratios in dB.
+
+    The peak is 2, the distance from black (-1) to white (1):   10 log10(2^2 / mse)
+    Anchors: white for black 0 dB, half as much error everywhere 6 dB more, rounding to 8 bits
+    59 dB, equal images inf.
+    """
+    return 10 * torch.log10(4 / mse)
+
+
 def psnr(recon: Tensor, images: Tensor) -> Tensor:
     """Peak signal-to-noise ratio (B,), in dB, of each image by itself; higher is better.
 
-    The peak is 2, the distance from black (-1) to white (1):   10 log10(2^2 / mean squared error)
-    Anchors: white for black 0 dB, half as much error everywhere 6 dB more, rounding to 8 bits 59 dB, equal images inf.
+    TRAP: the mean of this is not the PSNR of a data set; that is to_db(mse(...).mean()), where one
+    image that fails counts as much as its error does.
     """
-    mse = (recon.float() - images.float()).square().flatten(1).mean(1)    # (B,)
-    return 10 * torch.log10(4 / mse)
+    return to_db(mse(recon, images))
 
 
 # ------------------------------------------------------------------------------------------------

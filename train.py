@@ -13,7 +13,6 @@ Resume    repeat the command. SIGTERM and Ctrl-C save first, then exit with 3; a
 Exit      0 finished, 1 failure, 2 something to mend in the command or the data, 3 interrupted and saved
 """
 import copy
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from config import TokenizerConfig, TrainConfig, settings
 from generator import GENERATORS
 from layers import count_parameters
 from loop import Job, fit, new_optimizer
-from losses import Adversary, Perceptual, psnr, reconstruction
+from losses import Adversary, Perceptual, mse, reconstruction, to_db
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
 from plumbing.batches import ImageStream, eval_batches
@@ -90,9 +89,9 @@ def evaluate(model: NativeTok, run: Run) -> dict:
     for images, _ in eval_batches(run.val, run.tok.image_size, 250, run.eval_indices, skip_bad=run.train.skip_bad):
         images = to_float(images.to(run.procs.device))
         ids.append(model.encode(images))
-        errors.append(10 ** (-psnr(model.decode(ids[-1]).clamp(-1, 1), images) / 10))
+        errors.append(mse(model.decode(ids[-1]).clamp(-1, 1), images))
     used, perplexity = usage(torch.cat(ids), run.tok.codebook_size)
-    return {"psnr": round(-10 * math.log10(torch.cat(errors).mean().item()), 3), "codebook_used": round(used, 4),
+    return {"psnr": round(to_db(torch.cat(errors).mean()).item(), 3), "codebook_used": round(used, 4),
             "perplexity": [round(p, 1) for p in perplexity.tolist()], "images": len(run.eval_indices)}
 
 
@@ -251,9 +250,8 @@ def train_generator(run: Run, kind: str) -> None:
     def picture(name):
         if procs.main:
             classes = torch.arange(min(10, len(run.data.classes)), device=procs.device)
-            options = {"steps": min(8, run.tok.num_tokens)} if kind == "maskgit" else {}
             noise = torch.Generator().manual_seed(train.seed)
-            samples = ema.sample(classes.repeat_interleave(8), cfg_scale=2.0, generator=noise, **options)
+            samples = ema.sample(classes.repeat_interleave(8), cfg_scale=2.0, generator=noise)
             run.grid(name, list(tokenizer.decode(samples).split(8)))
 
     def stream(step):

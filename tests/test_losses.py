@@ -60,6 +60,16 @@ def test_psnr_is_per_image_and_float32():
         assert together[i] == losses.psnr(recon[i:i + 1], images[i:i + 1])[0]
 
 
+def test_the_psnr_of_a_data_set_is_that_of_its_mean_error_not_the_mean_of_psnrs():
+    images = torch.full((2, 3, 8, 8), -1.0)
+    recon = images + torch.tensor([0.02, 0.2])[:, None, None, None]
+    errors = losses.mse(recon, images)
+    torch.testing.assert_close(errors, torch.tensor([0.0004, 0.04]))
+    assert losses.to_db(errors.mean()).item() == pytest.approx(22.967, abs=1e-3)
+    assert losses.psnr(recon, images).mean().item() == pytest.approx(30, abs=1e-3)
+    assert torch.equal(losses.to_db(errors), losses.psnr(recon, images))
+
+
 # ------------------------------------------------------------------------------------------------
 # perception
 
