@@ -4,15 +4,18 @@ In       the environment variables that torchrun sets, or none
 Out      Processes: .rank .world .main .device .stop, and wrap() for models
 How      nccl between GPUs, gloo between CPUs; gradients by DistributedDataParallel
 """
+import atexit
 import contextlib
 import os
 import platform
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import warnings
 from datetime import timedelta
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from plumbing.flags import UserError, need
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
 
 
 def fresh_store(timeout: int) -> dict:
@@ -133,6 +141,43 @@ def need_room(folder: str) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
+
+
+def lock_folder(folder: str) -> BinaryIO:
+    """Take `folder` for this process alone. The file returned holds the lock: keep it open.
+
+    The kernel gives the lock back when the process ends, however it ends, so none is left behind.
+    Raises UserError that names the other process when one writes there already.
+    """
+    path = os.path.join(folder, ".lock")
+    try:
+        file = open(path, "a+b")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+    try:
+        need(fcntl, "this system has none")
+        # TRAP: data workers would inherit a flock(), and they outlive a killed process by seconds.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read(100).decode(errors="replace") or "another process"
+        raise UserError(f"{folder} is being written by {holder}; wait for it, or stop it, "
+                        "or choose another --run folder") from None
+    except (OSError, UserError) as error:
+        print(f"note: {folder} has no lock ({error}); let only one process write there",
+              file=sys.stderr)
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}".encode())
+    file.flush()
+    atexit.register(forget_holder, file)
+    return file
+
+
+def forget_holder(file: BinaryIO) -> None:
+    """Empty the lock's file, so that a run with nothing left to do leaves its folder as it was."""
+    with contextlib.suppress(OSError, ValueError):  # closed already, or a disk that is full
+        file.truncate(0)
 
 
 def provenance(command: str, device: torch.device) -> dict:
