@@ -184,9 +184,9 @@ def ar_growing(page: Page, model: NativeTok, ar, classes: list[str]) -> None:
 
 def maskgit_steps(page: Page, model: NativeTok, maskgit, classes: list[str]) -> None:
     """Tokens still masked are shown as black squares in a strip under the picture."""
-    steps, trace = min(8, model.num_tokens), []
+    trace = []
     labels = torch.arange(min(6, len(classes)), device=model.quantizer.codebook.device)
-    final = maskgit.sample(labels, steps=steps, cfg_scale=2.0, generator=torch.Generator().manual_seed(0), trace=trace)
+    final = maskgit.sample(labels, cfg_scale=2.0, generator=torch.Generator().manual_seed(0), trace=trace)
     rows, size = [], model.cfg.image_size
     for i in range(len(labels)):
         cells = []
@@ -199,7 +199,7 @@ def maskgit_steps(page: Page, model: NativeTok, maskgit, classes: list[str]) -> 
             dim = 0.25 + 0.75 * known.float().mean().item()
             cells.append(torch.cat([(picture.float() * dim + 255 * (1 - dim)).to(torch.uint8), strip[..., None].expand(-1, -1, 3).to(torch.uint8)]))
         rows.append(torch.stack(cells))
-    page.grid("maskgit", "MaskGIT, step by step", f"Classes {', '.join(classes[:len(labels)])}, {steps} steps. The strip below each picture has one square per token, gray when it is known, black while it is "
+    page.grid("maskgit", "MaskGIT, step by step", f"Classes {', '.join(classes[:len(labels)])}, {len(trace)} steps. The strip below each picture has one square per token, gray when it is known, black while it is "
               "masked. The picture is the final one, the paler the more of it is still masked: a decoder cannot show a token that has not been chosen.", rows)
 
 

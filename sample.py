@@ -142,7 +142,7 @@ def samples(args, tokenizer: NativeTok, device: torch.device) -> None:
     classes = torch.tensor([class_number(c, names) for c in args.classes] if args.classes else everything)
     # One row per class, or in turn, so that the classes' counts differ by one at most.
     labels = classes.repeat_interleave(args.per_class) if args.use == PICTURE else classes[torch.arange(args.num_samples) % len(classes)]
-    options = {name: min(8, model.num_tokens) if value is None else value for name, value in args.options.items()}   # None: steps
+    options = {name: model.default_steps if value is None else value for name, value in args.options.items()}   # None: steps
     need_room(folder)
 
     began = time.perf_counter()

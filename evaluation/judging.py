@@ -26,7 +26,7 @@ from evaluation.measures import (
 )
 from evaluation.tinycnn import FEATURES, load_judge, random_twin
 from generator import Generator
-from losses import psnr
+from losses import mse, to_db
 from nativetok import NativeTok, sample_batch
 from plumbing import checkpoint
 from plumbing.batches import eval_batches
@@ -111,7 +111,7 @@ def generated(kind: str, tokenizer: NativeTok, options: dict, swept: dict, args,
     """Samples of the run's generator: the classes take turns, batch b draws from (seed, b) on any number of processes."""
     model = Generator.of_run(args.run, kind, tokenizer, device)
     labels = torch.arange(args.num_samples) % model.num_classes
-    options = {**({"steps": min(8, model.num_tokens)} if kind == "maskgit" else {}), **options, **swept}
+    options = {**({"steps": model.default_steps} if kind == "maskgit" else {}), **options, **swept}
 
     def batches(numbers):
         for b in numbers:
@@ -179,7 +179,7 @@ def look(subject: Subject, eyes: list[Eye], args, procs: Processes) -> tuple[lis
                     s.hits += int((logits.argmax(dim=1).cpu() == labels).sum())
             if originals is not None:
                 x, y = to_float(originals), to_float(images)
-                errors.append(10 ** (-psnr(y, x).double().numpy() / 10)), likeness.append(ssim(y, x).numpy())
+                errors.append(mse(y, x).double()), likeness.append(ssim(y, x).numpy())
             bar.update(len(images) * procs.world)
     everyone = procs.gather((seen, errors, likeness))
     seen, errors, likeness = everyone[0]
@@ -187,7 +187,7 @@ def look(subject: Subject, eyes: list[Eye], args, procs: Processes) -> tuple[lis
         for s, other in zip(seen, others):
             s.merge(other)
         errors, likeness = errors + more_errors, likeness + more_likeness
-    quality = {"psnr": round(float(-10 * np.log10(np.concatenate(errors).mean())), 3),
+    quality = {"psnr": round(to_db(torch.cat(errors).mean()).item(), 3),
                "ssim": round(float(np.concatenate(likeness).mean()), 4)} if errors else {}
     return seen, quality
 

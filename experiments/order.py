@@ -51,7 +51,7 @@ from experiments.order_table import costs, doubling, draw_figure, fd_key, read_r
 from generator import Generator
 from layers import count_parameters
 from loop import fit
-from losses import psnr
+from losses import mse, to_db
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
 from plumbing.batches import eval_batches
@@ -271,17 +271,17 @@ def prefix_psnr(tokenizer: NativeTok, ids: Tensor, images: Tensor) -> dict:
     """{k: PSNR in dB of what the decoder makes of the first k tokens}, in 8-bit RGB as in eval_fid.py."""
     found = {}
     for k in doubling(tokenizer.num_tokens):
-        errors = [10 ** (-psnr(to_float(to_uint8(tokenizer.decode(i[:, :k])).cpu()), to_float(x)).double() / 10)
+        errors = [mse(to_float(to_uint8(tokenizer.decode(i[:, :k])).cpu()), to_float(x)).double()
                   for i, x in zip(ids.split(250), images.split(250))]
-        found[str(k)] = round(-10 * math.log10(torch.cat(errors).mean().item()), 3)
+        found[str(k)] = round(to_db(torch.cat(errors).mean()).item(), 3)
     return found
 
 
 def sample_rows(judged, num_tokens: int) -> list[dict]:
-    """What the judge says of samples: AR by guidance; MaskGIT by guidance at 8 steps, and by steps without and with the best one."""
+    """What the judge says of samples: AR by guidance; MaskGIT by guidance at its default of 8 steps, and by steps without and with the best one."""
     rows = [judged("ar", cfg_scale=float(scale)) for scale in (1, *SCALES)]
-    eight = min(8, num_tokens)
-    rows += [judged("maskgit", steps=eight, cfg_scale=float(scale)) for scale in (1, *SCALES)]
+    rows += [judged("maskgit", cfg_scale=float(scale)) for scale in (1, *SCALES)]
+    eight = rows[-1]["steps"]
     best = min(rows[-1 - len(SCALES):], key=lambda row: row[fd_key(row)])["cfg_scale"]
     rows += [judged("maskgit", steps=n, cfg_scale=scale) for n in doubling(num_tokens) if n != eight for scale in sorted({1.0, best})]
     return rows
