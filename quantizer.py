@@ -72,10 +72,10 @@ class VectorQuantizer(nn.Module):
                       # vectors stay near their codes
                       "commitment": F.mse_loss(z, e.detach()) * (not self.continuous)}
             if self.entropy_weight:
-                losses["entropy"] = self.unevenness(z)
+                losses["entropy"] = self.entropy_loss(z)
             return losses
 
-    def unevenness(self, z: Tensor) -> Tensor:
+    def entropy_loss(self, z: Tensor) -> Tensor:
         """Normalised z (B, L, d) -> scalar: 0 if over the batch each position uses all codes alike, 1 if always the same one.
 
         1 - entropy / log K of the mean over the batch of softmax(z . e / temperature), a soft choice that has a
