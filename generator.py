@@ -47,7 +47,7 @@ def gumbel(shape, generator: torch.Generator | None, device) -> Tensor:
     return -torch.log(-torch.log(u.clamp_min(1e-20))).to(device)
 
 
-def keep_likely(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def top_k_top_p(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """-inf in logits (..., K) for all but the top_k likeliest (0: off), then the fewest that reach top_p (1: off)."""
     need(top_k >= 0, f"top_k {top_k} must be 0 (off) or the number of tokens to keep")
     need(0 < top_p <= 1, f"top_p {top_p} is a probability; give a number above 0, up to 1 (off)")
@@ -69,7 +69,7 @@ def draw(logits: Tensor, generator: torch.Generator | None, temperature: float =
     need(temperature >= 0, f"temperature {temperature} must be 0 (the likeliest token) or above")
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = keep_likely(logits / temperature, top_k, top_p)
+    logits = top_k_top_p(logits / temperature, top_k, top_p)
     # The argmax of logits plus Gumbel noise is one draw from their softmax (the Gumbel-max trick).
     return (logits + gumbel(logits.shape, generator, logits.device)).argmax(dim=-1)
 

@@ -23,7 +23,7 @@ def test_gumbel_noise_is_finite_even_where_rand_returns_0(monkeypatch):
 def test_top_p_keeps_the_fewest_tokens_that_reach_it():
     logits = torch.tensor([[0.15, 0.5, 0.05, 0.3], [0.3, 0.05, 0.5, 0.15]]).log()
     for top_p, kept in ((0.01, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.96, 4)):
-        out = G.keep_likely(logits, top_p=top_p)
+        out = G.top_k_top_p(logits, top_p=top_p)
         least = logits.topk(kept).values[:, -1:]
         expected = torch.where(logits >= least, logits, -math.inf)
         assert torch.equal(out, expected), top_p
@@ -31,8 +31,8 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it():
 
 def test_top_k_comes_first_and_top_p_counts_what_it_left():
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    assert G.keep_likely(logits, top_k=3).isfinite().tolist() == [True, True, True, False]
+    assert G.top_k_top_p(logits, top_k=3).isfinite().tolist() == [True, True, True, False]
     # Of 0.4 and 0.3 the first alone has 4/7 = 0.57 of what is left.
-    assert G.keep_likely(logits, top_k=2, top_p=0.5).isfinite().tolist() == [True, False, False, False]
-    assert G.keep_likely(logits, top_k=9).isfinite().all(), "more than there are"
-    assert G.keep_likely(logits) is logits, "0 and 1 are off"
+    assert G.top_k_top_p(logits, top_k=2, top_p=0.5).isfinite().tolist() == [True, False, False, False]
+    assert G.top_k_top_p(logits, top_k=9).isfinite().all(), "more than there are"
+    assert G.top_k_top_p(logits) is logits, "0 and 1 are off"
