@@ -89,7 +89,7 @@ def mlp(w: SimpleNamespace, x: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(norm(x), w.w1, w.b1)), w.w2, w.b2)
 
 
-def watch(trace: list | None, q: Tensor, k: Tensor) -> None:
+def record_attention(trace: list | None, q: Tensor, k: Tensor) -> None:
     """Note how the last row of q looks at the rows of k: appends (B, heads, T); for pictures only."""
     if trace is not None:
         trace.append((q[:, :, -1:] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)[:, :, 0])
@@ -100,7 +100,7 @@ def block_layer(w: SimpleNamespace, x: Tensor, heads: int, trace: list | None = 
     c = norm(x)
     # (B, heads, T, E/heads)
     q, k, v = (split_heads(F.linear(c, m), heads).transpose(1, 2) for m in (w.wq, w.wk, w.wv))
-    watch(trace, q, k)
+    record_attention(trace, q, k)
     x = x + F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), w.wo, w.bo)
     return x + mlp(w, x)
 
@@ -111,7 +111,7 @@ def query_layer(w: SimpleNamespace, h: Tensor, context: Tensor, heads: int, trac
     q = split_heads(F.linear(norm(h), w.wq), heads)[:, :, None]  # (B, heads, 1, E/heads)
     # (B, heads, T+1, E/heads)
     k, v = (split_heads(F.linear(rows, m), heads).transpose(1, 2) for m in (w.wk, w.wv))
-    watch(trace, q, k)
+    record_attention(trace, q, k)
     h = h + F.linear(F.scaled_dot_product_attention(q, k, v).flatten(1), w.wo, w.bo)
     return h + mlp(w, h)
 
