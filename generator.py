@@ -63,8 +63,8 @@ def top_k_top_p(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return torch.empty_like(logits).scatter(-1, order, values)
 
 
-def draw(logits: Tensor, generator: torch.Generator | None, temperature: float = 1.0,
-         top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def sample_from(logits: Tensor, generator: torch.Generator | None, temperature: float = 1.0,
+                top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """logits (..., K) -> ids (...) drawn from softmax(logits / temperature); temperature 0 takes the likeliest."""
     need(temperature >= 0, f"temperature {temperature} must be 0 (the likeliest token) or above")
     if temperature == 0:
@@ -229,7 +229,7 @@ class ARGenerator(Generator):
         caches = self.new_caches(len(labels) if cfg_scale == 1 else 2 * len(labels)) if use_cache else None
         for _ in range(self.num_tokens):
             logits = self.guided(labels, ids, cfg_scale, caches)[:, -1]  # (B, K)
-            new = draw(logits, generator, temperature, top_k, top_p)  # (B,)
+            new = sample_from(logits, generator, temperature, top_k, top_p)  # (B,)
             ids = torch.cat([ids, new[:, None]], dim=1)  # (B, T) -> (B, T+1)
         return ids
 
@@ -322,7 +322,7 @@ class MaskGITGenerator(Generator):
 
             # 1. Guess every masked token.
             masked = ids == self.mask_id  # (B, L)
-            guess = draw(logits, generator, temperature)  # (B, L)
+            guess = sample_from(logits, generator, temperature)  # (B, L)
             ids = torch.where(masked, guess, ids)
 
             # 2. How sure is each guess? Tokens kept earlier are beyond doubt, so they never change.

@@ -10,7 +10,7 @@ import generator as G
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_softmax(temperature):
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    drawn = G.draw(p.log().expand(40000, 4), torch.Generator().manual_seed(0), temperature)
+    drawn = G.sample_from(p.log().expand(40000, 4), torch.Generator().manual_seed(0), temperature)
     expected = (p.log() / temperature).softmax(dim=0)
     assert (torch.bincount(drawn, minlength=4) / 40000 - expected).abs().max() < 0.01
 
