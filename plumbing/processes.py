@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -132,6 +133,33 @@ def enough_memory(repair: str):
         if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
             raise UserError(f"out of memory; {repair}") from error
         raise
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """From now on peak_memory says what was in use since this call. A Mac cannot forget a peak."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # Linux: the peak becomes what is in use now
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use at a time: of a GPU torch's tensors, of a CPU the whole process.
+
+    0 where the system does not say (Windows).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # TRAP: a child's ru_maxrss starts at what its parent had, so on Linux ask for this process's
+    # own high-water mark.
+    if os.path.exists("/proc/self/status"):
+        with open("/proc/self/status") as file:
+            return int(re.search(r"VmHWM:\s*(\d+)", file.read())[1]) * 1024
+    if sys.platform != "darwin":
+        return 0  # unknown
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac
 
 
 def need_room(folder: str) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers import refused
 from plumbing import processes
@@ -81,3 +82,18 @@ def test_where_there_are_no_locks_it_says_so_and_goes_on(tmp_path, monkeypatch, 
     processes.lock_folder(str(tmp_path))
     note = capsys.readouterr().err
     assert note.startswith(f"note: {tmp_path} has no lock (") and note.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# peak memory
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak")
+def test_peak_memory_is_that_since_the_reset_and_counts_what_is_gone_again():
+    cpu, million = torch.device("cpu"), 2 ** 20
+    torch.ones(300 * million, dtype=torch.uint8)
+    before = processes.peak_memory(cpu)
+    processes.reset_peak_memory(cpu)
+    assert processes.peak_memory(cpu) < before - 200 * million
+    start = processes.peak_memory(cpu)
+    torch.ones(100 * million, dtype=torch.uint8)
+    assert 90 * million < processes.peak_memory(cpu) - start < 150 * million
