@@ -23,11 +23,11 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(x: Tensor, patch_size: int, image_size: int) -> Tensor:
-    """The inverse of patchify for square images: (B, N, P*P*3) -> (B, 3, H, W)."""
+    """The inverse of patchify for square images: (B, N, P*P*C) -> (B, C, H, W)."""
     B, P, S = x.shape[0], patch_size, image_size // patch_size
-    x = x.reshape(B, S, S, P, P, 3)
+    x = x.reshape(B, S, S, P, P, -1)
     x = x.permute(0, 5, 1, 3, 2, 4)                           # (B, C, S, P, S, P)
-    return x.reshape(B, 3, image_size, image_size)
+    return x.reshape(B, -1, image_size, image_size)
 
 
 # ------------------------------------------------------------------------------------------------
