@@ -1,28 +1,36 @@
 """MoCET, Mixture of Causal Expert Transformer: one small expert per token position.
 
-Paper    z_i = T_i(X_latent, z_<i),   i = 1 .. L: expert i emits token i from the image's features and
-         the tokens before it. No gate is learned: the position is the routing.
+Paper    z_i = T_i(X_latent, z_<i),   i = 1 .. L: expert i emits token i from the image's features
+         and the tokens before it. No gate is learned: the position is the routing.
 In       x_latent (B, N, E)   from mit.py, read-only here
 Out      z_q (B, L, d), ids (B, L), losses {"codebook", "commitment", "entropy"}
-Differs  Experts read the prior tokens quantized, as the generator will see them [ours]. Norms inside an
-         expert have no scale and shift of their own: the matrices behind them can hold both [ours].
+Differs  Experts read the prior tokens quantized and with a place, as the generator will see them,
+         and each has a head of its own [ours]. In the first author's earlier public experiments
+         they read each other's outputs as they are, share one head, and all is quantized at the
+         end; what the paper does is not known to us. Norms inside an expert have no scale and
+         shift of their own: the matrices behind them can hold both [ours].
 
 Two forms of an expert share the same parameters:
 
     block   a transformer over [X_latent ; prior tokens ; query_i], every layer rewrites every row,
             read at the query's row                                              (as published)
-    query   X_latent and prior tokens stay as they are; each layer rewrites the query's row only
-            (at depth 1 the same function; about N times cheaper)                (the default)
+    query   X_latent and prior tokens stay as they are; each layer rewrites the query's row only;
+            at depth 1 the same function                                         (the default)
 
-How the query form is fast. One row asks, so keys need not be formed: with normalised context rows c_j,
+A layer over N rows of width E costs 12 N E^2 + 2 N^2 E multiply-adds in the block form, and
+12 E^2 + 2 N E heads in the query form: at N = E = 256 and 4 heads that is 179 times fewer. In time
+it is less, because small products fill a processor badly: 32 experts ran 14.6 times faster on two
+CPU cores (experiments/README.md, "Speed").
+
+How the query form is fast. One row asks, so keys need not be formed: with normalised rows c_j,
 
     score_j = (Wq h) . (Wk c_j) = u . c_j        with  u = Wk^T Wq h      (one u per head)
     value   = sum_j a_j Wv c_j  = Wv m           with  m = sum_j a_j c_j
 
-so the context is only ever touched by two dot products per head. In the first layer h is the learned
-query, the same for every image: all experts' scores against X_latent are one matrix product.
+so the context is only ever touched by two dot products per head. In the first layer h is the
+learned query, the same for every image: all experts' scores against X_latent are one product.
 
-Try      python mocet.py
+Try      python mocet.py      (CPU, a few seconds)
 """
 from types import SimpleNamespace
 
@@ -45,6 +53,9 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1))
 
 
+# ------------------------------------------------------------------------------------------------
+# what an expert has learned
+
 class ExpertGroup(nn.Module):
     """The parameters of the n experts that one growth step adds, stacked as (n, out, in)."""
 
@@ -56,44 +67,51 @@ class ExpertGroup(nn.Module):
             bound = gain * (6 / (out + into)) ** 0.5  # Xavier-uniform, like every ViT here
             return nn.Parameter(torch.empty(n, out, into).uniform_(-bound, bound))
 
-        # Unit-scale queries make attention pick some patches from the first step on, others for each expert.
+        # Unit-scale queries make attention pick other patches for each expert from the first step.
         self.query = nn.Parameter(torch.randn(n, E))
         self.pos = nn.Parameter(torch.randn(n, E))  # the place of token i, for those who read it
         self.layers = nn.ModuleList(nn.ParameterDict(dict(
             wq=matrices(E, E, QUERY_GAIN), wk=matrices(E, E), wv=matrices(E, E),
             wo=matrices(E, E), bo=nn.Parameter(torch.zeros(n, E)),
             w1=matrices(4 * E, E), b1=nn.Parameter(torch.zeros(n, 4 * E)),
-            w2=matrices(E, 4 * E), b2=nn.Parameter(torch.zeros(n, E)))) for _ in range(cfg.expert_depth))
+            w2=matrices(E, 4 * E), b2=nn.Parameter(torch.zeros(n, E)),
+        )) for _ in range(cfg.expert_depth))
         self.head = matrices(d, E)
         self.head_bias = nn.Parameter(torch.zeros(n, d))
 
     def __len__(self) -> int:
         return len(self.query)
 
-    def unbind(self) -> list[SimpleNamespace]:
-        """The experts one by one, as views: .query (E,), .pos (E,), .head (d, E), .layers[j].wq (E, E) ...
+    def expert(self, i: int) -> SimpleNamespace:
+        """Expert i as views: .query (E,), .pos (E,), .head (d, E), .layers[j].wq (E, E) ..."""
+        layers = [piece(layer, i) for layer in self.layers]
+        return SimpleNamespace(query=self.query[i], pos=self.pos[i], head=self.head[i],
+                               head_bias=self.head_bias[i], layers=layers)
 
-        TRAP: self.head[i] inside the loop runs too, but each backward of an index allocates the whole
-        stack; one unbind per forward has one backward that puts the pieces together.
+    def unbind(self) -> list[SimpleNamespace]:
+        """All experts, each as expert(i) gives it.
+
+        TRAP: expert(i) in a training loop runs too, but each backward of an index allocates the
+        whole stack; one unbind per forward has one backward that puts the pieces together.
         """
-        layers = [{name: p.unbind() for name, p in layer.items()} for layer in self.layers]
-        return [SimpleNamespace(query=q, pos=p, head=h, head_bias=b,
-                                layers=[SimpleNamespace(**{name: parts[i] for name, parts in layer.items()}) for layer in layers])
-                for i, (q, p, h, b) in enumerate(zip(*(t.unbind() for t in (self.query, self.pos, self.head, self.head_bias))))]
+        stacks = (self.query, self.pos, self.head, self.head_bias)
+        query, pos, head, head_bias = (stack.unbind() for stack in stacks)
+        layers = [{name: stack.unbind() for name, stack in layer.items()} for layer in self.layers]
+        experts = []
+        for i in range(len(self)):
+            own_layers = [piece(layer, i) for layer in layers]
+            experts.append(SimpleNamespace(query=query[i], pos=pos[i], head=head[i],
+                                           head_bias=head_bias[i], layers=own_layers))
+        return experts
+
+
+def piece(layer, i: int) -> SimpleNamespace:
+    """The i-th pieces of a layer's stacks {name: (n, ...)}: .wq .wk .wv .wo .bo .w1 .b1 .w2 .b2"""
+    return SimpleNamespace(**{name: stack[i] for name, stack in layer.items()})
 
 
 # ------------------------------------------------------------------------------------------------
-# one layer, three ways. w: one expert's parameters of this layer
-
-def mlp(w: SimpleNamespace, x: Tensor) -> Tensor:
-    return F.linear(F.gelu(F.linear(norm(x), w.w1, w.b1)), w.w2, w.b2)
-
-
-def record_attention(trace: list | None, q: Tensor, k: Tensor) -> None:
-    """Note how the last row of q looks at the rows of k: appends (B, heads, T); for pictures only."""
-    if trace is not None:
-        trace.append((q[:, :, -1:] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)[:, :, 0])
-
+# the paper, word for word; w holds one expert's parameters of one layer
 
 def block_layer(w: SimpleNamespace, x: Tensor, heads: int, trace: list | None = None) -> Tensor:
     """Published form: all rows x (B, T, E) ask all rows, and all are rewritten."""
@@ -101,51 +119,42 @@ def block_layer(w: SimpleNamespace, x: Tensor, heads: int, trace: list | None = 
     # (B, heads, T, E/heads)
     q, k, v = (split_heads(F.linear(c, m), heads).transpose(1, 2) for m in (w.wq, w.wk, w.wv))
     record_attention(trace, q, k)
-    x = x + F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), w.wo, w.bo)
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, T, E)
+    x = x + F.linear(mixed, w.wo, w.bo)
     return x + mlp(w, x)
 
 
-def query_layer(w: SimpleNamespace, h: Tensor, context: Tensor, heads: int, trace: list | None = None) -> Tensor:
-    """Query form, written out: h (B, E) asks the rows of context (B, T, E) and itself; only h is rewritten."""
-    rows = torch.cat([context, norm(h)[:, None]], dim=1)                      # (B, T+1, E)
+def query_layer(w: SimpleNamespace, h: Tensor, context: Tensor, heads: int,
+                trace: list | None = None) -> Tensor:
+    """Query form: h (B, E) asks the rows of context (B, T, E) and itself; only h is rewritten."""
+    rows = torch.cat([context, norm(h)[:, None]], dim=1)  # (B, T+1, E)
     q = split_heads(F.linear(norm(h), w.wq), heads)[:, :, None]  # (B, heads, 1, E/heads)
     # (B, heads, T+1, E/heads)
     k, v = (split_heads(F.linear(rows, m), heads).transpose(1, 2) for m in (w.wk, w.wv))
     record_attention(trace, q, k)
-    h = h + F.linear(F.scaled_dot_product_attention(q, k, v).flatten(1), w.wo, w.bo)
+    mixed = F.scaled_dot_product_attention(q, k, v).flatten(1)  # (B, E)
+    h = h + F.linear(mixed, w.wo, w.bo)
     return h + mlp(w, h)
 
 
-def query_in_context_space(wq: Tensor, wk: Tensor, h: Tensor, heads: int) -> Tensor:
-    """u = Wk^T Wq norm(h) / sqrt(E/heads), one row per head: h (..., E), wq, wk (..., E, E) -> (..., heads, E)."""
-    q = split_heads((wq @ norm(h)[..., None])[..., 0], heads)  # (..., heads, E/heads)
-    wk = wk.unflatten(-2, (heads, -1))  # (..., heads, E/heads, E)
-    return (q[..., None, :] @ wk)[..., 0, :] * q.shape[-1] ** -0.5
+def mlp(w: SimpleNamespace, x: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(norm(x), w.w1, w.b1)), w.w2, w.b2)
 
 
-def query_layer_fast(w: SimpleNamespace, h: Tensor, cx: Tensor, prior: Tensor, heads: int, scores_x: Tensor | None) -> Tensor:
-    """query_layer with context = [cx ; prior], without forming keys or values or joining the two.
+def record_attention(trace: list | None, q: Tensor, k: Tensor) -> None:
+    """Append how the last row of q looks at the rows of k, (B, heads, T); for pictures only."""
+    if trace is not None:
+        scores = q[:, :, -1:] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        trace.append(scores.softmax(dim=-1)[:, :, 0])
 
-    h (B, E), cx (B, N, E), prior (B, T, E); scores_x (B, heads, N) where they are known already.
-    """
-    memory = torch.cat([prior, norm(h)[:, None]], dim=1)                      # (B, T+1, E)
-    q = split_heads(F.linear(norm(h), w.wq), heads)                           # (B, heads, E/heads)
-    # (B, heads, E)
-    u = torch.einsum("bhc,hce->bhe", q, w.wk.unflatten(0, (heads, -1))) * q.shape[-1] ** -0.5
-    if scores_x is None:
-        scores_x = u @ cx.transpose(1, 2)                                     # (B, heads, N)
-    a = torch.cat([scores_x, u @ memory.transpose(1, 2)], dim=-1).softmax(dim=-1)
-    ax, am = a.split([cx.shape[1], memory.shape[1]], dim=-1)
-    m = ax @ cx + am @ memory                                                 # (B, heads, E)
-    v = torch.einsum("bhe,hce->bhc", m, w.wv.unflatten(0, (heads, -1)))       # (B, heads, E/heads)
-    h = h + F.linear(v.flatten(1), w.wo, w.bo)
-    return h + mlp(w, h)
-
-
-# ------------------------------------------------------------------------------------------------
 
 class MoCET(nn.Module):
-    """x_latent (B, N, E), quantizer -> z_q (B, L, d), ids (B, L), losses {name: scalar}."""
+    """x_latent (B, N, E), quantizer -> z_q (B, L, d), ids (B, L), losses {name: scalar}.
+
+    detach_prior   True: a token is a constant for the experts after it, so they cannot teach the
+                   expert that emits it what to say (a trial of experiments/trials.py)
+    """
+    detach_prior = False
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -161,12 +170,45 @@ class MoCET(nn.Module):
     def num_tokens(self) -> int:
         return sum(len(group) for group in self.groups)
 
-    def grow(self, num_tokens: int) -> None:
-        """Append one group of experts, so that there are num_tokens; nothing that exists is touched.
+    def forward_loop(self, x_latent: Tensor, quantizer: VectorQuantizer,
+                     trace: list | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """One expert after the other, slowly: the reading that tests hold forward against.
 
-        A new expert starts as a copy of an old one, with a query and a place of its own [ours]. Experts that start
-        from random weights talk past the frozen codebook: in trials each of them soon said one code for all images. Copies
-        do so less, and the entropy term mends it: experiments/README.md, "What one change does".
+        trace   a list to which each layer of each expert appends its attention
+                (B, heads, N + tokens so far + 1)
+        """
+        cfg, heads, said = self.cfg, self.cfg.expert_heads, []
+        rows = x_latent  # (B, N, E), later followed by the tokens
+        for expert in [group.expert(i) for group in self.groups for i in range(len(group))]:
+            h = expert.query.expand(len(rows), -1)  # (B, E)
+            if cfg.expert == "query":
+                for w in expert.layers:
+                    h = query_layer(w, h, norm(rows), heads, trace)
+            else:
+                x = torch.cat([rows, h[:, None]], dim=1)  # (B, N+i, E)
+                for w in expert.layers:
+                    x = block_layer(w, x, heads, trace)
+                h = x[:, -1]
+            z_i = F.linear(norm(h), expert.head, expert.head_bias)  # (B, d)
+            z_q_i, id_i, z_i = quantizer.quantize(z_i, quantizer.codes())
+            rows = torch.cat([rows, self.as_prior(z_q_i, expert)], dim=1)
+            said.append((z_q_i, id_i, z_i))
+        z_q, ids, z = (torch.stack(parts, dim=1) for parts in zip(*said))
+        return z_q, ids, quantizer.losses(z, ids)
+
+    def as_prior(self, z_q_i: Tensor, expert: SimpleNamespace) -> Tensor:
+        """A token z_q_i (B, d) as the experts after it read it: (B, 1, E)."""
+        if self.detach_prior:
+            z_q_i = z_q_i.detach()
+        return (self.embed_code(z_q_i) + expert.pos)[:, None]
+
+    def grow(self, num_tokens: int) -> None:
+        """Append one group of experts, so that there are num_tokens; what exists is not touched.
+
+        A new expert starts as a copy of an old one, with a query and a place of its own [ours].
+        The codebook no longer learns when it comes, so it has to start near what the codes can
+        say: experts that started from random weights were seen to end with one code for all images
+        each. No record of that trial is kept.
         """
         new = ExpertGroup(num_tokens - self.num_tokens, self.cfg).to(self.embed_code.weight.device)
         if self.groups:
@@ -177,91 +219,108 @@ class MoCET(nn.Module):
                         p.copy_(old[name][torch.arange(len(p)) % len(old[name])])
         self.groups.append(new)
 
-    def forward(self, x_latent: Tensor, quantizer: VectorQuantizer) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        cfg, heads = self.cfg, self.cfg.expert_heads
-        codes, cx = quantizer.codes(), norm(x_latent)                         # (K, d), (B, N, E)
+    # --------------------------------------------------------------------------------------------
+    # the same, fast
+
+    def forward(self, x_latent: Tensor,
+                quantizer: VectorQuantizer) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        cfg, heads, said = self.cfg, self.cfg.expert_heads, []
+        codes, cx = quantizer.codes(), norm(x_latent)  # (K, d), (B, N, E)
         prior = cx[:, :0]  # (B, 0, E) query form: prior tokens as context rows
         rows = x_latent  # (B, N, E) block form: everything so far, as it is
-        z, z_q, ids = [], [], []
         for group in self.groups:
-            # One product per group, not one for all: growing must not change how the old part rounds.
-            first = self.first_scores(group, cx) if cfg.expert == "query" else [None] * len(group)
+            # One product per group, not one for all: growth must not change how old ones round.
+            query_form = cfg.expert == "query"
+            first = self.first_scores(group, cx) if query_form else [None] * len(group)
             for expert, scores_x in zip(group.unbind(), first):
-                h = expert.query.expand(len(cx), -1)                          # (B, E)
-                if cfg.expert == "query":
-                    for j, w in enumerate(expert.layers):
-                        h = query_layer_fast(w, h, cx, prior, heads, scores_x if j == 0 else None)
+                h = expert.query.expand(len(cx), -1)  # (B, E)
+                if query_form:
+                    for w in expert.layers:
+                        h = query_layer_fast(w, h, cx, prior, heads, scores_x)
+                        scores_x = None  # known for the first layer only
                 else:
-                    x = torch.cat([rows, h[:, None]], dim=1)                  # (B, N+i, E)
+                    x = torch.cat([rows, h[:, None]], dim=1)  # (B, N+i, E)
                     for w in expert.layers:
                         x = block_layer(w, x, heads)
                     h = x[:, -1]
-                q_i, id_i, z_i = quantizer.quantize(F.linear(norm(h), expert.head, expert.head_bias), codes)
-                token = (self.embed_code(q_i) + expert.pos)[:, None]          # (B, 1, E)
-                if cfg.expert == "query":
+                z_i = F.linear(norm(h), expert.head, expert.head_bias)  # (B, d)
+                z_q_i, id_i, z_i = quantizer.quantize(z_i, codes)
+                token = self.as_prior(z_q_i, expert)  # (B, 1, E)
+                if query_form:
                     prior = torch.cat([prior, norm(token)], dim=1)
                 else:
                     rows = torch.cat([rows, token], dim=1)
-                z.append(z_i), z_q.append(q_i), ids.append(id_i)
-        z, z_q, ids = (torch.stack(parts, dim=1) for parts in (z, z_q, ids))
+                said.append((z_q_i, id_i, z_i))
+        z_q, ids, z = (torch.stack(parts, dim=1) for parts in zip(*said))
         losses = quantizer.losses(z, ids)
-        # Nobody reads the last token. A zero keeps its parameters in the graph, since DistributedDataParallel
-        # waits for a gradient of each; it matters where a group has one expert.
+        # Nobody reads the last token. A zero keeps its parameters in the graph, since
+        # DistributedDataParallel waits for a gradient of each; it matters where a group has one
+        # expert.
         losses["commitment"] = losses["commitment"] + 0 * token.sum()
         return z_q, ids, losses
 
-    def first_scores(self, group: ExpertGroup, cx: Tensor) -> list[Tensor]:
-        """Scores of the first layer against X_latent for all experts of a group: a (B, heads, N) for each."""
+    def first_scores(self, group: ExpertGroup, cx: Tensor) -> tuple[Tensor, ...]:
+        """The first layer's scores against X_latent, a (B, heads, N) for each of a group."""
         n, heads = len(group), self.cfg.expert_heads
-        # (n, heads, E)
-        u = query_in_context_space(group.layers[0].wq, group.layers[0].wk, group.query, heads)
-        scores = cx @ u.flatten(0, 1).T                                       # (B, N, n*heads)
+        wq, wk = group.layers[0].wq, group.layers[0].wk
+        u = query_in_context_space(wq, wk, group.query, heads)  # (n, heads, E)
+        scores = cx @ u.flatten(0, 1).T  # (B, N, n*heads)
         return scores.transpose(1, 2).unflatten(1, (n, heads)).unbind(1)
 
-    def forward_loop(self, x_latent: Tensor, quantizer: VectorQuantizer, trace: list | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """forward, slowly and in the paper's words: the oracle that tests hold forward against.
 
-        trace   a list to which each layer of each expert appends its attention (B, heads, N + tokens so far + 1)
-        """
-        heads = self.cfg.expert_heads
-        rows = x_latent  # (B, N, E), later followed by the tokens
-        z, z_q, ids = [], [], []
-        for group in self.groups:
-            for i in range(len(group)):
-                layers = [SimpleNamespace(**{name: p[i] for name, p in layer.items()}) for layer in group.layers]
-                h = group.query[i].expand(len(rows), -1)                      # (B, E)
-                if self.cfg.expert == "query":
-                    for w in layers:
-                        h = query_layer(w, h, norm(rows), heads, trace)
-                else:
-                    x = torch.cat([rows, h[:, None]], dim=1)
-                    for w in layers:
-                        x = block_layer(w, x, heads, trace)
-                    h = x[:, -1]
-                q_i, id_i, z_i = quantizer.quantize(norm(h) @ group.head[i].T + group.head_bias[i], quantizer.codes())
-                rows = torch.cat([rows, (self.embed_code(q_i) + group.pos[i])[:, None]], dim=1)
-                z.append(z_i), z_q.append(q_i), ids.append(id_i)
-        z, z_q, ids = (torch.stack(parts, dim=1) for parts in (z, z_q, ids))
-        return z_q, ids, quantizer.losses(z, ids)
+def query_in_context_space(wq: Tensor, wk: Tensor, h: Tensor, heads: int) -> Tensor:
+    """u = Wk^T Wq norm(h) / sqrt(E/heads), one row per head.
+
+    h (..., E), wq, wk (..., E, E) -> (..., heads, E)
+    """
+    q = split_heads((wq @ norm(h)[..., None])[..., 0], heads)  # (..., heads, E/heads)
+    wk = wk.unflatten(-2, (heads, -1))  # (..., heads, E/heads, E)
+    return (q[..., None, :] @ wk)[..., 0, :] * q.shape[-1] ** -0.5
+
+
+def query_layer_fast(w: SimpleNamespace, h: Tensor, cx: Tensor, prior: Tensor, heads: int,
+                     scores_x: Tensor | None) -> Tensor:
+    """query_layer with context = [cx ; prior], without forming keys or values or joining the two.
+
+    h (B, E), cx (B, N, E), prior (B, T, E); scores_x (B, heads, N) where they are known already.
+    """
+    memory = torch.cat([prior, norm(h)[:, None]], dim=1)  # (B, T+1, E)
+    q = split_heads(F.linear(norm(h), w.wq), heads)  # (B, heads, E/heads)
+    wk, wv = (m.unflatten(0, (heads, -1)) for m in (w.wk, w.wv))  # (heads, E/heads, E)
+    u = torch.einsum("bhc,hce->bhe", q, wk) * q.shape[-1] ** -0.5  # (B, heads, E)
+    if scores_x is None:
+        scores_x = u @ cx.transpose(1, 2)  # (B, heads, N)
+    a = torch.cat([scores_x, u @ memory.transpose(1, 2)], dim=-1).softmax(dim=-1)
+    ax, am = a.split([cx.shape[1], memory.shape[1]], dim=-1)
+    m = ax @ cx + am @ memory  # (B, heads, E)
+    v = torch.einsum("bhe,hce->bhc", m, wv)  # (B, heads, E/heads)
+    h = h + F.linear(v.flatten(1), w.wo, w.bo)
+    return h + mlp(w, h)
 
 
 if __name__ == "__main__":
     import time
 
     torch.manual_seed(0)
-    x_latent, seconds = torch.randn(4, 64, 64), {}
+    N = E = 256
+    heads, x_latent, seconds = 4, torch.randn(2, N, E), {}
     for form in ("block", "query"):
-        cfg = TokenizerConfig(expert=form, expert_width=64, expert_heads=4, token_schedule=(16, 32), codebook_size=64)
+        cfg = TokenizerConfig(expert=form, expert_width=E, expert_heads=heads, expert_depth=1,
+                              token_schedule=(8, 16), codebook_size=64)
         quantizer, mocet = VectorQuantizer(cfg).eval(), MoCET(cfg)
         with torch.no_grad():
             before = mocet(x_latent, quantizer)[1]
             start = time.perf_counter()
             mocet(x_latent, quantizer)
             seconds[form] = time.perf_counter() - start
-            mocet.grow(32)
+            mocet.grow(16)
             after = mocet(x_latent, quantizer)[1]
-        print(f"{form:5}  x_latent {tuple(x_latent.shape)} -> ids {tuple(before.shape)}, {seconds[form] * 1e3:.1f} ms, "
-              f"{count_parameters(mocet.groups[0]):,} parameters in 16 experts")
-        print(f"       after grow(32): ids {tuple(after.shape)}, the first 16 unchanged: {torch.equal(before, after[:, :16])}")
-    print(f"The query form took 1/{seconds['block'] / seconds['query']:.0f} of the block form's time, "
-          "for a function of the same inputs with the same parameters.")
+        print(f"{form:5}  x_latent {tuple(x_latent.shape)} -> ids {tuple(before.shape)}, "
+              f"{seconds[form] * 1e3:.1f} ms, "
+              f"{count_parameters(mocet.groups[0]):,} parameters in 8 experts")
+        print(f"       after grow(16): ids {tuple(after.shape)}, "
+              f"the first 8 unchanged: {torch.equal(before, after[:, :8])}")
+    macs = (12 * N * E * E + 2 * N * N * E) / (12 * E * E + 2 * N * E * heads)
+    print(f"The query form needs {macs:.0f} times fewer multiply-adds in a layer and took "
+          f"1/{seconds['block'] / seconds['query']:.0f} of the time.\n"
+          "Why not 1/179? Each of its products has one row per image: try more images than 2.")

@@ -202,6 +202,22 @@ def test_gradients_equal_those_of_the_readable_loop(form, depth):
         torch.testing.assert_close(fast[name], slow[name], rtol=1e-3, atol=1e-4 * slow[name].abs().max().item(), msg=lambda text: f"{name}: {text}")
 
 
+@FORMS
+@DEPTHS
+def test_detach_prior_keeps_every_token_and_stops_what_later_experts_would_teach_earlier_ones(form, depth):
+    mocet, quantizer = small(form, depth)
+    ids = look(mocet, quantizer)[1]
+    for detached in (False, True):
+        mocet.detach_prior = detached
+        for forward in (mocet, mocet.forward_loop):
+            mocet.zero_grad()
+            _, now, _, z = look(mocet, quantizer, forward=forward)
+            z[:, -1].sum().backward()
+            assert torch.equal(now, ids)
+            taught = [any(p.grad[i].any() for name, p in mocet.groups[0].named_parameters() if name != "pos") for i in range(SHORT)]
+            assert taught == [not detached] * (SHORT - 1) + [True]
+
+
 def both_forms(depth):
     (query, quantizer), (block, _) = small("query", depth, grown=True), small("block", depth, grown=True)
     block.load_state_dict(query.state_dict())
