@@ -112,6 +112,11 @@ def sample_batch(model: nn.Module, tokenizer: NativeTok, labels: Tensor, options
     return to_uint8(tokenizer.decode(model.sample(labels, generator=noise, **options))).cpu()
 
 
+def doubling(L: int) -> list[int]:
+    """Numbers of tokens worth a look: 1, 2, 4, ... and L itself."""
+    return [2 ** k for k in range(L.bit_length()) if 2 ** k < L] + [L]
+
+
 class eval_mode:
     """with eval_mode(model): no dropout, no tail drop, no counting, no continuous codes; afterwards as before."""
 

@@ -47,12 +47,12 @@ import train
 from config import CONFIGS, PRESETS, TokenizerConfig
 from evaluation.judging import Reference, generated, judge, look, real, reconstruction, tinycnn_eyes
 from evaluation.tinycnn import train_judge
-from experiments.order_table import costs, doubling, draw_figure, fd_key, read_results, write_tables
+from experiments.order_table import costs, draw_figure, fd_key, read_results, write_tables
 from generator import Generator
 from layers import count_parameters
 from loop import fit
 from losses import mse, to_db
-from nativetok import NativeTok, from_checkpoint
+from nativetok import NativeTok, doubling, from_checkpoint
 from plumbing import checkpoint
 from plumbing.batches import eval_batches
 from plumbing.datasets import train_and_val

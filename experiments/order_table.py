@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nativetok import doubling
 from plumbing import checkpoint
 from plumbing.flags import need
 
@@ -34,11 +35,6 @@ def costs(folder: str, settings) -> dict:
         found[phase] = {"steps": steps[-1][0], "seconds": round(seconds, 3), "peak_mb": max(row.get("peak_mb", 0) for row in mine),
                         "loss_by_tenth": [round(float(part.mean()), 5) for part in np.array_split([loss for *_, loss in steps], 10) if len(part)]}
     return found
-
-
-def doubling(L: int) -> list[int]:
-    """1, 2, 4, ... and L itself."""
-    return [2 ** k for k in range(L.bit_length()) if 2 ** k < L] + [L]
 
 
 def fd_key(row: dict) -> str:
