@@ -173,7 +173,7 @@ def list_folder(root: str) -> tuple[dict, list[str]]:
 
 
 def read_from_folder(root: str, key: np.void) -> np.ndarray:
-    return read_image(os.path.join(root, key["name"]))
+    return read_image(os.path.join(root, key["name"]), MEND_IMAGE)
 
 
 def list_tar(path: str, shown: str) -> tuple[dict, list[str]]:

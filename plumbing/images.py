@@ -1,61 +1,123 @@
-"""One image: from the bytes of a file to a square of pixels, to the models' floats and back, and onto a sheet.
+"""One image: from a file's bytes to a square of pixels, to floats and back, and onto a sheet.
 
-In       the bytes of a JPEG, PNG, BMP, GIF, WebP, TIFF or PPM file
+In       the bytes of an image file, in one of FORMATS
 Out      decode       uint8 (H, W, 3)
          resize_crop  uint8 (S, S, 3), augment the same with a random crop and mirror
-         to_float     float32 (B, 3, S, S) in [-1, 1], what the models take; to_uint8 is the way back
-Differs  the paper leaves these open: transparent images are put on white, 16-bit gray is scaled to 8 bits,
-         EXIF rotation is applied. Whatever cannot be decoded to its last pixel is refused by name.
-Try      python -m plumbing.images      (rounds and truncates all 256 values; only one of the two brings them back)
+         to_float     float32 (B, 3, S, S) in [-1, 1], what models take; to_uint8 is the way back
+Differs  the paper leaves these open: transparent images are put on white, 16-bit gray is scaled to
+         8 bits, EXIF rotation is applied. What cannot be decoded to its last pixel is refused by
+         name; of the rest of a file, nothing but the rotation is believed
+Try      python -m plumbing.images      (rounds and truncates 256 values; one brings them back)
 """
 import contextlib
 import io
 import math
+import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from plumbing import checkpoint
 from plumbing.flags import UserError, need
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
-# no others: Pillow would run Ghostscript for an EPS
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-MEND_IMAGE = "replace or remove it (train.py --skip_bad passes over up to 1% of bad ones)"
+Image.init()  # or Pillow knows its usual formats only
+# What people keep pictures in. No others: Pillow would run Ghostscript for an EPS.
+FORMATS = [name for name in ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "AVIF",
+                             "JPEG2000", "QOI", "PCX", "SGI", "TGA") if name in Image.OPEN]
+# A .pfm holds floating-point numbers, mostly depths beside a picture.
+ENDINGS = tuple(sorted(ending for ending, name in Image.registered_extensions().items()
+                       if name in FORMATS and ending != ".pfm"))
+MEND_IMAGE = "replace or remove it"
+# What a viewer does to the stored pixels, by EXIF's number for the orientation.
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
 
 
 @contextlib.contextmanager
 def explained(what: str, repair: str):
-    """Whatever the libraries raise inside becomes one UserError in one line: what, the reason, the repair."""
+    """Whatever libraries raise inside becomes one UserError in one line: what, reason, repair."""
     try:
         yield
     except UserError:
         raise
     # zipfile, tarfile, zlib, lzma, numpy and Pillow know some twenty kinds between them
     except Exception as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
-        raise UserError(f"{what}: {reason}; {repair}") from error
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise UserError(f"{what}: {reason or type(error).__name__}; {repair}") from error
 
 
-def decode(data: bytes, name: str) -> np.ndarray:
+# ------------------------------------------------------------------------------------------------
+# metadata
+
+# Chunks of a PNG that say nothing of its pixels: texts, profiles, times, the animation.
+PNG_METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"gAMA", b"cHRM", b"sRGB", b"sBIT",
+                b"pHYs", b"tIME", b"bKGD", b"hIST", b"sPLT", b"cICP", b"acTL", b"fcTL", b"fdAT")
+PNG_ROTATION = (b"eXIf", b"iTXtXML:com.adobe.xmp\0", b"tEXtRaw profile type exif\0",
+                b"zTXtRaw profile type exif\0")
+
+
+def split_png(data: bytes) -> tuple[bytes, bytes]:
+    """A PNG -> itself without metadata, and itself with what may tell its rotation.
+
+    TRAP: Pillow keeps the texts of a PNG under their own names among the values it decodes by:
+    a text called "transparency" or "interlace" would decide about pixels.
+    """
+    pixels, rotation, start = [data[:8]], [], 8
+    while start < len(data):
+        size = int.from_bytes(data[start:start + 4], "big")
+        chunk = data[start:start + size + 12]
+        if chunk[4:8] not in PNG_METADATA:
+            pixels.append(chunk)
+        elif chunk[4:].startswith(PNG_ROTATION):
+            rotation.append(chunk)
+        start += size + 12
+    # After the header, where Pillow finds it without decoding.
+    return b"".join(pixels), b"".join(pixels[:2] + rotation + pixels[2:]) if rotation else b""
+
+
+def orientation(data: bytes) -> int:
+    """EXIF's number, 1 to 8, from EXIF or XMP. Metadata that cannot be read says nothing: 1."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS).getexif().get(0x112, 1)
+    except Exception:
+        return 1
+
+
+# ------------------------------------------------------------------------------------------------
+# bytes to pixels
+
+def decode(data: bytes, name: str, repair: str = MEND_IMAGE) -> np.ndarray:
     """The bytes of an image file -> uint8 (H, W, 3). Raises UserError that starts with `name`."""
-    with explained(name, MEND_IMAGE):
-        need(len(data) > 0, f"{name}: the file is empty; {MEND_IMAGE}")
+    # Pillow's warnings name no file: they are silenced, its errors become one line.
+    with explained(name, repair), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        need(len(data) > 0, f"{name}: the file is empty; {repair}")
+        is_png = data.startswith(b"\x89PNG\r\n\x1a\n")
+        pixels, rotation = split_png(data) if is_png else (data, data)
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(pixels), formats=FORMATS)
         except UnidentifiedImageError:
-            raise ValueError(f"not an image, or a torn one (it begins with {data[:12]!r})") from None
+            text = f"not an image, or a torn one (it begins with {data[:12]!r})"
+            raise ValueError(text) from None
+        turn = orientation(rotation) if rotation else 1
+        if image.format == "TIFF":
+            image.load_end = lambda: None  # where Pillow reads EXIF once more, and turns the image
         # Decodes every pixel: only that finds all truncated files, Image.verify() passes some.
-        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        if turn in TURNS:
+            image = image.transpose(TURNS[turn])
         if image.mode == "F":
-            raise ValueError("pixels are floating-point numbers of unknown range, save it with 8 or 16 bits")
+            raise ValueError("pixels are floating-point numbers of unknown range, "
+                             "save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # TRAP: convert("RGB") clips 16 bits to white
             values = np.asarray(image).astype(np.int64)
             if values.min() < 0 or values.max() > 65535:
                 raise ValueError("gray values go beyond 16 bits, save it with 8 or 16 bits")
-            gray = np.rint(values / 257).astype(np.uint8)     # 65535 = 255 * 257
+            gray = np.rint(values / 257).astype(np.uint8)  # 65535 = 255 * 257
             return np.repeat(gray[:, :, None], 3, axis=2)
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -63,15 +125,18 @@ def decode(data: bytes, name: str) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def read_image(path: str) -> np.ndarray:
+def read_image(path: str, repair: str = "give the path of an image file") -> np.ndarray:
     """An image file -> uint8 (H, W, 3). Raises UserError that names the file."""
-    with explained(path, MEND_IMAGE), open(path, "rb") as file:
+    with explained(path, repair), open(path, "rb") as file:
         data = file.read()
-    return decode(data, path)
+    return decode(data, path, repair)
 
+
+# ------------------------------------------------------------------------------------------------
+# pixels to what models take, and to a sheet
 
 def resize_crop(image: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """uint8 (H, W, 3) -> uint8 (size, size, 3): the central square, or with `rng` a square anywhere.
+    """uint8 (H, W, 3) -> uint8 (size, size, 3): the central square, or with `rng` any square.
 
     The random square's side is 1 to 1.25 times smaller than the shorter edge [ours].
     """
@@ -83,12 +148,14 @@ def resize_crop(image: np.ndarray, size: int, rng: np.random.Generator | None = 
         top, left = rng.uniform(0, H - side), rng.uniform(0, W - side)
     elif side == size:
         return image[top:top + size, left:left + size]
-    # Cropping by `box` resizes only what is kept; Pillow's bicubic filter widens when it shrinks (antialias).
+    # Cropping by `box` resizes only what is kept; bicubic filters widen as they shrink (antialias).
     box = (left, top, left + side, top + side)
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+    cut = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(cut)
 
 
-def augment(image: np.ndarray, size: int, key: tuple[int, ...], flip: bool, random_crop: bool) -> np.ndarray:
+def augment(image: np.ndarray, size: int, key: tuple[int, ...], flip: bool,
+            random_crop: bool) -> np.ndarray:
     """resize_crop and mirror at random, as a function of `key` = (seed, epoch, index) alone."""
     rng = np.random.default_rng(key)
     mirror = rng.random() < 0.5  # drawn in any case, so that flip leaves the crops alone
@@ -109,14 +176,16 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_grid(images: Tensor | np.ndarray, path: str, columns: int, scale: int = 1) -> None:
-    """Write uint8 images (B, H, W, 3), each enlarged `scale` times, row by row with white margins, as one PNG.
+    """Write uint8 images (B, H, W, 3) as one PNG: row by row, with white margins.
 
+    scale   how many times each is enlarged
     Raises UserError when `path` cannot be written.
     """
     images = torch.as_tensor(images).cpu().numpy().repeat(scale, axis=1).repeat(scale, axis=2)
     (B, H, W, _), margin = images.shape, 2
     rows = math.ceil(B / columns)
-    sheet = np.full((margin + rows * (H + margin), margin + columns * (W + margin), 3), 255, np.uint8)
+    height, width = margin + rows * (H + margin), margin + columns * (W + margin)
+    sheet = np.full((height, width, 3), 255, np.uint8)
     for k, image in enumerate(images):
         y, x = margin + k // columns * (H + margin), margin + k % columns * (W + margin)
         sheet[y:y + H, x:x + W] = image
@@ -131,4 +200,5 @@ if __name__ == "__main__":
     truncated = ((x + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 1)
     for way, result in (("rounded", to_uint8(x)), ("truncated", truncated)):
         print(f"{way:10} {(result != values)[..., 0].sum():3} of 256 values come back changed")
-    print("Only round() was left out, and no eye sees it in a picture. Would you see it in a PSNR, or in a FID?")
+    print("Only round() was left out, and no eye sees it in a picture.")
+    print("Would you see it in a PSNR, or in a FID?")
