@@ -1,8 +1,8 @@
 """One process or many: rank, device, signals, and decisions that all ranks take alike.
 
-In       the environment variables that torchrun sets, or none
-Out      Processes: .rank .world .main .device .stop, and wrap() for models
-How      nccl between GPUs, gloo between CPUs; gradients by DistributedDataParallel
+In       the environment variables that a launcher such as torchrun sets, all of them or none
+Out      Processes: .rank .world .main .device .stop, and wrap() for models: nccl between GPUs,
+         gloo between CPUs, gradients by DistributedDataParallel
 """
 import atexit
 import contextlib
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from datetime import timedelta
 from typing import BinaryIO
@@ -30,48 +31,151 @@ try:
 except ModuleNotFoundError:  # Windows
     fcntl = None
 
+INTERRUPTED = 3  # exit code after a signal, when all is saved
+PATIENCE = 5  # seconds of silence while others are waited for
+
+
+class Interrupted(BaseException):
+    """A signal asked to stop while this process only waited, so nothing is half done.
+
+    Not an Exception, or whatever explains errors on the way would take it for one.
+    """
+
+
+# ------------------------------------------------------------------------------------------------
+# what a launcher says
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched() -> tuple[int, int]:
+    """rank and world as a launcher has set them, all of it or nothing; 0 and 1 without one.
+
+    Raises UserError that names what is missing or wrong: believed, a WORLD_SIZE that was left in
+    the shell would have one process train on a part of each batch.
+    """
+    found = {name: os.environ[name] for name in LAUNCHER if os.environ.get(name)}
+    if "RANK" not in found and "WORLD_SIZE" not in found:
+        return 0, 1
+    missing = [name for name in LAUNCHER if name not in found]
+    given = " ".join(f"{name}={value}" for name, value in found.items())
+    repair = f"start several processes with torchrun, or one after: unset {' '.join(found)}"
+    need(not missing, f"the environment has {given} but no {', '.join(missing)}; {repair}")
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        need(found[name].isdecimal(), f"{name}={found[name]} is no whole number; {repair}")
+    rank, world = int(found["RANK"]), int(found["WORLD_SIZE"])
+    need(rank < world, f"RANK={rank} is not below WORLD_SIZE={world}; {repair}")
+    return rank, world
+
+
+def local_gpu(world: int) -> torch.device:
+    """The GPU of this process: number LOCAL_RANK among those that it sees."""
+    visible, local = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "")
+    # Without it all processes of a machine would share its first GPU, and none would say so.
+    need(local or world == 1 or visible == 1,
+         "the environment has no LOCAL_RANK, which says whose GPU is whose; use torchrun")
+    number = int(local) if local.isdecimal() and world > 1 else 0
+    need(number < visible, f"process {number} of this machine has no GPU, only {visible} can be "
+         f"seen; use --nproc_per_node={visible}, or --device cpu")
+    return torch.device("cuda", number)
+
 
 def fresh_store(timeout: int) -> dict:
-    """Where processes find each other, as arguments of init_process_group: not where they did before torchrun restarted them.
+    """Where processes find each other, as arguments of init_process_group.
 
-    TRAP: torchrun keeps its store through --max-restarts, and a restarted process would read the dead ones' addresses
-    there. On several nodes restarts are counted by each node for itself, so there torch's own way has to do.
+    TRAP: torchrun keeps its store through --max-restarts, and a restarted process would read the
+    dead ones' addresses there, hence a place of its own for each attempt. On several nodes each
+    node counts its restarts for itself, so there torch's own way has to do.
     """
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
         return {}
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    return {"store": dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), "rank": rank, "world_size": world}
+    attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    return {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": world}
 
+
+def join(backend: str, world: int, timeout: int) -> None:
+    """Wait for the other processes, `timeout` seconds at most; say so when it takes a while."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    text = f"waiting for all of {world} processes at {place}, {timeout} seconds at most"
+    note = threading.Timer(PATIENCE, print, [text], {"file": sys.stderr, "flush": True})
+    note.daemon = True
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one line per machine
+        note.start()
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **fresh_store(timeout))
+    except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the {world} processes did not find each other at {place} ({reason}); "
+                        "start them with torchrun, all with the same address") from error
+    finally:
+        note.cancel()
+
+
+# ------------------------------------------------------------------------------------------------
+# this process among the others
 
 class Processes:
     """This process among those that torchrun started, or alone.
 
-    stop     True once SIGTERM or SIGINT has come: finish the step, save, leave; a second one quits at once
+    stop     True once a signal has asked to finish the step, save and leave
     """
 
     def __init__(self, device: str = "auto", timeout: int = 600):
-        """device   auto, cpu or cuda. Raises UserError when cuda is asked for and absent.
+        """device   auto, cpu, cuda or mps. Raises UserError when it is asked for and absent.
 
-        timeout   seconds to wait for another process; after that this one fails, and torchrun ends them all
+        timeout   seconds to wait for another process; then this one fails, and torchrun ends all
         """
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, self.stop = self.rank == 0, False
-        need(device != "cuda" or torch.cuda.is_available(), "no CUDA device was found; use --device cpu")
-        cuda = device != "cpu" and torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-        if cuda:
+        self.rank, self.world = launched()
+        self.main, self.stop, self.waiting = self.rank == 0, False, False
+        need(device != "cuda" or torch.cuda.is_available(),
+             "no CUDA device was found; use --device cpu")
+        need(device != "mps" or torch.backends.mps.is_available(),
+             "no Apple GPU was found; use --device cpu")
+        need(device != "mps" or self.world == 1, "several processes cannot share an Apple GPU; "
+             "use one, or --device cpu")
+        if device == "mps":
+            self.device = torch.device("mps")  # not run: nobody has tried it on a Mac yet
+        elif device != "cpu" and torch.cuda.is_available():
+            self.device = local_gpu(self.world)
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
-        if "RANK" in os.environ and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), **fresh_store(timeout))
+        else:
+            self.device = torch.device("cpu")
+        if os.environ.get("RANK") and not dist.is_initialized():
+            join("nccl" if self.device.type == "cuda" else "gloo", self.world, timeout)
 
     def catch_signals(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        """From now on a signal sets .stop; a second SIGTERM or Ctrl-C quits at once.
 
-    def _on_signal(self, number, frame) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        SIGHUP comes when a terminal closes, mostly twice, SIGUSR1 from SLURM before time is up.
+        """
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows has the first two
+            # nohup has SIGHUP ignored, and that is what it is for.
+            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
         self.stop = True
+        if self.waiting:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def interruptible(self):
+        """Inside, where a process alone only waits for data, a signal raises Interrupted at once.
+
+        Among several processes it does not: the others are in the middle of a step with this one.
+        """
+        self.waiting = self.world == 1
+        try:
+            if self.waiting and self.stop:
+                raise Interrupted
+            yield
+        finally:
+            self.waiting = False
 
     def any(self, *flags: bool) -> list[bool]:
         """Each flag, true if it is true on any process."""
@@ -97,24 +201,32 @@ class Processes:
         if dist.is_initialized():
             dist.destroy_process_group()
 
+    def leave(self, text: str) -> None:
+        """Say why, and exit as after a signal."""
+        if self.main:
+            print(text, flush=True)
+        sys.exit(INTERRUPTED)
+
     def wrap(self, model: nn.Module, compile: bool) -> nn.Module:
-        """The model as the training loop calls it: compiled if asked, gradients averaged over processes."""
+        """The model as the training loop calls it: gradients are averaged over processes."""
         model = torch.compile(model) if compile else model
         if not dist.is_initialized():
             return model
-        # The one buffer that changes, the quantizer's count, is each process's own and summed where it is used.
-        # Newer versions of torch warn of another name for this argument, which older ones do not know.
+        # The one buffer that changes, the quantizer's count, is each process's own and summed where
+        # it is used. Newer versions of torch warn of another name for this argument, which older
+        # ones do not know.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         return DistributedDataParallel(model, broadcast_buffers=False)
 
     def precision(self, wanted: str) -> str:
         """auto, fp32 or bf16 -> fp32 or bf16: auto is bf16 where the GPU has it."""
-        bf16 = wanted == "bf16" or (wanted == "auto" and self.device.type == "cuda" and torch.cuda.is_bf16_supported())
-        return "bf16" if bf16 else "fp32"
+        has_it = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return "bf16" if wanted == "bf16" or (wanted == "auto" and has_it) else "fp32"
 
     def autocast(self, wanted: str):
         """Matrix products in that precision; weights stay float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision(wanted) == "bf16")
+        enabled = self.precision(wanted) == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -122,15 +234,17 @@ class Processes:
 
 @contextlib.contextmanager
 def enough_memory(repair: str):
-    """Running out of memory inside, here or in a data worker, becomes a UserError with the repair."""
+    """Running out of memory inside, here or in a data worker, becomes a UserError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # TRAP: DataLoader raises this from a signal handler, so it can come out of any line of the main process.
+        # TRAP: DataLoader raises this from a signal handler, so it can come out of any line.
         if "DataLoader worker" in str(error):
-            raise UserError(f"a data worker died ({str(error).splitlines()[0]}); is memory short? lower --workers, and repeat the command to go on") from None
+            raise UserError(f"a data worker died ({str(error).splitlines()[0]}); is memory short? "
+                            "lower --workers, and repeat the command to go on") from None
         # A CPU without memory has no exception of its own in torch, only this text.
-        if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        out = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        if out or "can't allocate memory" in str(error):
             raise UserError(f"out of memory; {repair}") from error
         raise
 
@@ -163,12 +277,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 def need_room(folder: str) -> None:
-    """Raise UserError unless files can be written into `folder`, which is made if need be: now, not after hours."""
+    """Make `folder`, and raise UserError unless it can be written: now, not after hours."""
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder") from error
+        raise UserError(f"cannot write into {folder}: {error.strerror}; "
+                        "choose another folder") from error
 
 
 def lock_folder(folder: str) -> BinaryIO:
@@ -209,10 +324,20 @@ def forget_holder(file: BinaryIO) -> None:
 
 
 def provenance(command: str, device: torch.device) -> dict:
-    """Where numbers come from: command, commit ("+changes" when files differ from it), torch, device."""
+    """Where numbers come from: command, commit (+changes, when files differ), torch, device."""
+    home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
     def git(*words):
-        done = subprocess.run(["git", "-C", os.path.dirname(os.path.dirname(os.path.abspath(__file__))), *words], capture_output=True, text=True) if shutil.which("git") else None
-        return done.stdout.strip() if done and done.returncode == 0 else ""
+        if not shutil.which("git"):
+            return ""
+        done = subprocess.run(["git", "-C", home, *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
     changed = "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return {"command": command, "commit": (git("rev-parse", "HEAD") or "unknown") + changed, "torch": torch.__version__, "device": name}
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "mps":
+        name = "Apple GPU"
+    else:
+        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {"command": command, "commit": (git("rev-parse", "HEAD") or "unknown") + changed,
+            "torch": torch.__version__, "device": name}

@@ -1,41 +1,44 @@
 """processes.py: one writer per folder, what a launcher must say, which signals save."""
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import socket
+import time
 
 import pytest
 import torch
 
 from helpers import refused
 from plumbing import processes
-
-ROOT = Path(__file__).parent.parent
-
-
-def start(code: str, *arguments, **environment) -> subprocess.Popen:
-    """A Python process that runs `code` beside the project's files and can be talked to."""
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment})
-
+from plumbing.processes import Interrupted, Processes, launched
 
 # ------------------------------------------------------------------------------------------------
 # one writer per folder
 
-HOLD = """
-import os, sys, time
-from plumbing.processes import lock_folder
-lock = lock_folder(sys.argv[1])
-child = os.fork()  # as a data worker, which inherits every open file and lives a little longer
-if child == 0:
-    time.sleep(20)
-    os._exit(0)
-print(child, flush=True)
-sys.stdin.readline()
-"""
+def hold(folder: str, pipe) -> None:
+    """Take the lock, have a data worker that lives a little longer, and wait for a word."""
+    lock = processes.lock_folder(folder)
+    worker = os.fork()
+    if worker == 0:
+        time.sleep(20)
+        os._exit(0)
+    pipe.send(worker)
+    pipe.recv()
+    processes.forget_holder(lock)  # as at an exit
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """(process that holds the lock of tmp_path, pipe to it), and its worker's number."""
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=hold, args=(str(tmp_path), theirs))
+    process.start()
+    worker = ours.recv()
+    yield process, ours, worker
+    os.kill(worker, signal.SIGKILL)
+    process.kill()
+    process.join()
 
 
 def lock_is_free(folder) -> bool:
@@ -46,29 +49,24 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path):
     refused(processes.lock_folder, str(tmp_path / "gone"), names=["cannot write", "gone"])
 
 
-def test_a_second_writer_is_turned_away_with_the_process_number_of_the_first(tmp_path):
-    holder = start(HOLD, tmp_path)
-    child = int(holder.stdout.readline())
-    told = [str(tmp_path), f"process {holder.pid} on", "--run"]
+def test_a_second_writer_is_turned_away_with_the_process_number_of_the_first(tmp_path, holder):
+    process, pipe, _ = holder
+    told = [str(tmp_path), f"process {process.pid} on", "--run"]
     refused(processes.lock_folder, str(tmp_path), names=told)
-    holder.stdin.close()
-    assert holder.wait() == 0
-    os.kill(child, signal.SIGKILL)
+    pipe.send("end")
+    process.join()
+    assert process.exitcode == 0
     # Nothing in the file, or a finished run would not stay as it is.
     assert (tmp_path / ".lock").read_bytes() == b""
     assert lock_is_free(tmp_path)
 
 
-def test_a_killed_process_leaves_no_lock_behind_even_while_its_workers_live(tmp_path):
-    holder = start(HOLD, tmp_path)
-    child = int(holder.stdout.readline())
-    holder.kill()
-    holder.wait()
-    try:
-        os.kill(child, 0)  # lives
-        assert lock_is_free(tmp_path)
-    finally:
-        os.kill(child, signal.SIGKILL)
+def test_a_killed_process_leaves_no_lock_behind_even_while_its_workers_live(tmp_path, holder):
+    process, _, worker = holder
+    process.kill()
+    process.join()
+    os.kill(worker, 0)  # lives
+    assert lock_is_free(tmp_path)
 
 
 @pytest.mark.parametrize("why", ["no fcntl", "no locks"])
@@ -97,3 +95,149 @@ def test_peak_memory_is_that_since_the_reset_and_counts_what_is_gone_again():
     start = processes.peak_memory(cpu)
     torch.ones(100 * million, dtype=torch.uint8)
     assert 90 * million < processes.peak_memory(cpu) - start < 150 * million
+
+
+# ------------------------------------------------------------------------------------------------
+# what a launcher says
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """launcher("RANK=0 WORLD_SIZE=2") sets these variables of a launcher, and no others."""
+    def put(text: str) -> None:
+        for name in (*processes.LAUNCHER, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for word in text.split():
+            monkeypatch.setenv(*word.split("="))
+    return put
+
+
+WHOLE = "RANK=1 WORLD_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500"
+
+
+def test_one_process_without_a_launcher_and_its_word_with_one(launcher):
+    for text in ("", "MASTER_ADDR=node1 MASTER_PORT=29500", "WORLD_SIZE= RANK="):
+        launcher(text)
+        assert launched() == (0, 1)
+    launcher(WHOLE)
+    assert launched() == (1, 4)
+
+
+@pytest.mark.parametrize("left", ["WORLD_SIZE=4", "WORLD_SIZE=1", "RANK=0", "RANK=0 WORLD_SIZE=1",
+                                  "RANK=1 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1",
+                                  "WORLD_SIZE=4 MASTER_ADDR=node1 MASTER_PORT=29500"])
+def test_a_part_of_what_a_launcher_sets_is_refused_and_named(launcher, left):
+    launcher(left)
+    missing = [name for name in processes.LAUNCHER if name not in left]
+    repair = "unset " + " ".join(word.split("=")[0] for word in left.split()
+                                 if word.split("=")[0] in processes.LAUNCHER)
+    message = refused(Processes, "cpu", names=[*left.split(), *missing, "torchrun"])
+    assert sorted(repair.split()) == sorted(message.rpartition("after: ")[2].split())
+
+
+@pytest.mark.parametrize("before, after", [("RANK=1", "RANK=4"), ("RANK=1", "RANK=-1"),
+                                           ("RANK=1", "RANK=x"), ("WORLD_SIZE=4", "WORLD_SIZE=1.5"),
+                                           ("WORLD_SIZE=4", "WORLD_SIZE=0"),
+                                           ("MASTER_PORT=29500", "MASTER_PORT=tcp://10.0.0.1")])
+def test_what_is_no_number_or_out_of_range_is_refused_and_named(launcher, before, after):
+    launcher(WHOLE.replace(before, after))
+    refused(launched, names=[after, "unset"])
+
+
+def test_missing_processes_are_waited_for_in_words_and_not_for_ever(launcher, monkeypatch, capfd):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(processes, "PATIENCE", 0.2)
+    launcher(f"RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}")
+    began, place = time.time(), f"127.0.0.1:{port}"
+    refused(Processes, "cpu", 2, names=["2 processes", place, "torchrun"])
+    assert time.time() - began < 30
+    assert f"waiting for all of 2 processes at {place}, 2 seconds at most" in capfd.readouterr().err
+
+
+def test_each_process_takes_its_own_gpu_and_says_when_there_is_none(launcher, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    launcher(f"{WHOLE} LOCAL_RANK=1")
+    assert processes.local_gpu(4) == torch.device("cuda", 1)
+    launcher(f"{WHOLE} LOCAL_RANK=2")
+    refused(processes.local_gpu, 4, names=["process 2", "2 can be seen", "--nproc_per_node=2"])
+    launcher(WHOLE)  # all four on the first GPU, and no word
+    refused(processes.local_gpu, 4, names=["LOCAL_RANK"])
+
+
+def test_a_device_that_is_not_there_is_one_line():
+    for device in ("cuda", "mps"):
+        module = torch.cuda if device == "cuda" else torch.backends.mps
+        if not module.is_available():
+            refused(Processes, device, names=["--device cpu"])
+
+
+# ------------------------------------------------------------------------------------------------
+# signals
+
+ALL_SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"]
+
+
+@pytest.fixture
+def handlers():
+    """What pytest had set for the signals comes back afterwards."""
+    before = {name: signal.getsignal(getattr(signal, name)) for name in ALL_SIGNALS}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
+@pytest.mark.parametrize("name", ALL_SIGNALS)
+def test_a_signal_asks_to_stop_and_breaks_off_a_wait(handlers, name):
+    number, procs = getattr(signal, name), Processes("cpu")
+    procs.catch_signals()
+    os.kill(os.getpid(), number)
+    assert procs.stop
+    procs = Processes("cpu")
+    procs.catch_signals()
+    began = time.time()
+    with pytest.raises(Interrupted), procs.interruptible():
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+    assert time.time() - began < 5 and procs.stop
+    with pytest.raises(Interrupted), procs.interruptible():  # it came before the wait
+        time.sleep(10)
+
+
+def test_a_closing_terminal_may_say_so_twice_and_nohup_is_obeyed(handlers):
+    procs = Processes("cpu")
+    procs.catch_signals()
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert procs.stop
+    assert signal.getsignal(signal.SIGTERM) == procs.on_signal
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    procs.catch_signals()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_second_sigterm_or_ctrl_c_is_left_to_the_system(handlers):
+    procs = Processes("cpu")
+    procs.catch_signals()
+    for name in ("SIGTERM", "SIGINT"):
+        os.kill(os.getpid(), getattr(signal, name))
+        assert signal.getsignal(getattr(signal, name)) == signal.SIG_DFL
+
+
+def test_among_several_processes_a_wait_is_not_broken_off(handlers):
+    procs = Processes("cpu")
+    procs.world = 2  # the other one is in the middle of a step
+    procs.catch_signals()
+    with procs.interruptible():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert procs.stop
+
+
+def test_where_signals_are_missing_the_others_are_caught(handlers, monkeypatch):
+    for name in ("SIGHUP", "SIGUSR1"):  # as on Windows
+        monkeypatch.delattr(signal, name)
+    procs = Processes("cpu")
+    procs.catch_signals()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert procs.stop
+    monkeypatch.undo()
