@@ -1,8 +1,12 @@
-"""How the cost of encoding grows with the number of tokens and of patches: a table, fitted exponents, one picture.
+"""How does the cost of encoding grow with tokens and with patches? A table, exponents, a picture.
 
-Run      python -m experiments.scaling --out pictures/scaling.png --json scaling.json        (needs matplotlib; a few minutes on 2 CPU cores)
-How      the encoder of imagenet-128 (MIT-B and query experts) at 4 images, each point in a process of its own, since a peak of
-         memory is that of a process; memory is the growth of that peak while encoding
+Measured is the encoder of imagenet-128 (MIT-B and query experts) at 4 images, each point in a
+process of its own, since a peak of memory is that of a process; memory is the growth of that peak
+while encoding.
+
+Run      python -m experiments.scaling --out pictures/scaling.png --json scaling.json
+         (needs matplotlib; a few minutes on 2 CPU cores)
+Makes    the picture, and with --json the numbers in it
 """
 import argparse
 import json
@@ -14,61 +18,102 @@ import time
 import numpy as np
 import torch
 
-from experiments.bench import Bench, in_child, peak_gib, tokenizer_config
+from experiments.bench import GIB, tokenizer_config
+from experiments.timing import Bench, in_child
 from nativetok import NativeTok
 from plumbing import checkpoint
-from plumbing.flags import UserError, main_with_user_errors
-from plumbing.processes import provenance
+from plumbing.flags import Parser, UserError, main_with_user_errors
+from plumbing.processes import peak_memory, provenance
 
 TOKENS, PATCHES = (16, 32, 64, 128, 256), (64, 144, 256, 576, 1024)
+AXES = {  # what varies: (its values, points (tokens, patches), what stays)
+    "tokens": (TOKENS, [(L, 256) for L in TOKENS], "256 patches"),
+    "patches": (PATCHES, [(64, N) for N in PATCHES], "64 tokens"),
+}
+BATCH = 4
 
 
-def encode_once(num_tokens: int, patches: int, device) -> tuple[float, float]:
-    """Seconds and GiB of encoding 4 images, for the child process."""
+def encode_once(num_tokens: int, patches: int, device: torch.device) -> tuple[float, float]:
+    """Seconds and GiB of encoding a batch, for the child process."""
     cfg = tokenizer_config(token_schedule=(num_tokens,), image_size=int(patches ** 0.5) * 16)
     torch.manual_seed(0)
-    model, images = NativeTok(cfg).to(device).eval(), torch.rand(4, 3, cfg.image_size, cfg.image_size, device=device) * 2 - 1
-    before, times = peak_gib(device), []
+    model = NativeTok(cfg).to(device).eval()
+    images = torch.rand(BATCH, 3, cfg.image_size, cfg.image_size, device=device) * 2 - 1
+    before, times = peak_memory(device), []
     for _ in range(4):
         began = time.perf_counter()
         model.encode(images)
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[1:]), peak_gib(device) - before
+    return statistics.median(times[1:]), (peak_memory(device) - before) / GIB
+
+
+def exponent(x: list[int], y: list[float]) -> float:
+    """Of the power law y = c x^exponent that fits best."""
+    return np.polyfit(np.log(x), np.log(np.maximum(y, 1e-9)), 1)[0]
+
+
+def measure(what: str, bench: Bench) -> dict:
+    """The points of one axis, as they are printed and written."""
+    values, points, _ = AXES[what]
+    milliseconds, mib = [], []
+    for value, point in zip(values, points):
+        seconds, gib = in_child(bench, "experiments.scaling", *point)
+        milliseconds.append(seconds / BATCH * 1e3)
+        mib.append(gib * 1024)
+        print(f"{value:5} {what:8}{milliseconds[-1]:9.1f} ms an image{mib[-1]:9.0f} MiB "
+              f"for the batch of {BATCH}", flush=True)
+    exponents = {"time": exponent(values, milliseconds), "memory": exponent(values, mib)}
+    print(f"      time grows like {what}^{exponents['time']:.2f}, "
+          f"memory like {what}^{exponents['memory']:.2f}")
+    return {"points": list(values), "ms_an_image": milliseconds, "mib": mib,
+            "exponents": exponents}
+
+
+def draw(axis, what: str, measured: dict) -> None:
+    x, exponents = measured["points"], measured["exponents"]
+    axis.loglog(x, measured["ms_an_image"], "o-",
+                label=f"ms an image, exponent {exponents['time']:.2f}")
+    axis.loglog(x, measured["mib"], "s--",
+                label=f"MiB of activations, batch {BATCH}, exponent {exponents['memory']:.2f}")
+    axis.set_xlabel(f"{what}  ({AXES[what][2]})")
+    axis.set_xticks(x, x)
+    axis.minorticks_off()
+    axis.legend()
+    axis.grid(alpha=0.3)
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(prog="scaling.py", description=__doc__)
+    parser.add_argument("--out", default="scaling.png", help="the picture")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="where to compute")
+    parser.add_argument("--threads", type=int, default=0,
+                        help="CPU threads (default: torch's choice)")
+    parser.add_argument("--child", type=int, nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="scaling.png", help="the picture")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--child", type=int, nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse()
     bench = Bench(argparse.Namespace(repeats=3, device=args.device, threads=args.threads))
     if args.child:
-        return print(json.dumps(encode_once(*args.child, bench.device)))
+        print(json.dumps(encode_once(*args.child, bench.device)))
+        return
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("the picture takes matplotlib: pip install matplotlib") from None
+    command = "python -m experiments.scaling " + shlex.join(sys.argv[1:])
+    made = provenance(command, bench.device)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    made = provenance("python -m experiments.scaling " + shlex.join(sys.argv[1:]), bench.device)
-    for axis, what, points in ((axes[0], "tokens", [(L, 256) for L in TOKENS]), (axes[1], "patches", [(64, N) for N in PATCHES])):
-        x = [point[what == "patches"] for point in points]
-        found = [in_child(bench, "experiments.scaling", *point) for point in points]
-        slopes = [np.polyfit(np.log(x), np.log([max(value[k], 1e-9) for value in found]), 1)[0] for k in (0, 1)]
-        for value, (s, gib) in zip(x, found):
-            print(f"{value:5} {what:8}{s / 4 * 1e3:9.1f} ms an image{gib * 1024:9.0f} MiB for the batch of 4", flush=True)
-        made[what] = {"points": x, "ms_an_image": [s / 4 * 1e3 for s, _ in found], "mib": [gib * 1024 for _, gib in found], "exponents": {"time": slopes[0], "memory": slopes[1]}}
-        print(f"      time grows like {what}^{slopes[0]:.2f}, memory like {what}^{slopes[1]:.2f}")
-        axis.loglog(x, [s / 4 * 1e3 for s, _ in found], "o-", label=f"ms an image, exponent {slopes[0]:.2f}")
-        axis.loglog(x, [gib * 1024 for _, gib in found], "s--", label=f"MiB of activations, batch 4, exponent {slopes[1]:.2f}")
-        axis.set_xlabel(f"{what}  ({'256 patches' if what == 'tokens' else '64 tokens'})")
-        axis.set_xticks(x, x), axis.minorticks_off(), axis.legend(), axis.grid(alpha=0.3)
+    for axis, what in zip(axes, AXES):
+        made[what] = measure(what, bench)
+        draw(axis, what, made[what])
     with checkpoint.replacing(args.out) as file:
         figure.savefig(file, format="png", dpi=110)
     if args.json:

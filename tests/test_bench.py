@@ -1,4 +1,5 @@
-"""Promises of bench.py: both sides are measured in turn, targets are compared the right way round, waiting is told from working."""
+"""Promises of bench.py and timing.py: both sides are measured in turn, targets are compared the
+right way round, waiting is told from working."""
 import json
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from experiments import bench
-from experiments.bench import Bench, waiting
+from experiments.bench import waiting
+from experiments.timing import Bench, in_child
+from helpers import refused
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,11 +32,14 @@ def test_ways_are_measured_in_turn_after_one_round_and_the_median_counts():
     assert order == ["a", "b"] * 4 and 0.01 <= a < 0.15 and b < 0.005
 
 
-@pytest.mark.parametrize("value, target, least, met", [(12, 12, True, True), (11.9, 12, True, False), (0.6, 0.6, False, True), (0.61, 0.6, False, False), (5, None, True, None)])
+@pytest.mark.parametrize("value, target, least, met", [
+    (12, 12, True, True), (11.9, 12, True, False), (0.6, 0.6, False, True),
+    (0.61, 0.6, False, False), (5, None, True, None)])
 def test_a_row_says_whether_its_target_is_met(value, target, least, met, capsys):
-    found = small()
-    found.row("speed", value, "x", target, least)
-    assert found.rows[0]["met"] is met and set(found.rows[0]) >= {"name", "value", "unit", "target", "met"}
+    measured = small()
+    measured.row("speed", value, "x", target, least)
+    assert measured.rows[0]["met"] is met
+    assert set(measured.rows[0]) >= {"name", "value", "unit", "target", "met"}
     assert ("NOT MET" in capsys.readouterr().out) == (met is False)
 
 
@@ -46,19 +52,42 @@ def test_waiting_is_the_share_of_time_outside_the_step():
     assert 0.3 < share < 0.7 and 0.035 < seconds < 0.2
 
 
-def test_a_row_by_itself_writes_json_with_device_command_and_result(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "experiments.bench", "--rows", "help", "--repeats", "1", "--threads", "1", "--json", str(tmp_path / "b.json")],
-                          cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "b.json").read_text())
-    assert found["rows"][0]["name"] == "python sample.py --help" and "1 threads" in found["device"] and found["torch"] == torch.__version__
-    assert "--rows help" in found["command"] and found["rows"][0]["met"] in (True, False)
+def test_waiting_does_not_count_the_first_three_batches():
+    def stream():
+        for number in range(13):
+            time.sleep(0.2 if number < 3 else 0.001)
+            yield None
+    share, _ = waiting(stream(), lambda batch: time.sleep(0.02), 10)
+    assert share < 0.4
+
+
+def test_a_row_by_itself_writes_json_with_device_command_and_result(tmp_path, monkeypatch):
+    def sleeping(measured):
+        measured.row("a short sleep", *measured.seconds(lambda: time.sleep(0.01)), "s", 5)
+    monkeypatch.setattr(bench, "ROWS", {**bench.ROWS, "sleep": (sleeping, "nothing at all")})
+    path, flags = tmp_path / "b.json", ["--rows", "sleep", "--repeats", "1", "--threads", "1"]
+    bench.main([*flags, "--device", "cpu", "--json", str(path)])
+    written = json.loads(path.read_text())
+    (row,) = written["rows"]
+    assert row["name"] == "a short sleep" and 0.01 <= row["value"] < 1 and row["met"] is False
+    assert "1 threads" in written["device"] and written["torch"] == torch.__version__
+    assert "python -m experiments.bench --rows sleep" in written["command"]
 
 
 def test_an_unknown_row_gets_one_line():
-    done = subprocess.run([sys.executable, "-m", "experiments.bench", "--rows", "speed"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "query_block" in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run([sys.executable, "-m", "experiments.bench", "--rows", "speed"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "query_block" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_every_row_that_is_listed_exists():
-    assert all(callable(getattr(bench, name)) for name in bench.ROWS)
+def test_help_names_every_row_and_every_row_can_be_called(capsys):
+    with pytest.raises(SystemExit):
+        bench.parse(["--help"])
+    said = capsys.readouterr().out
+    for name, (measure, text) in bench.ROWS.items():
+        assert callable(measure) and f"{name}: {text.split()[0]}" in " ".join(said.split())
+
+
+def test_a_child_that_fails_is_one_line_with_its_last_words():
+    refused(in_child, small(), "experiments.bench", "nothing", names=["nothing failed", "joint"])

@@ -23,6 +23,7 @@ LEVELS = (
     {"evaluation.inception", "evaluation.measures", "evaluation.tinycnn"},
     {"evaluation.judging"},
     {"train", "sample", "eval_fid", "explain"},
+    {"experiments.timing"},
     {"experiments.bench", "experiments.order_table", "experiments.pca", "experiments.photos"},
     {"experiments.order", "experiments.record", "experiments.scaling"},
     {"experiments.trials"},
