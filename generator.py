@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import GeneratorConfig
-from layers import KVCache, Linear, LlamaBlock, RMSNorm, rotary_table
+from layers import KVCache, LlamaBlock, RMSNorm, rotary_table
 from plumbing import checkpoint
 from plumbing.flags import need
 
@@ -120,7 +120,7 @@ class Generator(nn.Module):
         self.register_buffer("rotary", rotary_table(rows, D // heads), persistent=False)
         self.blocks = nn.ModuleList(LlamaBlock(D, heads, cfg.generator_dropout) for _ in range(depth))
         self.norm = RMSNorm(D)
-        self.head = Linear(D, codebook_size, bias=False)
+        self.head = nn.Linear(D, codebook_size, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -85,21 +85,6 @@ class KVCache:
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
-class Linear(nn.Linear):
-    """nn.Linear that is also fast for two to four rows on a CPU, which is what sampling one image with guidance asks for.
-
-    x W^T with two rows reads the weights at a quarter of the memory's speed (the library's product is made for many
-    rows); W x^T reads them at full speed [ours: measured, see bench.py, row "floor"]. The same sums, rounded differently.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // self.in_features
-        if x.device.type != "cpu" or torch.is_grad_enabled() or not 2 <= rows <= 4:
-            return super().forward(x)
-        y = (self.weight @ x.reshape(rows, -1).T).T                           # (rows, out)
-        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], -1)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention, x (B, T, D) -> (B, T, D).
 
@@ -112,8 +97,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv = Linear(width, 3 * width, bias=bias)
-        self.out = Linear(width, width, bias=bias)
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False,
                 rotary: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -169,9 +154,9 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         hidden = -(-8 * width // 3 // 64) * 64  # rounded up to a multiple of 64; 2048 at 768
-        self.w1 = Linear(width, hidden, bias=False)
-        self.w2 = Linear(hidden, width, bias=False)
-        self.w3 = Linear(width, hidden, bias=False)
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))

@@ -10,7 +10,6 @@ import layers
 from layers import (
     Attention,
     KVCache,
-    Linear,
     LlamaBlock,
     RMSNorm,
     SwiGLU,
@@ -247,16 +246,3 @@ def test_count_parameters_can_leave_out_what_is_frozen():
     model[0].requires_grad_(False)
     assert layers.count_parameters(model) == 16 + 10
     assert layers.count_parameters(model, learning_only=True) == 10
-
-
-def test_linear_for_few_rows_equals_pytorchs_at_every_number_of_rows():
-    torch.manual_seed(0)
-    for bias in (True, False):
-        ours = Linear(24, 40, bias=bias)
-        plain = torch.nn.Linear(24, 40, bias=bias)
-        plain.load_state_dict(ours.state_dict())
-        for shape in ((1, 24), (2, 24), (2, 1, 24), (1, 4, 24), (3, 24), (2, 2, 2, 24), (5, 7, 24)):
-            x = torch.randn(shape)
-            with torch.no_grad():
-                torch.testing.assert_close(ours(x), plain(x))
-            assert torch.equal(ours(x), plain(x)), "in training it is PyTorch's own"
