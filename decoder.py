@@ -29,7 +29,8 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(ViTBlock(D, cfg.decoder_heads) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(D)
         self.to_pixels = nn.Linear(D, 3 * P * P)
-        # Codes have norm 1, so the embedding gets the gain that brings it to the mask tokens' scale.
+        # Codes have norm 1, so the embedding gets the gain that brings it to the mask tokens'
+        # scale.
         self.apply(init_vit)
         nn.init.normal_(self.embed.weight)
         self.grow(cfg.token_schedule[0])
@@ -41,7 +42,8 @@ class Decoder(nn.Module):
 
     def forward(self, z_q: Tensor) -> Tensor:
         k, N = z_q.shape[1], len(self.mask_tokens)
-        # All tables are joined before the cut, so that each of them gets a (maybe zero) gradient at every step.
+        # All tables are joined before the cut, so that each of them gets a (maybe zero) gradient at
+        # every step.
         codes = self.embed(z_q) + torch.cat(list(self.code_pos))[:k]          # (B, k, D)
         masks = self.mask_tokens.expand(len(z_q), -1, -1).to(codes.dtype)     # (B, N, D)
         x = torch.cat([masks, codes], dim=1)                                  # (B, N + k, D)

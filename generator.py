@@ -5,11 +5,12 @@ In       ids (B, L) int64 in 0..K-1    what a frozen tokenizer made of images
 Out      .loss(ids, labels)            -> scalar, dict of detached tensors
          .sample(labels, ...)          -> ids (B, L)
 Paper    reports one generator of each kind, LlamaGen-B and MaskGIT with 8 steps, without further detail; so
-         the body of both is [LlamaGen], masks, loss and sampling are [MaskGIT] with numbers from [TiTok]
+         the body of both is [LlamaGen], masks, loss and sampling are [MaskGIT] with numbers from
+         [TiTok]
 Differs  - positions are both rotary and learned, see Generator
          - scale 1 is plain guidance; TiTok counts from there, so its guidance_scale 3.0 is 4.0 here
-         - the guidance ramp ends at its scale; TiTok's stops one step short of it
-         - MaskGIT's tokens are drawn at `temperature`; TiTok heats them like the confidences, so its
+         - the guidance ramp ends at its scale; TiTok's stops one step short of it - MaskGIT's
+         tokens are drawn at `temperature`; TiTok heats them like the confidences, so its
            randomize_temperature of 9.5 to 11 does not carry over
 Try      python generator.py           (CPU, about a second)
 
@@ -43,7 +44,8 @@ def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 def gumbel(shape, generator: torch.Generator | None, device) -> Tensor:
     """Standard Gumbel noise, float32; drawn on the generator's own device, so a CPU one serves every machine alike."""
     u = torch.rand(shape, generator=generator, device=generator.device if generator else device)
-    # TRAP: torch.rand can return 0; its noise, -inf, turns into NaN once it is annealed to 0 * -inf.
+    # TRAP: torch.rand can return 0; its noise, -inf, turns into NaN once it is annealed to 0 *
+    # -inf.
     return -torch.log(-torch.log(u.clamp_min(1e-20))).to(device)
 
 
@@ -97,10 +99,10 @@ class Generator(nn.Module):
     ARGenerator and MaskGITGenerator say which way it looks, how it learns and how it samples.
     Generator.load(path) rebuilds either of them from a checkpoint.
 
-    Positions are given twice. Rotary angles [LlamaGen] tell attention how far apart two rows are. The learned
-    table [TiTok's MaskGIT has one; ours in AR] tells every row which one it is, because the same id means another
-    thing at another position: each has an expert of its own. On made-up ids of that sort both generators learned
-    without the table too, but more slowly.
+    Positions are given twice. Rotary angles [LlamaGen] tell attention how far apart two rows are.
+    The learned table [TiTok's MaskGIT has one; ours in AR] tells every row which one it is, because
+    the same id means another thing at another position: each has an expert of its own. On made-up
+    ids of that sort both generators learned without the table too, but more slowly.
     """
     causal: bool               # does a row see earlier rows only?
     options: tuple[str, ...]   # the settings of sample() that a command line can give
@@ -112,7 +114,8 @@ class Generator(nn.Module):
         self.tokenizer_fingerprint = ""  # of the tokenizer that these ids belong to; "" unknown
         D, heads, depth = cfg.generator_width, cfg.generator_heads, cfg.generator_depth
 
-        # AR never reads its last token; MaskGIT reads all of them and knows one more word, the mask.
+        # AR never reads its last token; MaskGIT reads all of them and knows one more word, the
+        # mask.
         rows, words = (num_tokens, codebook_size) if self.causal else (1 + num_tokens, codebook_size + 1)
         self.label = nn.Embedding(num_classes + 1, D)         # the last one is "no class"
         self.token = nn.Embedding(words, D)
@@ -126,14 +129,15 @@ class Generator(nn.Module):
     def init_weights(self) -> None:
         """Everything is normal with std 0.02 [GPT-2, LlamaGen], which keeps the first loss close to log K.
 
-        That includes the head, which LlamaGen starts from zero: in a trial of 300 steps MaskGIT learned faster
-        like this with each of three seeds, and AR with the one tried [ours].
+        That includes the head, which LlamaGen starts from zero: in a trial of 300 steps MaskGIT
+        learned faster like this with each of three seeds, and AR with the one tried [ours].
         """
         nn.init.normal_(self.position, std=0.02)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-        # 2 * depth branches add to the residual stream; scaled like this, their sum has the variance of one [GPT-2].
+        # 2 * depth branches add to the residual stream; scaled like this, their sum has the
+        # variance of one [GPT-2].
         for block in self.blocks:
             for branch in (block.attention.out, block.mlp.w2):
                 nn.init.normal_(branch.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
@@ -210,7 +214,8 @@ class ARGenerator(Generator):
     def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """Mean cross-entropy in nats, and "nll_by_position" (L,): how hard each token is to predict from those before.
 
-        The sum over positions is the cost of an image; an order that helps the generator makes it small.
+        The sum over positions is the cost of an image; an order that helps the generator makes it
+        small.
         """
         logits = self(self.hide_labels(labels), ids[:, :-1])  # (B, L, K)
         nll = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none").view(ids.shape)   # (B, L)
@@ -221,8 +226,8 @@ class ARGenerator(Generator):
                top_p: float = 1.0, generator: torch.Generator | None = None, use_cache: bool = True) -> Tensor:
         """labels (B,) -> ids (B, L), one token after the other. The same generator state repeats the same ids.
 
-        use_cache=False computes every row again for every token: slow, and the reading to compare with.
-        Raises UserError for an unknown class or a setting out of range.
+        use_cache=False computes every row again for every token: slow, and the reading to compare
+        with. Raises UserError for an unknown class or a setting out of range.
         """
         self.check(labels)
         ids = labels.new_empty(len(labels), 0)
@@ -257,13 +262,15 @@ def random_masks(batch: int, length: int, device=None) -> Tensor:
 def mask_schedule(length: int, steps: int) -> list[int]:
     """How many tokens are still masked after each step: L arccos(progress) / (pi/2), rounded down [TiTok].
 
-    Every step reveals at least one token, the last step all that are left. Raises UserError if that cannot be.
+    Every step reveals at least one token, the last step all that are left. Raises UserError if that
+    cannot be.
     """
     need(1 <= steps <= length, f"steps {steps} must be from 1 to {length}, as each reveals at least one token")
     schedule, masked = [], length
     for step in range(1, steps + 1):
         wanted = math.floor(length * math.acos(step / steps) / (math.pi / 2))
-        # This always leaves a token for each later step: arccos is concave, so wanted >= steps - step.
+        # This always leaves a token for each later step: arccos is concave, so wanted >= steps -
+        # step.
         masked = min(wanted, masked - 1)
         schedule.append(masked)
     return schedule
@@ -285,7 +292,8 @@ class MaskGITGenerator(Generator):
     def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """Weighted mean of the smoothed cross-entropy: masked tokens count 1, the others unmasked_weight.
 
-        dict: "masked_share", how much was masked; "masked_accuracy", the share of masked tokens guessed exactly.
+        dict: "masked_share", how much was masked; "masked_accuracy", the share of masked tokens
+        guessed exactly.
         """
         masked = random_masks(*ids.shape, ids.device)  # (B, L)
         # (B, L, K)
@@ -306,7 +314,8 @@ class MaskGITGenerator(Generator):
         The same generator state repeats the same ids.
 
         cfg_scale              above 1 it is reached in a straight line from 1, so that the first tokens are chosen
-                               freely and samples stay varied [Muse, TiTok]; up to 1 it holds from the start
+                               freely and samples stay varied [Muse, TiTok]; up to 1 it holds from
+                               the start
         randomize_temperature  Gumbel noise on the confidences, annealed to 0, so that not every sample starts
                                from the same few safe tokens [MaskGIT: 4.5]
         trace                  a list to which the ids after every step are appended, mask_id where still masked

@@ -62,7 +62,8 @@ class Perceptual(nn.Module):
 
     network   normalised images (B, 3, 224, 224) -> logits (B, classes); None is torchvision's ConvNeXt-S
 
-    The gradient reaches `recon` only. Raises UserError when torchvision or its weights cannot be had.
+    The gradient reaches `recon` only. Raises UserError when torchvision or its weights cannot be
+    had.
     """
 
     def __init__(self, network: nn.Module | None = None):
@@ -115,11 +116,12 @@ def pretrained_convnext() -> nn.Module:
 class Discriminator(nn.Module):
     """PatchGAN: images (B, 3, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2), one verdict per 70x70 patch.
 
-    Positive means "real". At 32x32 each of the 2x2 verdicts sees the whole image; 24x24 is the least.
+    Positive means "real". At 32x32 each of the 2x2 verdicts sees the whole image; 24x24 is the
+    least.
 
-    Widths, kernels and initialisation as in pix2pix and taming-transformers. They normalise over the batch; we
-    normalise each image by itself, in groups of channels, so there are no running statistics that could differ
-    between ranks or after a restart.
+    Widths, kernels and initialisation as in pix2pix and taming-transformers. They normalise over
+    the batch; we normalise each image by itself, in groups of channels, so there are no running
+    statistics that could differ between ranks or after a restart.
     """
 
     def __init__(self, width: int = 64):
@@ -150,7 +152,8 @@ class Discriminator(nn.Module):
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Hinge loss of the discriminator, a scalar: half the sum of the two sides [taming-transformers, TiTok].
 
-    Anchors: 0 when all real logits are above 1 and all fake ones below -1; 1 when all are 0 (undecided).
+    Anchors: 0 when all real logits are above 1 and all fake ones below -1; 1 when all are 0
+    (undecided).
     """
     real = F.relu(1 - real_logits.float()).mean()
     fake = F.relu(1 + fake_logits.float()).mean()
@@ -160,7 +163,8 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def generator_loss(fake_logits: Tensor) -> Tensor:
     """The tokenizer's side, a scalar: raise the logits of its reconstructions, without a limit.
 
-    TRAP: its backward fills the discriminator's gradients too; clear them before the discriminator's own step.
+    TRAP: its backward fills the discriminator's gradients too; clear them before the
+    discriminator's own step.
     """
     return -fake_logits.float().mean()
 
@@ -170,11 +174,12 @@ class LeCam(nn.Module):
 
         relu(mean(real) - fake anchor)^2 + relu(real anchor - mean(fake))^2
 
-    Anchors are moving averages of the mean logits, from 0 on, the same on all ranks. They are buffers, so the
-    checkpoint has them. Formula, start and decay as in [TiTok]; the idea is Tseng et al. 2021, for little data.
+    Anchors are moving averages of the mean logits, from 0 on, the same on all ranks. They are
+    buffers, so the checkpoint has them. Formula, start and decay as in [TiTok]; the idea is Tseng
+    et al. 2021, for little data.
 
-    forward() only reads the anchors and update() only moves them: a step that is skipped because its
-    loss is not finite must leave them alone, so call update() after the optimizer has stepped.
+    forward() only reads the anchors and update() only moves them: a step that is skipped because
+    its loss is not finite must leave them alone, so call update() after the optimizer has stepped.
     """
 
     def __init__(self, decay: float = 0.999):

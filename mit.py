@@ -28,8 +28,8 @@ class MIT(nn.Module):
         self.blocks = nn.ModuleList(ViTBlock(D, cfg.encoder_heads) for _ in range(cfg.encoder_depth))
         self.norm = nn.LayerNorm(D)
         self.dimension_switcher = nn.Linear(D, cfg.expert_width)
-        # Positions at unit scale: attention can tell patches apart from the first step. With small ones it starts
-        # uniform, and every token reads the mean patch, for hundreds of steps.
+        # Positions at unit scale: attention can tell patches apart from the first step. With small
+        # ones it starts uniform, and every token reads the mean patch, for hundreds of steps.
         self.apply(init_vit)
 
     def forward(self, images: Tensor) -> Tensor:

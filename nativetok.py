@@ -5,8 +5,9 @@
 
 In       images (B, 3, H, W) float32 in [-1, 1]
 Out      recon (B, 3, H, W), ids (B, L), losses {"codebook", "commitment", "entropy"}
-Source   NativeTok, arXiv 2601.22837; cfg.tokenizer "titok" or "titok-causal" puts a baseline in the
-         place of MIT and MoCET, with the same quantizer and decoder
+Paper    NativeTok, arXiv 2601.22837
+Differs  cfg.tokenizer "titok" or "titok-causal" puts a baseline in the place of MIT and MoCET, with
+         the same quantizer and decoder, so that only the order of the tokens differs [ours]
 Try      python nativetok.py
 """
 import os
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from config import CONFIGS, TokenizerConfig
 from decoder import Decoder
-from layers import count_parameters
+from layers import count_parameters, eval_mode
 from mit import MIT
 from mocet import MoCET
 from plumbing import checkpoint
@@ -27,12 +28,16 @@ from titok import TiTok
 
 
 class NativeTok(nn.Module):
-    """The tokenizer as a whole, at the first length of cfg.token_schedule until grow() is called."""
+    """The tokenizer as a whole, at the first length of cfg.token_schedule until it grows."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
         self.cfg = cfg
+        # Every tokenizer is born short, also one that a checkpoint of full length will fill: groups
+        # of experts are made one growth step at a time, so that the names of parameters agree.
         self.num_tokens = cfg.token_schedule[0]
+        # MoCET asks the quantizer once per expert, since the next expert reads the code. TiTok asks
+        # it once for all tokens. Both get it as an argument, as there is one codebook for all.
         if cfg.tokenizer == "nativetok":
             self.mit, self.mocet = MIT(cfg), MoCET(cfg)
         else:
@@ -43,9 +48,15 @@ class NativeTok(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """images (B, 3, H, W) -> recon (B, 3, H, W) float32, ids (B, L), unweighted losses."""
         z_q, ids, losses = self.tokenize(images)
+
+        # Tail drop: in some steps the decoder gets the first k tokens only. Whatever it needs most
+        # then has to come first, and any prefix becomes a picture. One k for the batch, because a
+        # tensor has one length; the losses keep all tokens.
         if self.training and self.cfg.tail_drop and torch.rand(()) < self.cfg.tail_drop:
             k = int(torch.randint(1, self.num_tokens + 1, ()))
-            z_q = z_q[:, :k]  # the decoder gets the first k tokens only
+            z_q = z_q[:, :k]
+
+        # Autocast may hand over bf16. Losses of pixels need more than its two to three digits.
         return self.decoder(z_q).float(), ids, losses
 
     def tokenize(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -54,31 +65,41 @@ class NativeTok(nn.Module):
             return self.mocet(self.mit(images), self.quantizer)
         return self.titok(images, self.quantizer)
 
-    @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) -> ids (B, L). Raises UserError for images of another size."""
         size = self.cfg.image_size
-        need(images.shape[1:] == (3, size, size), f"images are {tuple(images.shape)}, this tokenizer takes (B, 3, {size}, {size})")
+        # TRAP: larger images would give more patches than there are positions, and an error far
+        # from here; patches of the same number in another shape would even run.
+        need(images.shape[1:] == (3, size, size),
+             f"images are {tuple(images.shape)}, this tokenizer takes (B, 3, {size}, {size})")
         with eval_mode(self):
             return self.tokenize(images)[1]
 
-    @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
         """ids (B, k), any k from 1 to L -> images (B, 3, H, W). Raises UserError for another k."""
-        need(1 <= ids.shape[1] <= self.num_tokens, f"{ids.shape[1]} tokens cannot be decoded, only 1 to {self.num_tokens}")
+        k, L = ids.shape[1], self.num_tokens
+        need(1 <= k <= L, f"{k} tokens cannot be decoded, only 1 to {L}")
         with eval_mode(self):
             return self.decoder(self.quantizer.lookup(ids)).float()
 
     def grow(self, num_tokens: int) -> None:
-        """Append experts and decoder positions until there are num_tokens; what exists stays as it is."""
+        """Append experts and decoder positions up to num_tokens; what exists stays as it is."""
         need(self.cfg.tokenizer == "nativetok", f"{self.cfg.tokenizer} cannot grow")
-        need(num_tokens > self.num_tokens, f"cannot grow from {self.num_tokens} to {num_tokens} tokens")
+        need(num_tokens > self.num_tokens,
+             f"cannot grow from {self.num_tokens} to {num_tokens} tokens")
+        # MIT and the codebook do not know how long a sequence is, so they have nothing to grow. An
+        # old expert cannot see a new token, so old ids stay the same to the bit until somebody
+        # lets old parameters learn again.
         self.mocet.grow(num_tokens)
         self.decoder.grow(num_tokens)
         self.num_tokens = num_tokens
 
     def grow_to(self, num_tokens: int) -> "NativeTok":
-        """Repeat the growth steps of the schedule up to num_tokens, as a checkpoint of that length needs them."""
+        """Repeat the growth steps of the schedule up to num_tokens.
+
+        A checkpoint of that length needs them all: one step from 32 to 128 makes one group of
+        experts, two steps make two, and their parameters have other names and shapes.
+        """
         for length in self.cfg.token_schedule:
             if self.num_tokens < length <= num_tokens:
                 self.grow(length)
@@ -86,30 +107,43 @@ class NativeTok(nn.Module):
 
     @staticmethod
     def load(path: str) -> "NativeTok":
-        """The averaged weights in a tokenizer checkpoint, at the length it has reached, in eval mode."""
+        """The tokenizer in a checkpoint, at the length it has reached, in eval mode.
+
+        Its weights are the averaged ones; those that training goes on with are in the file too.
+        """
         return from_checkpoint(checkpoint.load(path), path)
 
     @staticmethod
     def of_run(folder: str, device: torch.device) -> "NativeTok":
         """The tokenizer in the folder of a run. Raises UserError when there is none."""
         path = os.path.join(folder, "tokenizer.pt")
-        need(checkpoint.exists(path), f"{folder} has no tokenizer.pt; train one: python train.py --run {folder}")
+        need(checkpoint.exists(path),
+             f"{folder} has no tokenizer.pt; train one: python train.py --run {folder}")
         return NativeTok.load(path).to(device)
 
 
 def from_checkpoint(saved: dict, path: str) -> NativeTok:
-    """checkpoint.load(path) -> the model in it, with .fingerprint: what names these very weights in caches and generators."""
+    """checkpoint.load(path) -> the model in it, and its .fingerprint, the name of these weights."""
     need("tokenizer_config" in saved, f"{path} is not a tokenizer checkpoint")
     model = NativeTok(build(CONFIGS, saved["tokenizer_config"])[0]).grow_to(saved["num_tokens"])
     checkpoint.load_strict(model, saved["ema"], path)
+    # An id means nothing without the codebook and decoder it was made with. Token caches and
+    # generators carry this fingerprint, so ids of one tokenizer never reach another.
     model.fingerprint = checkpoint.fingerprint(saved["ema"], saved["tokenizer_config"])
     return model.eval()
 
 
-def sample_batch(model: nn.Module, tokenizer: NativeTok, labels: Tensor, options: dict, seed: int, b: int) -> Tensor:
-    """labels (B,) of batch b -> uint8 (B, H, W, 3) on the CPU. Its noise is a function of (seed, b) alone."""
-    noise = torch.Generator(labels.device).manual_seed(seed * 1_000_003 + b)
-    return to_uint8(tokenizer.decode(model.sample(labels, generator=noise, **options))).cpu()
+def sample_batch(model: nn.Module, tokenizer: NativeTok, labels: Tensor, options: dict, seed: int,
+                 b: int) -> Tensor:
+    """labels (B,) of batch b -> uint8 (B, H, W, 3) on the CPU.
+
+    Its noise is a function of (seed, b) alone, so processes may share the batches in any way. It is
+    drawn on the CPU, whatever the model runs on: the same seed then gives the same tokens on a CPU
+    and on a GPU, but for a choice so close that their rounding decides it.
+    """
+    noise = torch.Generator("cpu").manual_seed(seed * 1_000_003 + b)
+    ids = model.sample(labels, generator=noise, **options)  # (B, L)
+    return to_uint8(tokenizer.decode(ids)).cpu()
 
 
 def doubling(L: int) -> list[int]:
@@ -117,31 +151,19 @@ def doubling(L: int) -> list[int]:
     return [2 ** k for k in range(L.bit_length()) if 2 ** k < L] + [L]
 
 
-class eval_mode:
-    """with eval_mode(model): no dropout, no tail drop, no counting, no continuous codes; afterwards as before."""
-
-    def __init__(self, model: NativeTok):
-        self.model = model
-
-    def __enter__(self):
-        self.training, self.continuous = self.model.training, self.model.quantizer.continuous
-        self.model.eval()
-        self.model.quantizer.continuous = False
-
-    def __exit__(self, *error):
-        self.model.train(self.training)
-        self.model.quantizer.continuous = self.continuous
-
-
 if __name__ == "__main__":
     torch.manual_seed(0)
-    cfg = TokenizerConfig(image_size=32, patch_size=8, encoder_width=64, encoder_depth=2, encoder_heads=4, expert_width=64, expert_heads=4,
-                          token_schedule=(4, 8), codebook_size=64, decoder_width=64, decoder_depth=2, decoder_heads=4)
+    cfg = TokenizerConfig(
+        image_size=32, patch_size=8, token_schedule=(4, 8), codebook_size=64,
+        encoder_width=64, encoder_depth=2, encoder_heads=4, expert_width=64, expert_heads=4,
+        decoder_width=64, decoder_depth=2, decoder_heads=4)
     model = NativeTok(cfg)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     ids = model.encode(images)
-    print(f"{'MIT':10}{count_parameters(model.mit):>10,} parameters\n{'MoCET':10}{count_parameters(model.mocet):>10,}\n"
-          f"{'decoder':10}{count_parameters(model.decoder):>10,}")
-    print(f"images {tuple(images.shape)} -> ids {ids.tolist()} -> images {tuple(model.decode(ids).shape)}")
+    for name, part in (("MIT", model.mit), ("MoCET", model.mocet), ("decoder", model.decoder)):
+        print(f"{name:10}{count_parameters(part):>10,} parameters")
+    print(f"images {tuple(images.shape)} -> ids {ids.tolist()} "
+          f"-> images {tuple(model.decode(ids).shape)}")
     model.grow(8)
-    print(f"after grow(8)                -> ids {model.encode(images).tolist()}: longer, and the old part is the same")
+    print(f"after grow(8)                -> ids {model.encode(images).tolist()}")
+    print("It is longer, and the old part is the same. Would it be, if expert 1 read token 8?")

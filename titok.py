@@ -3,11 +3,12 @@
 In       images (B, 3, H, W) in [-1, 1]
 Out      z_q (B, L, d), ids (B, L), losses {"codebook", "commitment", "entropy"}, as MIT and MoCET together
 Source   TiTok (arXiv 2406.07550): L learned latents join the N patches, all attend to all, and the
-         latents' outputs are quantized. All tokens appear at once, so none is produced from another.
+         latents' outputs are quantized. All tokens appear at once, so none is produced from
+         another.
 Differs  "titok-causal" [ours]: latent i sees the patches and latents 1..i; patches see patches only,
-         or a late latent would reach an early one through them.
-         TRAP in TiTok's public code: latents are reshaped (B, D, L) -> (B, L, D) without a transpose,
-         which mixes the tokens; here a token is a token.
+         or a late latent would reach an early one through them. TRAP in TiTok's public code:
+         latents are reshaped (B, D, L) -> (B, L, D) without a transpose, which mixes the tokens;
+         here a token is a token.
 Try      python titok.py
 """
 import torch

@@ -36,3 +36,10 @@ def test_top_k_comes_first_and_top_p_counts_what_it_left():
     assert G.top_k_top_p(logits, top_k=2, top_p=0.5).isfinite().tolist() == [True, False, False, False]
     assert G.top_k_top_p(logits, top_k=9).isfinite().all(), "more than there are"
     assert G.top_k_top_p(logits) is logits, "0 and 1 are off"
+
+
+def test_gumbel_noise_is_drawn_where_the_generator_is_and_not_where_it_goes():
+    there, here = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    assert G.gumbel((3, 4), there, "meta").device.type == "meta"
+    G.gumbel((3, 4), here, "cpu")
+    assert torch.equal(there.get_state(), here.get_state())

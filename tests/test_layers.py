@@ -14,6 +14,7 @@ from layers import (
     RMSNorm,
     SwiGLU,
     ViTBlock,
+    eval_mode,
     patchify,
     rotary_table,
     rotate,
@@ -220,6 +221,21 @@ def test_dropout_acts_in_training_alone():
     assert not torch.equal(run(block, x), run(block, x))
     block.eval()
     assert torch.equal(run(block, x), run(block, x))
+
+
+# ------------------------------------------------------------------------------------------------
+# modes
+
+def test_eval_mode_has_no_dropout_and_no_gradient_and_restores_the_mode_even_after_an_error():
+    block, x = LlamaBlock(D, HEADS, dropout=0.5), some(B, T, D)
+    for training in (True, False):
+        block.train(training)
+        with eval_mode(block):
+            assert torch.equal(run(block, x), run(block, x)) and not run(block, x).requires_grad
+        with pytest.raises(ZeroDivisionError), eval_mode(block):
+            1 / 0
+        assert all(module.training == training for module in block.modules())
+        assert run(block, x).requires_grad
 
 
 # ------------------------------------------------------------------------------------------------

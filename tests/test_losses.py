@@ -181,7 +181,8 @@ def test_images_too_small_for_the_discriminator_are_one_clear_line():
 
 
 def test_an_inner_patch_of_70_pixels_decides_each_verdict():
-    # Group normalisation looks at the whole image, so it is left out to see what the convolutions see.
+    # Group normalisation looks at the whole image, so it is left out to see what the convolutions
+    # see.
     layers = losses.Discriminator(width=16).layers
     layers = nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.GroupNorm)))
     images = torch.zeros(1, 3, 128, 128, requires_grad=True)

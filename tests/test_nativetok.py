@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from config import TokenizerConfig
 from losses import psnr
-from nativetok import NativeTok, from_checkpoint
+from nativetok import NativeTok, from_checkpoint, sample_batch
 from plumbing import checkpoint
 from plumbing.flags import UserError, as_dict
 
@@ -147,6 +147,23 @@ def test_every_prefix_of_the_ids_is_a_picture(kind):
     pictures = [model.decode(ids[:, :k]) for k in range(1, 7)]
     assert all(picture.shape == (8, 3, 16, 16) for picture in pictures)
     assert all((a - b).abs().max() > 1e-4 for a, b in zip(pictures, pictures[1:]))
+
+
+class Remembers(torch.nn.Module):
+    """A generator that keeps the noise it was handed, and says token 0 everywhere."""
+
+    def sample(self, labels, generator, **options):
+        self.noise = generator
+        return torch.zeros(len(labels), 2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_noise_of_samples_comes_from_the_cpu_whatever_the_model_runs_on(device):
+    generator, tokenizer = Remembers(), small()
+    images = sample_batch(generator, tokenizer, torch.zeros(3, dtype=torch.int64, device=device), {}, seed=5, b=7)
+    assert images.shape == (3, 16, 16, 3) and images.dtype == torch.uint8
+    assert generator.noise.device.type == "cpu"
+    assert torch.equal(generator.noise.get_state(), torch.Generator().manual_seed(5 * 1_000_003 + 7).get_state())
 
 
 # ------------------------------------------------------------------------------------------------

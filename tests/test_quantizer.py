@@ -127,6 +127,10 @@ def test_continuous_codes_pass_z_through_while_the_codebook_runs_after_it():
     codebook, vectors = gradients(quantizer, losses["codebook"], z)
     assert codebook.any() and is_zero(vectors)
     assert losses["commitment"] == 0, "nothing holds z near codes that are not used yet"
+    quantizer.eval()
+    z_q, ids, _ = quantizer(z)
+    torch.testing.assert_close(z_q, quantizer.codes()[expected]), "they are in eval mode"
+    assert torch.equal(ids, expected)
 
 
 def test_entropy_loss_anchors_one_code_is_1_and_all_codes_alike_is_0():
@@ -239,11 +243,13 @@ quantizer = VectorQuantizer(TokenizerConfig(codebook_size=16, code_dim=4))
 torch.manual_seed(0)
 quantizer.codebook.data = torch.nn.functional.normalize(torch.randn(16, 4), dim=-1)
 before = quantizer.codebook.detach().clone()
-torch.manual_seed(100 + rank)                                                 # other random numbers on each rank
-quantizer(before[[0, 1]] if rank == 0 else before[[1, 2]])                    # 0 is used on one rank, 2 on the other
-quantizer(before[[0, 0, 0, 0]] + 0.01 * torch.randn(4, 4) if rank == 0 else before[[2, 2, 2, 2]] + 0.01 * torch.randn(4, 4))
+torch.manual_seed(100 + rank)  # other random numbers on each rank
+quantizer(before[[0, 1]] if rank == 0 else before[[1, 2]])  # 0 is used on one rank, 2 on the other
+near_codes = before[[2 * rank] * 4]
+quantizer(near_codes + 0.01 * torch.randn(4, 4))
 moved = quantizer.reseed()
-torch.save({"before": before, "moved": moved, "after": quantizer.codebook.detach(), "recent": quantizer.recent}, f"{sys.argv[2]}-{rank}")
+torch.save({"before": before, "moved": moved, "after": quantizer.codebook.detach(),
+            "recent": quantizer.recent}, f"{sys.argv[2]}-{rank}")
 dist.destroy_process_group()
 """
 

@@ -27,10 +27,10 @@ def look_inside(titok, quantizer, images):
     """-> z (B, L, d) normalised, before quantization, and the patches behind the last block (B, N, D)."""
     patches = []
     hook = titok.blocks[-1].register_forward_hook(lambda module, args, out: patches.append(out[:, :N]))
-    quantizer.continuous = True
+    quantizer.train().continuous = True
     z = titok(images, quantizer)[0]
     hook.remove()
-    quantizer.continuous = False
+    quantizer.eval().continuous = False
     return z, patches[0]
 
 
