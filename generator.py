@@ -1,18 +1,21 @@
-"""The second stage: generators over token ids, left to right (AR) or from masks (MaskGIT); no pixels here.
+"""The second stage: generators over token ids, left to right (AR) or from masks (MaskGIT).
 
+Paper    reports one generator of each kind, LlamaGen-B and MaskGIT with 8 steps, without further
+         detail; so the body of both is [LlamaGen], masks, loss and sampling are those of the
+         MaskGIT paper (arXiv 2202.04200) with the numbers of [TiTok], 1d-tokenizer's MaskGIT part
 In       ids (B, L) int64 in 0..K-1    what a frozen tokenizer made of images
          labels (B,) int64 in 0..C-1   their classes; label C is "no class", for guidance
 Out      .loss(ids, labels)            -> scalar, dict of detached tensors
          .sample(labels, ...)          -> ids (B, L)
-Paper    reports one generator of each kind, LlamaGen-B and MaskGIT with 8 steps, without further detail; so
-         the body of both is [LlamaGen], masks, loss and sampling are [MaskGIT] with numbers from
-         [TiTok]
 Differs  - positions are both rotary and learned, see Generator
-         - scale 1 is plain guidance; TiTok counts from there, so its guidance_scale 3.0 is 4.0 here
-         - the guidance ramp ends at its scale; TiTok's stops one step short of it - MaskGIT's
-         tokens are drawn at `temperature`; TiTok heats them like the confidences, so its
-           randomize_temperature of 9.5 to 11 does not carry over
+         - scale 1 is plain guidance; TiTok counts from there in its constant and its linear ramp,
+           so its guidance_scale 3.0 is 4.0 here (its power-cosine ramp counts as we do)
+         - the guidance ramp ends at its scale; TiTok's linear one stops one step short of it
+         - MaskGIT's tokens are drawn at `temperature`; TiTok heats them like the confidences, so
+           its randomize_temperature of 9.5 to 11 does not carry over
 Try      python generator.py           (CPU, about a second)
+
+No pixels here, only ids. What a row of the transformer reads, and below it what it predicts:
 
               row 0      row 1      row 2             row L
     AR        class      id_1       id_2      ...                  sees rows up to its own
@@ -20,7 +23,6 @@ Try      python generator.py           (CPU, about a second)
     MaskGIT   class      mask       id_2      ...     mask         sees all rows
                          -> id_1    -> id_2           -> id_L
 """
-import functools
 import math
 import os
 
@@ -29,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import GeneratorConfig
-from layers import KVCache, LlamaBlock, RMSNorm, rotary_table
+from layers import KVCache, LlamaBlock, RMSNorm, eval_mode, rotary_table
 from plumbing import checkpoint
 from plumbing.flags import need
 
@@ -42,20 +44,26 @@ def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 
 
 def gumbel(shape, generator: torch.Generator | None, device) -> Tensor:
-    """Standard Gumbel noise, float32; drawn on the generator's own device, so a CPU one serves every machine alike."""
+    """Standard Gumbel noise, float32, on `device`.
+
+    It is drawn on the generator's own device, so a CPU generator serves every machine alike.
+    """
     u = torch.rand(shape, generator=generator, device=generator.device if generator else device)
-    # TRAP: torch.rand can return 0; its noise, -inf, turns into NaN once it is annealed to 0 *
-    # -inf.
+    # TRAP: torch.rand can return 0; its noise is -inf, and annealed to 0 * -inf it is NaN.
     return -torch.log(-torch.log(u.clamp_min(1e-20))).to(device)
 
 
 def top_k_top_p(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """-inf in logits (..., K) for all but the top_k likeliest (0: off), then the fewest that reach top_p (1: off)."""
+    """-inf in logits (..., K) for all but some.
+
+    top_k   keep the k likeliest; 0: off
+    top_p   of these, keep the fewest that together reach this probability; 1: off
+    """
     need(top_k >= 0, f"top_k {top_k} must be 0 (off) or the number of tokens to keep")
     need(0 < top_p <= 1, f"top_p {top_p} is a probability; give a number above 0, up to 1 (off)")
     if top_k == 0 and top_p == 1:
         return logits
-    values, order = logits.sort(dim=-1, descending=True)      # (..., K), most likely first
+    values, order = logits.sort(dim=-1, descending=True)  # (..., K), most likely first
     if top_k:
         values[..., top_k:] = -math.inf
     if top_p < 1:
@@ -67,7 +75,10 @@ def top_k_top_p(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 def sample_from(logits: Tensor, generator: torch.Generator | None, temperature: float = 1.0,
                 top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """logits (..., K) -> ids (...) drawn from softmax(logits / temperature); temperature 0 takes the likeliest."""
+    """logits (..., K) -> ids (...) drawn from softmax(logits / temperature).
+
+    Temperature 0 takes the likeliest.
+    """
     need(temperature >= 0, f"temperature {temperature} must be 0 (the likeliest token) or above")
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -79,58 +90,45 @@ def sample_from(logits: Tensor, generator: torch.Generator | None, temperature: 
 # ------------------------------------------------------------------------------------------------
 # what both generators are made of
 
-def for_sampling(method):
-    """Run a method of a module without gradients and without dropout, then restore its mode."""
-    @functools.wraps(method)
-    def run(self, *args, **kwargs):
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                return method(self, *args, **kwargs)
-        finally:
-            self.train(was_training)
-    return run
-
-
 class Generator(nn.Module):
-    """A LlamaGen-style transformer over [class, token, token, ...] -> logits over the K codes at every row.
+    """A LlamaGen-style transformer over [class, token, token, ...] -> logits (.., K) at every row.
 
     ARGenerator and MaskGITGenerator say which way it looks, how it learns and how it samples.
     Generator.load(path) rebuilds either of them from a checkpoint.
 
     Positions are given twice. Rotary angles [LlamaGen] tell attention how far apart two rows are.
     The learned table [TiTok's MaskGIT has one; ours in AR] tells every row which one it is, because
-    the same id means another thing at another position: each has an expert of its own. On made-up
-    ids of that sort both generators learned without the table too, but more slowly.
+    the same id means another thing at another position: each has an expert of its own.
     """
-    causal: bool               # does a row see earlier rows only?
-    options: tuple[str, ...]   # the settings of sample() that a command line can give
+    causal: bool              # does a row see earlier rows only?
+    options: tuple[str, ...]  # the settings of sample() that a command line can give
 
     def __init__(self, cfg: GeneratorConfig, num_tokens: int, codebook_size: int, num_classes: int):
         super().__init__()
-        self.cfg, self.num_tokens, self.codebook_size, self.num_classes = cfg, num_tokens, codebook_size, num_classes
-        self.classes = [str(c) for c in range(num_classes)]   # names; load() knows better ones
+        self.cfg, self.num_tokens = cfg, num_tokens
+        self.codebook_size, self.num_classes = codebook_size, num_classes
+        self.classes = [str(c) for c in range(num_classes)]  # names; load() knows better ones
         self.tokenizer_fingerprint = ""  # of the tokenizer that these ids belong to; "" unknown
         D, heads, depth = cfg.generator_width, cfg.generator_heads, cfg.generator_depth
 
-        # AR never reads its last token; MaskGIT reads all of them and knows one more word, the
-        # mask.
-        rows, words = (num_tokens, codebook_size) if self.causal else (1 + num_tokens, codebook_size + 1)
-        self.label = nn.Embedding(num_classes + 1, D)         # the last one is "no class"
+        # AR never reads its last token; MaskGIT reads all and knows one more word, the mask.
+        rows, words = num_tokens, codebook_size
+        if not self.causal:
+            rows, words = rows + 1, words + 1
+        self.label = nn.Embedding(num_classes + 1, D)  # the last one is "no class"
         self.token = nn.Embedding(words, D)
         self.position = nn.Parameter(torch.empty(rows, D))
         self.register_buffer("rotary", rotary_table(rows, D // heads), persistent=False)
-        self.blocks = nn.ModuleList(LlamaBlock(D, heads, cfg.generator_dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            LlamaBlock(D, heads, cfg.generator_dropout) for _ in range(depth))
         self.norm = RMSNorm(D)
         self.head = nn.Linear(D, codebook_size, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Everything is normal with std 0.02 [GPT-2, LlamaGen], which keeps the first loss close to log K.
+        """Everything is normal with std 0.02 [GPT-2, LlamaGen]: the first loss is close to log K.
 
-        That includes the head, which LlamaGen starts from zero: in a trial of 300 steps MaskGIT
-        learned faster like this with each of three seeds, and AR with the one tried [ours].
+        That includes the head, which LlamaGen starts from zero [ours; no record is kept of trials].
         """
         nn.init.normal_(self.position, std=0.02)
         for module in self.modules():
@@ -143,29 +141,37 @@ class Generator(nn.Module):
                 nn.init.normal_(branch.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
 
     def forward(self, labels: Tensor, ids: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """labels (B,), ids (B, T) -> logits (B, 1+T, K): row 0 stands at the class, row t at token t.
+        """labels (B,), ids (B, T) -> logits (B, 1+T, K).
 
-        With caches (one per block) only the rows that are not cached yet are computed and returned.
+        Row 0 stands at the class, row t at token t. With caches (one per block) only the rows that
+        are not cached yet are computed and returned.
         """
         done = caches[0].length if caches else 0
-        # Row 0 is the class; R = 1+T - done rows are new.
-        x = self.token(ids[:, done - 1:]) if done else torch.cat([self.label(labels)[:, None], self.token(ids)], dim=1)   # (B, R, D)
+        # R = 1+T - done rows are new; row 0 is the class.
+        if done:
+            x = self.token(ids[:, done - 1:])  # (B, R, D)
+        else:
+            x = torch.cat([self.label(labels)[:, None], self.token(ids)], dim=1)  # (B, R, D)
         x = x + self.position[done:done + x.shape[1]]
-        rotary = self.rotary[done:done + x.shape[1]]                            # (R, D/heads/2, 2)
+        rotary = self.rotary[done:done + x.shape[1]]  # (R, D/heads/2, 2)
         for i, block in enumerate(self.blocks):
             x = block(x, rotary, self.causal, caches[i] if caches else None)
-        return self.head(self.norm(x))                                          # (B, R, K)
+        return self.head(self.norm(x))  # (B, R, K)
 
-    def guided(self, labels: Tensor, ids: Tensor, scale: float, caches: list[KVCache] | None = None) -> Tensor:
-        """forward() under guidance, in float32. At scale 1 it is forward(); else both halves run as one batch."""
+    def guided(self, labels: Tensor, ids: Tensor, scale: float,
+               caches: list[KVCache] | None = None) -> Tensor:
+        """forward() under guidance, in float32.
+
+        At scale 1 it is forward(); else both halves run as one batch.
+        """
         if scale == 1:
             return self(labels, ids, caches).float()
         no_class = torch.full_like(labels, self.num_classes)
-        both = self(torch.cat([labels, no_class]), torch.cat([ids, ids]), caches)   # (2B, R, K)
+        both = self(torch.cat([labels, no_class]), torch.cat([ids, ids]), caches)  # (2B, R, K)
         return guide(*both.float().chunk(2), scale)
 
     def hide_labels(self, labels: Tensor) -> Tensor:
-        """In training a share of the labels becomes "no class", so that guidance has an unconditional side."""
+        """In training a share of labels becomes "no class", for guidance's unconditional side."""
         if not self.training:
             return labels
         hidden = torch.rand(labels.shape, device=labels.device) < self.cfg.label_dropout
@@ -173,8 +179,9 @@ class Generator(nn.Module):
 
     def check(self, labels: Tensor) -> None:
         # TRAP: label C would run, as "no class"; so only 0..C-1 may come in from outside.
+        C = self.num_classes
         for c in labels.tolist():
-            need(0 <= c < self.num_classes, f"class {c} is unknown; give one from 0 to {self.num_classes - 1}")
+            need(0 <= c < C, f"class {c} is unknown; give one from 0 to {C - 1}")
 
     @staticmethod
     def load(path) -> "ARGenerator | MaskGITGenerator":
@@ -183,16 +190,21 @@ class Generator(nn.Module):
         Raises UserError for a checkpoint that holds something else (a tokenizer, say).
         """
         saved = checkpoint.load(path)
-        need(saved.get("kind") in GENERATORS, f"{path} holds no generator; try generator-ar.pt or generator-maskgit.pt")
-        cfg = GeneratorConfig(**saved["generator_config"])
-        model = GENERATORS[saved["kind"]](cfg, saved["num_tokens"], saved["codebook_size"], len(saved["classes"]))
+        need(saved.get("kind") in GENERATORS,
+             f"{path} holds no generator; try generator-ar.pt or generator-maskgit.pt")
+        Kind, cfg = GENERATORS[saved["kind"]], GeneratorConfig(**saved["generator_config"])
+        model = Kind(cfg, saved["num_tokens"], saved["codebook_size"], len(saved["classes"]))
         checkpoint.load_strict(model, saved["ema"], f"generator weights in {path}")
         model.classes, model.tokenizer_fingerprint = saved["classes"], saved["tokenizer"]
         return model.eval()
 
     @staticmethod
-    def of_run(folder: str, kind: str, tokenizer: nn.Module, device: torch.device) -> "ARGenerator | MaskGITGenerator":
-        """The run's generator of this kind. Raises UserError unless it has learned the ids of this very tokenizer."""
+    def of_run(folder: str, kind: str, tokenizer: nn.Module,
+               device: torch.device) -> "ARGenerator | MaskGITGenerator":
+        """The run's generator of this kind.
+
+        Raises UserError unless it has learned the ids of this very tokenizer.
+        """
         path = os.path.join(folder, f"generator-{kind}.pt")
         train = f"python train.py --run {folder} --stage 3"
         need(checkpoint.exists(path), f"{folder} has no {kind} generator; train it: {train}")
@@ -212,65 +224,70 @@ class ARGenerator(Generator):
     options = ("cfg_scale", "temperature", "top_k", "top_p")
 
     def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
-        """Mean cross-entropy in nats, and "nll_by_position" (L,): how hard each token is to predict from those before.
+        """Mean cross-entropy in nats, and "nll_by_position" (L,).
 
-        The sum over positions is the cost of an image; an order that helps the generator makes it
-        small.
+        That says how hard each token is to predict from those before. The sum over positions is
+        the cost of an image; an order that helps the generator makes it small.
         """
         logits = self(self.hide_labels(labels), ids[:, :-1])  # (B, L, K)
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none").view(ids.shape)   # (B, L)
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
+        nll = nll.view(ids.shape)  # (B, L)
         return nll.mean(), {"nll_by_position": nll.detach().mean(dim=0)}
 
-    @for_sampling
-    def sample(self, labels: Tensor, cfg_scale: float = 1.0, temperature: float = 1.0, top_k: int = 0,
-               top_p: float = 1.0, generator: torch.Generator | None = None, use_cache: bool = True) -> Tensor:
-        """labels (B,) -> ids (B, L), one token after the other. The same generator state repeats the same ids.
+    def sample(self, labels: Tensor, cfg_scale: float = 1.0, temperature: float = 1.0,
+               top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None,
+               use_cache: bool = True) -> Tensor:
+        """labels (B,) -> ids (B, L), one token after the other.
 
-        use_cache=False computes every row again for every token: slow, and the reading to compare
-        with. Raises UserError for an unknown class or a setting out of range.
+        The same generator state repeats the same ids. use_cache=False computes every row again for
+        every token: slow, and the reading to compare with. Raises UserError for an unknown class
+        or a setting out of range.
         """
         self.check(labels)
         ids = labels.new_empty(len(labels), 0)
-        caches = self.new_caches(len(labels) if cfg_scale == 1 else 2 * len(labels)) if use_cache else None
-        for _ in range(self.num_tokens):
-            logits = self.guided(labels, ids, cfg_scale, caches)[:, -1]  # (B, K)
-            new = sample_from(logits, generator, temperature, top_k, top_p)  # (B,)
-            ids = torch.cat([ids, new[:, None]], dim=1)  # (B, T) -> (B, T+1)
+        halves = 1 if cfg_scale == 1 else 2  # see guided()
+        caches = self.new_caches(halves * len(labels)) if use_cache else None
+        with eval_mode(self):
+            for _ in range(self.num_tokens):
+                logits = self.guided(labels, ids, cfg_scale, caches)[:, -1]  # (B, K)
+                new = sample_from(logits, generator, temperature, top_k, top_p)  # (B,)
+                ids = torch.cat([ids, new[:, None]], dim=1)  # (B, T) -> (B, T+1)
         return ids
 
     def new_caches(self, batch: int) -> list[KVCache]:
         rows, D = self.position.shape
-        heads = self.cfg.generator_heads
-        return [KVCache(batch, heads, rows, D // heads, self.position.device, self.position.dtype) for _ in self.blocks]
+        heads, device, dtype = self.cfg.generator_heads, self.position.device, self.position.dtype
+        return [KVCache(batch, heads, rows, D // heads, device, dtype) for _ in self.blocks]
 
 
 # ------------------------------------------------------------------------------------------------
 # MaskGIT: predict all masked tokens at once, keep the confident ones, repeat
 
 def random_masks(batch: int, length: int, device=None) -> Tensor:
-    """bool (B, L), True is masked: a share arccos(u) / (pi/2) of each row, u ~ U(0, 1), at least one token [TiTok].
+    """bool (B, L), True is masked: at least one token of each row [TiTok].
 
+    The masked share of a row is arccos(u) / (pi/2) with u ~ U(0, 1).
     On average 64% are masked; many rows are masked almost fully, as at the start of sampling.
     """
     share = torch.acos(torch.rand(batch, 1, device=device)) / (math.pi / 2)
-    count = (share * length).round().clamp_min(1)                               # (B, 1)
+    count = (share * length).round().clamp_min(1)  # (B, 1)
     # (B, L), a random permutation per row
     order = torch.rand(batch, length, device=device).argsort(dim=1)
     return order < count
 
 
 def mask_schedule(length: int, steps: int) -> list[int]:
-    """How many tokens are still masked after each step: L arccos(progress) / (pi/2), rounded down [TiTok].
+    """How many tokens are still masked after each step [TiTok].
 
-    Every step reveals at least one token, the last step all that are left. Raises UserError if that
-    cannot be.
+    It is L arccos(progress) / (pi/2), rounded down. Every step reveals at least one token, the last
+    step all that are left. Raises UserError if that cannot be.
     """
-    need(1 <= steps <= length, f"steps {steps} must be from 1 to {length}, as each reveals at least one token")
+    need(1 <= steps <= length,
+         f"steps {steps} must be from 1 to {length}, as each reveals at least one token")
     schedule, masked = [], length
     for step in range(1, steps + 1):
         wanted = math.floor(length * math.acos(step / steps) / (math.pi / 2))
-        # This always leaves a token for each later step: arccos is concave, so wanted >= steps -
-        # step.
+        # That leaves a token for each later step: arccos is concave, so wanted >= steps - step.
         masked = min(wanted, masked - 1)
         schedule.append(masked)
     return schedule
@@ -286,64 +303,67 @@ class MaskGITGenerator(Generator):
 
     @property
     def default_steps(self) -> int:
-        """8 as in the paper, or one per token where there are fewer."""
+        """8 as in the paper, but one per token where there are fewer."""
         return min(8, self.num_tokens)
 
     def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
-        """Weighted mean of the smoothed cross-entropy: masked tokens count 1, the others unmasked_weight.
+        """Mean of the smoothed cross-entropy: masked tokens weigh 1, others unmasked_weight.
 
-        dict: "masked_share", how much was masked; "masked_accuracy", the share of masked tokens
-        guessed exactly.
+        dict   "masked_share", how much was masked; "masked_accuracy", the share of masked tokens
+               guessed exactly
         """
         masked = random_masks(*ids.shape, ids.device)  # (B, L)
-        # (B, L, K)
-        logits = self(self.hide_labels(labels), ids.masked_fill(masked, self.mask_id))[:, 1:]
+        hidden = ids.masked_fill(masked, self.mask_id)  # (B, L)
+        logits = self(self.hide_labels(labels), hidden)[:, 1:]  # (B, L, K)
         error = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none",
                                 label_smoothing=self.cfg.label_smoothing).view(ids.shape)  # (B, L)
         weight = torch.where(masked, 1.0, self.cfg.unmasked_weight)
         loss = (weight * error).sum() / weight.sum()
         hits = (logits.detach().argmax(dim=-1) == ids) & masked
-        return loss, {"masked_share": masked.float().mean(), "masked_accuracy": hits.sum() / masked.sum()}
+        return loss, {"masked_share": masked.float().mean(),
+                      "masked_accuracy": hits.sum() / masked.sum()}
 
-    @for_sampling
     def sample(self, labels: Tensor, steps: int | None = None, cfg_scale: float = 1.0,
                temperature: float = 1.0, randomize_temperature: float = 4.5,
                generator: torch.Generator | None = None, trace: list | None = None) -> Tensor:
         """labels (B,) -> ids (B, L) in 1 <= steps <= L passes (None: default_steps).
 
-        The same generator state repeats the same ids.
+        cfg_scale              above 1 it is reached in a straight line from 1, so that the first
+                               tokens are chosen freely and samples stay varied [Muse, TiTok]; up
+                               to 1 it holds from the start
+        randomize_temperature  Gumbel noise on the confidences, annealed to 0, so that not every
+                               sample starts from the same few safe tokens [MaskGIT paper: 4.5]
+        trace                  a list to which the ids after every step are appended, mask_id where
+                               still masked
 
-        cfg_scale              above 1 it is reached in a straight line from 1, so that the first tokens are chosen
-                               freely and samples stay varied [Muse, TiTok]; up to 1 it holds from
-                               the start
-        randomize_temperature  Gumbel noise on the confidences, annealed to 0, so that not every sample starts
-                               from the same few safe tokens [MaskGIT: 4.5]
-        trace                  a list to which the ids after every step are appended, mask_id where still masked
-        Raises UserError for an unknown class or a setting out of range.
+        The same generator state repeats the same ids. Raises UserError for an unknown class or a
+        setting out of range.
         """
         self.check(labels)
         steps = self.default_steps if steps is None else steps
         ids = labels.new_full((len(labels), self.num_tokens), self.mask_id)
-        for step, still_masked in enumerate(mask_schedule(self.num_tokens, steps), start=1):
-            progress = step / steps
-            scale = 1 + (cfg_scale - 1) * progress if cfg_scale > 1 else cfg_scale
-            logits = self.guided(labels, ids, scale)[:, 1:]  # (B, L, K)
+        with eval_mode(self):
+            for step, still_masked in enumerate(mask_schedule(self.num_tokens, steps), start=1):
+                progress = step / steps
+                scale = 1 + (cfg_scale - 1) * progress if cfg_scale > 1 else cfg_scale
+                logits = self.guided(labels, ids, scale)[:, 1:]  # (B, L, K)
 
-            # 1. Guess every masked token.
-            masked = ids == self.mask_id  # (B, L)
-            guess = sample_from(logits, generator, temperature)  # (B, L)
-            ids = torch.where(masked, guess, ids)
+                # 1. Guess every masked token.
+                masked = ids == self.mask_id  # (B, L)
+                guess = sample_from(logits, generator, temperature)  # (B, L)
+                ids = torch.where(masked, guess, ids)
 
-            # 2. How sure is each guess? Tokens kept earlier are beyond doubt, so they never change.
-            sure = logits.log_softmax(dim=-1).gather(-1, guess[..., None]).squeeze(-1)  # (B, L)
-            sure = sure + randomize_temperature * (1 - progress) * gumbel(sure.shape, generator, sure.device)
-            sure = sure.masked_fill(~masked, math.inf)
+                # 2. How sure is each guess? Kept tokens are beyond doubt, so they never change.
+                sure = logits.log_softmax(dim=-1).gather(-1, guess[..., None]).squeeze(-1)  # (B, L)
+                noise = gumbel(sure.shape, generator, sure.device)
+                sure = sure + randomize_temperature * (1 - progress) * noise
+                sure = sure.masked_fill(~masked, math.inf)
 
-            # 3. Mask the least sure ones again, as many as the schedule says.
-            again = sure.topk(still_masked, dim=1, largest=False).indices  # (B, still_masked)
-            ids = ids.scatter(1, again, self.mask_id)
-            if trace is not None:
-                trace.append(ids)
+                # 3. Mask the least sure ones again, as many as the schedule says.
+                again = sure.topk(still_masked, dim=1, largest=False).indices  # (B, still_masked)
+                ids = ids.scatter(1, again, self.mask_id)
+                if trace is not None:
+                    trace.append(ids)
         return ids
 
 
@@ -352,17 +372,22 @@ GENERATORS = {"ar": ARGenerator, "maskgit": MaskGITGenerator}
 
 
 if __name__ == "__main__":
-    print("MaskGIT reveals few tokens while it knows little, many when it knows a lot. 32 tokens, new ones per step:")
+    print("MaskGIT reveals few tokens while it knows little, many when it knows a lot.")
+    print("32 tokens, how many are new in each step:")
     for steps in (1, 2, 4, 8, 32):
         masked = [32] + mask_schedule(32, steps)
         print(f"  {steps:2} steps:", *(before - after for before, after in zip(masked, masked[1:])))
 
-    print("\nGuidance moves probability to what the class makes likelier than usual, past what is merely likely:")
-    cond, uncond = torch.tensor([0.4, 0.3, 0.2, 0.1]).log(), torch.tensor([0.7, 0.1, 0.1, 0.1]).log()
-    for scale, meaning in ((0, "unconditional"), (1, "plain"), (2, "guided"), (4, "guided more")):
-        print(f"  scale {scale}:", *(f"{p:.2f}" for p in guide(cond, uncond, scale).softmax(0)), f"  {meaning}")
+    print("\nGuidance moves probability to what the class makes likelier than usual,")
+    print("past what is merely likely:")
+    cond = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    uncond = torch.tensor([0.7, 0.1, 0.1, 0.1]).log()
+    meanings = ((0, "unconditional"), (1, "plain"), (2, "guided"), (4, "guided more"))
+    for scale, meaning in meanings:
+        p = guide(cond, uncond, scale).softmax(0)
+        print(f"  scale {scale}:", *(f"{value:.2f}" for value in p), f"  {meaning}")
 
-    print("\nAn untrained generator of 512 codes is about as uncertain as a die with that many faces:")
+    print("\nAn untrained generator of 512 codes is as uncertain as a die with as many faces:")
     torch.manual_seed(0)
     cfg = GeneratorConfig(generator_width=64, generator_depth=2, generator_heads=2)
     for kind, Kind in GENERATORS.items():
