@@ -24,6 +24,7 @@ from plumbing.flags import (
     build,
     choose,
     need,
+    number,
     read_run,
     shares,
 )
@@ -231,6 +232,38 @@ def settings(kind: str, *configs) -> dict:
     def owner(name):
         return "generator" if name.startswith("generator_") or name in GENERATOR_FIELDS else "tokenizer"
     return {k: v for k, v in as_dict(*configs).items() if owner(k) == kind and k not in RUN_ONLY}
+
+
+# ------------------------------------------------------------------------------------------------
+# how samples are drawn: the flags that sample.py and eval_fid.py share
+
+SAMPLING = dict(cfg_scale=2.0, temperature=1.0, top_k=0, top_p=1.0, steps=None,
+                randomize_temperature=4.5)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags for what generators' sample() takes; None when not given, then SAMPLING counts."""
+    to = parser.add_argument_group("how samples are drawn")
+    to.add_argument("--cfg_scale", type=number(float), metavar="FLOAT",
+                    help="guidance: 0 unconditional, 1 plain, above 1 guided (default: 2)")
+    to.add_argument("--temperature", type=number(float), metavar="FLOAT",
+                    help="of the tokens' distribution; 0 takes the likeliest (default: 1)")
+    to.add_argument("--top_k", type=number(int), metavar="INT",
+                    help="ar: draw from the k likeliest tokens; 0: off (default: 0)")
+    to.add_argument("--top_p", type=number(float, 1e-6, 1), metavar="FLOAT",
+                    help="ar: draw from the likeliest tokens that reach this probability; "
+                         "1: off (default: 1)")
+    to.add_argument("--steps", type=number(int, 1), metavar="INT",
+                    help="maskgit: passes, from 1 to the number of tokens (default: 8, at most "
+                         "that number)")
+    to.add_argument("--randomize_temperature", type=number(float), metavar="FLOAT",
+                    help="maskgit: noise on the confidences; 0: none (default: 4.5)")
+
+
+def sampling_options(args: argparse.Namespace, reads: tuple[str, ...]) -> dict:
+    """The settings that a generator reads: flags where they are given, else SAMPLING."""
+    given = {name: getattr(args, name) for name in reads}
+    return {name: SAMPLING[name] if value is None else value for name, value in given.items()}
 
 
 if __name__ == "__main__":

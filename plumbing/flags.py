@@ -75,6 +75,19 @@ def help_lines(config) -> dict:
     return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), flags=re.M))
 
 
+def number(kind: type, low: float = 0, high: float = 1e9):
+    """For argparse: text -> a `kind` from `low` to `high`. Neither nan nor inf passes."""
+    def read(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            limits = f"give {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range; {limits}")
+        return value
+    # argparse then says: invalid int value: 'x'
+    read.__name__ = kind.__name__
+    return read
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that takes no shortened flags and answers a wrong one in one line, with exit code 2."""
 
