@@ -4,13 +4,14 @@ In       the command line of a training program
 Out      Run: what all stages share
 """
 import os
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from plumbing import checkpoint
-from plumbing.datasets import train_and_val
-from plumbing.flags import UserError, as_dict, need
+from plumbing.datasets import ImageSet, train_and_val
+from plumbing.flags import UserError, as_dict, build, need, read_run
 from plumbing.images import save_grid, to_uint8
 from plumbing.processes import Processes
 
@@ -79,3 +80,40 @@ class Run:
         """Write samples/NAME.png from rows of float images (n, 3, H, W), all with the same n."""
         images = torch.cat([to_uint8(row.cpu()) for row in rows])
         save_grid(images, self.path(f"samples/{name}.png"), columns=len(rows[0]), scale=max(1, 64 // self.tok.image_size))
+
+
+# ------------------------------------------------------------------------------------------------
+# for programs that read a finished run
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run as its tokenizer's checkpoint knows it: configurations, images, the checkpoint itself."""
+    folder: str
+    configs: tuple     # one instance of each dataclass that open_run was given
+    data: ImageSet     # what the tokenizer has learned from
+    val: ImageSet      # what was held out
+    saved: dict        # the content of tokenizer.pt
+
+
+def open_run(folder: str, configs: tuple[type, ...]) -> OpenRun:
+    """Open a run to look at it: the settings are those that the checkpoint was made with.
+
+    config.json tells only where the images lie now and what may differ (workers, skip_bad ...).
+    Raises UserError when there is no checkpoint, and when the images are no longer those that it
+    has learned from: a folder that grew would hold out others, which may have been trained on.
+    """
+    path = os.path.join(folder, "tokenizer.pt")
+    values = read_run(folder)
+    need(checkpoint.exists(path),
+         f"{folder} has no tokenizer.pt; train one: python train.py --run {folder}")
+    saved = checkpoint.load(path, needs=("settings", "data"))
+    del values["preset"]
+    learned = {k: v for k, v in saved["settings"].items() if k not in ("data", "val_data")}
+    values |= learned
+    try:
+        data, val = train_and_val(values["data"], values["val_data"], values["holdout"],
+                                  values["seed"], folder)
+    except UserError as error:
+        raise UserError(f"{error} (data and val_data of {folder}/config.json)") from error
+    checkpoint.check_same({"images": saved["data"]}, {"images": data.fingerprint}, f"{path}: data")
+    return OpenRun(folder, build(configs, values), data, val, saved)
