@@ -77,6 +77,22 @@ def test_frechet_distance_of_equal_sets_is_nothing(case):
         assert abs(frechet_from_features(x, x)) < 1e-6 * trace
 
 
+def test_many_images_never_become_a_matrix_of_images_by_images(monkeypatch):
+    """Either way gives the same distance, and no decomposition is larger than images or features."""
+    rng, sizes = np.random.default_rng(0), []
+    original = np.linalg.svd
+
+    def watched(matrix, **options):
+        sizes.append(matrix.shape)
+        return original(matrix, **options)
+    monkeypatch.setattr(np.linalg, "svd", watched)
+    for n, m, f in ((500, 400, 16), (40, 30, 16), (10, 300, 16), (12, 15, 16)):
+        x, y = rng.standard_normal((n, f)), rng.standard_normal((m, f)) + 0.3
+        distance = frechet_from_features(x, y)
+        assert distance == pytest.approx(frechet_distance(*moments(x), *moments(y)), abs=1e-6)
+    assert max(max(size) for size in sizes) <= 16, sizes
+
+
 def test_frechet_distance_anchors():
     eye = np.eye(3)
     # only the means differ
