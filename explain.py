@@ -1,17 +1,20 @@
 """What do the tokens mean? Pictures for a trained run, and a page that shows them.
 
-Run      python explain.py --run runs/NAME                        -> runs/NAME/explain/index.html, needs no network
-         python explain.py --run runs/NAME --against runs/OTHER   also bits per position of another run, say with --tokenizer titok
-Shows    token by token   the image after 1, 2, 4, ... L tokens, and what each step added
-         attention        where each expert looks
-         swaps            token i of one image put into another
-         codes            the favourite codes of a position, and images that share them
-         sampling         an AR sample token by token, MaskGIT step by step, guidance from 1 upwards
-         order            bits per position under the AR model beside the marginal entropy       (with matplotlib)
-         training         curves out of log.jsonl                                                (with matplotlib)
+Run      python explain.py --run runs/NAME
+         python explain.py --run runs/NAME --against runs/OTHER
+             also bits per position of another run, say one with --tokenizer titok
+Makes    RUN/explain/index.html, or --out DIR, with its pictures beside it; it needs no network
 Exit     0 done, 1 failure, 2 something to mend
+
+What the page shows:
+  token by token   the image after 1, 2, 4, ... L tokens, and what each step added
+  attention        where each expert looks
+  swaps            token i of one image put into another
+  codes            the favourite codes of a position, and images that share them
+  sampling         an AR sample token by token, MaskGIT step by step, guidance from 1 upwards
+  order            bits per position under the AR model beside the marginal entropy
+  training         curves out of log.jsonl
 """
-import html
 import json
 import math
 import os
@@ -23,81 +26,41 @@ from torch import Tensor
 
 from config import CONFIGS
 from generator import Generator
-from nativetok import NativeTok
+from nativetok import NativeTok, doubling, from_checkpoint
 from plumbing import checkpoint
 from plumbing.batches import eval_batches
-from plumbing.datasets import ImageSet, train_and_val
-from plumbing.flags import Parser, build, main_with_user_errors, need, read_run
-from plumbing.images import save_grid, to_float, to_uint8
-from plumbing.processes import Processes, need_room
+from plumbing.flags import Parser, main_with_user_errors, need, number
+from plumbing.images import to_float, to_uint8
+from plumbing.page import Page
+from plumbing.plot import COLORS, Curve, svg
+from plumbing.processes import Processes
+from plumbing.run import OpenRun, open_run
 from quantizer import usage
 
 
 def parse(argv=None):
     parser = Parser(prog="explain.py", description=__doc__)
-    parser.add_argument("--run", required=True, help="folder of a run of train.py, with a finished tokenizer")
-    parser.add_argument("--against", metavar="RUN", help="another run on the same images, for the order picture")
-    parser.add_argument("--images", type=int, default=6, help="images in each picture (default: 6)")
-    parser.add_argument("--out", help="folder for the page (default: RUN/explain)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
-    args = parser.parse_args(argv)
-    need(args.images >= 2, "images must be at least 2, to swap tokens between them")
-    return args
-
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}
-img{{max-width:100%;height:auto;display:block;border:1px solid #ddd}} figure{{margin:1.5rem 0 3rem}} figcaption{{margin:.5rem 0}}
-h2{{margin:2rem 0 .5rem}} code{{background:#f3f3f3;overflow-wrap:anywhere}}</style>
-<h1>{title}</h1><p>{intro}</p>{figures}</html>
-"""
-
-
-class Page:
-    """Pictures with captions, and in the end the HTML that shows them."""
-
-    def __init__(self, folder: str, size: int):
-        need_room(folder)
-        self.folder, self.scale, self.figures = folder, max(1, 64 // size), []
-
-    def grid(self, name: str, title: str, caption: str, rows: list[Tensor]) -> None:
-        """rows of uint8 images (n, H, W, 3), all with the same n."""
-        save_grid(torch.cat(rows), os.path.join(self.folder, f"{name}.png"), columns=len(rows[0]), scale=self.scale)
-        self.add(name, title, caption)
-
-    def plot(self, name: str, title: str, caption: str, draw) -> None:
-        """draw(matplotlib axes); without matplotlib the page says so."""
-        try:
-            import matplotlib
-            matplotlib.use("Agg")
-            import matplotlib.pyplot as plt
-        except ImportError:
-            print(f"{name}: needs matplotlib (pip install matplotlib); left out")
-            return self.figures.append(f"<h2>{html.escape(title)}</h2><p>Left out: this curve needs matplotlib (<code>pip install matplotlib</code>).</p>")
-        figure, axes = plt.subplots(figsize=(8.5, 4), constrained_layout=True)
-        draw(axes)
-        with checkpoint.replacing(os.path.join(self.folder, f"{name}.png")) as file:
-            figure.savefig(file, format="png", dpi=110)
-        plt.close(figure)
-        self.add(name, title, caption)
-
-    def add(self, name: str, title: str, caption: str) -> None:
-        self.figures.append(f'<h2>{html.escape(title)}</h2><figure><img src="{name}.png" alt="{html.escape(title)}"><figcaption>{html.escape(caption)}</figcaption></figure>')
-        print(f"{os.path.join(self.folder, name)}.png: {title}")
-
-    def write(self, title: str, intro: str) -> None:
-        with checkpoint.replacing(os.path.join(self.folder, "index.html")) as file:
-            file.write(PAGE.format(title=html.escape(title), intro=html.escape(intro), figures="\n".join(self.figures)).encode())
+    parser.add_argument("--run", required=True,
+                        help="folder of a run of train.py, with a finished tokenizer")
+    parser.add_argument("--against", metavar="RUN",
+                        help="another run on the same images, for the order picture")
+    parser.add_argument("--images", type=number(int, 2), default=6, metavar="N",
+                        help="images in each picture (default: 6)")
+    parser.add_argument("--out", metavar="DIR", help="folder for the page (default: RUN/explain)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="where to compute")
+    return parser.parse_args(argv)
 
 
 def wrapped(cells: Tensor, columns: int) -> list[Tensor]:
-    """uint8 images (n, H, W, 3) -> rows of `columns` images, the last filled up with white: n in one row would be too small to see."""
-    missing = -len(cells) % columns
-    return list(torch.cat([cells, torch.full((missing, *cells.shape[1:]), 255, dtype=torch.uint8)]).split(columns))
+    """uint8 images (n, H, W, 3) -> rows of `columns` images, the last one filled up with white."""
+    return list(filled(cells, -len(cells) % columns).split(columns))
 
 
-def prefixes(L: int) -> list[int]:
-    return sorted({*(2 ** i for i in range(L.bit_length())), L})
+def filled(cells: Tensor, missing: int) -> Tensor:
+    """uint8 images (n, H, W, 3) and as many white ones as are missing."""
+    white = torch.full((missing, *cells.shape[1:]), 255, dtype=torch.uint8)
+    return torch.cat([cells, white])
 
 
 def decode(model: NativeTok, ids: Tensor) -> Tensor:
@@ -108,201 +71,280 @@ def decode(model: NativeTok, ids: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 # the tokenizer
 
+TOKENS = """Each row: a held-out image, then what the decoder makes of its first {ks} tokens.
+Look for what comes first: colours and place before outlines."""
+ADDED = """The same images: the original, the first step, then each further step minus the one
+before; gray is no change, bright is lighter, dark is darker. Late tokens that stay gray are hardly
+used."""
+
+
 def token_by_token(page: Page, model: NativeTok, images: Tensor, ids: Tensor) -> None:
-    ks, rows = prefixes(model.num_tokens), []
+    ks, rows, changes = doubling(model.num_tokens), [], []
     for image, one in zip(images, ids):
         steps = torch.cat([decode(model, one[None, :k]) for k in ks])         # (P, H, W, 3)
         rows.append(torch.cat([image[None], steps]))
-    page.grid("tokens", "Token by token", f"Each row: a held-out image, then what the decoder makes of its first {', '.join(map(str, ks))} tokens. "
-              "Look for what comes first: colours and place before outlines.", rows)
-    changes = []
-    for row in rows:
-        steps = row[1:].int()
-        added = ((steps[1:] - steps[:-1]) + 128).clamp(0, 255).to(torch.uint8)
-        changes.append(torch.cat([row[:1], row[1:2], added]))
-    page.grid("added", "What each step added", "The same images: the original, the first step, then each further step minus the one before; gray is no change, "
-              "bright is lighter, dark is darker. Late tokens that stay gray are hardly used.", changes)
+        added = (steps[1:].int() - steps[:-1].int() + 128).clamp(0, 255).to(torch.uint8)
+        changes.append(torch.cat([image[None], steps[:1], added]))
+    page.grid("tokens", "Token by token", TOKENS.format(ks=", ".join(map(str, ks))), rows)
+    page.grid("added", "What each step added", ADDED, changes)
+
+
+ATTENTION = """Experts 1 to {L}, from left to right, {columns} to a block. First row of a block:
+attention over the patches, averaged over {n} images and all heads. Below: for single images, bright
+where the expert looks. A map that is the same in every row asks for a fixed place; one that moves
+follows what is in the image. The rest of their attention goes to earlier tokens and to the query
+itself: {first:.0%} at expert 1, {last:.0%} at expert {L}."""
 
 
 def attention(page: Page, model: NativeTok, images: Tensor, x: Tensor) -> None:
-    """The last layer of each expert over the patches, mean of its heads: over all of x, and for the first image."""
+    """The last layer of each expert over the patches, mean of its heads: over all of x, then of
+    single images."""
     trace, side = [], model.cfg.image_size // model.cfg.patch_size
     with torch.no_grad():
         model.mocet.forward_loop(model.mit(x), model.quantizer, trace)
     depth = model.cfg.expert_depth
-    maps = torch.stack([a[..., :side * side].mean(dim=1) for a in trace[depth - 1::depth]], dim=1).cpu()      # (B, L, N)
-    on_tokens = [1 - a[..., :side * side].sum(dim=-1).mean().item() for a in trace[depth - 1::depth]]
+    last_layers = [a[..., :side * side] for a in trace[depth - 1::depth]]     # L x (B, heads, N)
+    maps = torch.stack([a.mean(dim=1) for a in last_layers], dim=1).cpu()     # (B, L, N)
+    on_tokens = [1 - a.sum(dim=-1).mean().item() for a in last_layers]
 
     def shown(maps, under):
         """(L, N) -> uint8 (L, H, W, 3): `under`, bright where the expert looks."""
         scaled = maps / maps.amax(dim=1, keepdim=True).clamp_min(1e-9)
-        # (L, 1, H, W)
         mask = F.interpolate(scaled.view(-1, 1, side, side), size=under.shape[:2], mode="nearest")
-        return (under.float() * (0.15 + 0.85 * mask.permute(0, 2, 3, 1))).to(torch.uint8)
-    white, L, columns = torch.full_like(images[0], 255), model.num_tokens, 12
-    looks = [shown(maps.mean(dim=0), white), *(shown(maps[i], images[i]) for i in range(min(4, len(images))))]
-    blocks = list(zip(*(wrapped(row, columns) for row in looks)))             # one per 12 experts
-    blank = torch.full_like(torch.cat([white[None]] * columns), 255)
+        mask = mask.permute(0, 2, 3, 1)                                       # (L, H, W, 1)
+        return (under.float() * (0.15 + 0.85 * mask)).to(torch.uint8)
+    white, columns = torch.full_like(images[0], 255), 12
+    pictures = [shown(maps.mean(dim=0), white)]
+    pictures += [shown(maps[i], images[i]) for i in range(min(4, len(images)))]
+    blocks = list(zip(*(wrapped(row, columns) for row in pictures)))          # one per 12 experts
+    blank = white.expand(columns, *white.shape)
     rows = [row for block in blocks for row in (*block, blank)][:-1]
-    page.grid("attention", "Where each expert looks", f"Experts 1 to {L}, from left to right, {columns} to a block. First row of a block: attention over the patches, averaged over {len(x)} images and all heads. "
-              "Below: for single images, bright where the expert looks. A map that is the same in every row asks for a fixed place; one that moves follows what is in the image. "
-              f"The rest of their attention goes to earlier tokens and to the query itself: {on_tokens[0]:.0%} at expert 1, {on_tokens[-1]:.0%} at expert {L}.", rows)
+    caption = ATTENTION.format(L=model.num_tokens, columns=columns, n=len(x), first=on_tokens[0],
+                               last=on_tokens[-1])
+    page.grid("attention", "Where each expert looks", caption, rows)
+
+
+SWAPS = """Twice, read like text: an image, its reconstruction, another image; then the first one's
+reconstruction with token 1, 2, ... {L} taken from the other. What changes is what that position
+says. Positions after it were chosen with the old token in view, so the picture can fall apart."""
 
 
 def swaps(page: Page, model: NativeTok, images: Tensor, ids: Tensor) -> None:
-    rows = []
+    rows, places = [], torch.arange(model.num_tokens)
     for a, b in ((0, 1), (1, 0)):
         mixed = ids[a].repeat(model.num_tokens, 1)
-        places = torch.arange(model.num_tokens)
         mixed[places, places] = ids[b]
-        rows += wrapped(torch.cat([images[a:a + 1], decode(model, ids[a:a + 1]), images[b:b + 1], decode(model, mixed)]), 9)
-    page.grid("swaps", "One token from another image", f"Twice, read like text: an image, its reconstruction, another image; then the first one's reconstruction with token 1, 2, ... {model.num_tokens} "
-              "taken from the other. What changes is what that position says. Positions after it were chosen with the old token in view, so the picture can fall apart.", rows)
+        one, other = images[a:a + 1], images[b:b + 1]
+        cells = [one, decode(model, ids[a:a + 1]), other, decode(model, mixed)]
+        rows += wrapped(torch.cat(cells), 9)
+    page.grid("swaps", "One token from another image", SWAPS.format(L=model.num_tokens), rows)
 
 
-def favourite_codes(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, columns: int = 8) -> None:
-    rows = []
-    for position in sorted({0, 1, model.num_tokens // 2, model.num_tokens - 1}):
+CODES = """For positions {places}: the two codes that each says most often, two rows a position;
+each row shows held-out images for which it says that code. What do the images of a row share?"""
+
+
+def favourite_codes(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor,
+                    columns: int = 8) -> None:
+    L, rows = model.num_tokens, []
+    positions = sorted({0, min(1, L - 1), L // 2, L - 1})
+    for position in positions:
         counts = torch.bincount(ids[:, position], minlength=model.cfg.codebook_size)
-        for code in counts.topk(2).indices.tolist():
+        for code in counts.topk(min(2, len(counts))).indices.tolist():
             members = (ids[:, position] == code).nonzero()[:columns, 0]
-            cells = pixels[members.cpu()]
-            rows.append(torch.cat([cells, torch.full((columns - len(cells), *cells.shape[1:]), 255, dtype=torch.uint8)]))
-    page.grid("codes", "Favourite codes", f"For positions 1, 2, {model.num_tokens // 2 + 1} and {model.num_tokens}: the two codes that each says most often, two rows a position; "
-              "each row shows held-out images for which it says that code. What do the images of a row share?", rows)
+            rows.append(filled(pixels[members.cpu()], columns - len(members)))
+    places = ", ".join(str(position + 1) for position in positions)
+    page.grid("codes", "Favourite codes", CODES.format(places=places), rows)
 
 
 # ------------------------------------------------------------------------------------------------
 # the generators
 
-def ar_growing(page: Page, model: NativeTok, ar, classes: list[str]) -> None:
-    ks, labels = prefixes(model.num_tokens), torch.arange(min(6, len(classes)), device=model.quantizer.codebook.device)
-    ids = ar.sample(labels, cfg_scale=2.0, generator=torch.Generator().manual_seed(0))
-    page.grid("ar", "An AR sample, token by token", f"Classes {', '.join(classes[:len(labels)])}, guidance 2: what the decoder makes of the first {', '.join(map(str, ks))} tokens, "
-              "each drawn after those before it.", list(torch.stack([decode(model, ids[:, :k]) for k in ks], dim=1)))
-
-
-def maskgit_steps(page: Page, model: NativeTok, maskgit, classes: list[str]) -> None:
-    """Tokens still masked are shown as black squares in a strip under the picture."""
-    trace = []
+def first_labels(model: NativeTok, classes: list[str]) -> tuple[Tensor, str]:
+    """Up to six classes, as labels and by name."""
     labels = torch.arange(min(6, len(classes)), device=model.quantizer.codebook.device)
-    final = maskgit.sample(labels, cfg_scale=2.0, generator=torch.Generator().manual_seed(0), trace=trace)
+    return labels, ", ".join(classes[:len(labels)])
+
+
+AR = """Classes {names}, guidance 2: what the decoder makes of the first {ks} tokens, each drawn
+after those before it."""
+
+
+def ar_growing(page: Page, model: NativeTok, ar: Generator) -> None:
+    ks, (labels, names) = doubling(model.num_tokens), first_labels(model, ar.classes)
+    ids = ar.sample(labels, cfg_scale=2.0, generator=torch.Generator().manual_seed(0))
+    rows = list(torch.stack([decode(model, ids[:, :k]) for k in ks], dim=1))
+    caption = AR.format(names=names, ks=", ".join(map(str, ks)))
+    page.grid("ar", "An AR sample, token by token", caption, rows)
+
+
+MASKGIT = """Classes {names}, {steps} steps. The strip below each picture has one square per token,
+gray when it is known, black while it is masked. The picture is the final one, the paler the more of
+it is still masked: a decoder cannot show a token that has not been chosen."""
+
+
+def maskgit_steps(page: Page, model: NativeTok, maskgit: Generator) -> None:
+    """Tokens still masked are shown as black squares in a strip under the picture."""
+    trace, (labels, names) = [], first_labels(model, maskgit.classes)
+    final = maskgit.sample(labels, cfg_scale=2.0, generator=torch.Generator().manual_seed(0),
+                           trace=trace)
     rows, size = [], model.cfg.image_size
     for i in range(len(labels)):
         cells = []
         for ids in trace:
             known = ids[i] != maskgit.mask_id
-            # The decoder knows no mask, so a masked position borrows what the sample says there in the end.
+            # The decoder knows no mask: a masked position borrows what it says in the end.
             picture = decode(model, torch.where(known, ids[i], final[i])[None])[0]
-            strip = torch.where(known.cpu(), 200, 0).to(torch.uint8)
-            strip = F.interpolate(strip.float().view(1, 1, 1, -1), size=(max(2, size // 8), size), mode="nearest")[0, 0]
-            dim = 0.25 + 0.75 * known.float().mean().item()
-            cells.append(torch.cat([(picture.float() * dim + 255 * (1 - dim)).to(torch.uint8), strip[..., None].expand(-1, -1, 3).to(torch.uint8)]))
+            share = 0.25 + 0.75 * known.float().mean().item()
+            picture = (picture.float() * share + 255 * (1 - share)).to(torch.uint8)
+            strip = torch.where(known.cpu(), 200, 0).float().view(1, 1, 1, -1)
+            strip = F.interpolate(strip, size=(max(2, size // 8), size), mode="nearest")[0, 0]
+            strip = strip.to(torch.uint8)[..., None].expand(-1, -1, 3)
+            cells.append(torch.cat([picture, strip]))
         rows.append(torch.stack(cells))
-    page.grid("maskgit", "MaskGIT, step by step", f"Classes {', '.join(classes[:len(labels)])}, {len(trace)} steps. The strip below each picture has one square per token, gray when it is known, black while it is "
-              "masked. The picture is the final one, the paler the more of it is still masked: a decoder cannot show a token that has not been chosen.", rows)
+    caption = MASKGIT.format(names=names, steps=len(trace))
+    page.grid("maskgit", "MaskGIT, step by step", caption, rows)
 
 
-def guidance(page: Page, model: NativeTok, ar, classes: list[str]) -> None:
-    scales, labels = (1.0, 1.5, 2.0, 3.0, 5.0), torch.arange(min(6, len(classes)), device=model.quantizer.codebook.device)
-    samples = [decode(model, ar.sample(labels, cfg_scale=s, generator=torch.Generator().manual_seed(1))) for s in scales]
-    page.grid("guidance", "Guidance", f"The same noise under guidance {', '.join(f'{s:g}' for s in scales)}, one class per row ({', '.join(classes[:len(labels)])}). More guidance: more typical, less varied.",
-              list(torch.stack(samples, dim=1)))
+GUIDANCE = """The same noise under guidance {scales}, one class per row ({names}). More guidance:
+more typical, less varied."""
 
+
+def guidance(page: Page, model: NativeTok, ar: Generator) -> None:
+    scales, (labels, names) = (1.0, 1.5, 2.0, 3.0, 5.0), first_labels(model, ar.classes)
+    columns = []
+    for scale in scales:
+        noise = torch.Generator().manual_seed(1)
+        columns.append(decode(model, ar.sample(labels, cfg_scale=scale, generator=noise)))
+    caption = GUIDANCE.format(scales=", ".join(f"{s:g}" for s in scales), names=names)
+    page.grid("guidance", "Guidance", caption, list(torch.stack(columns, dim=1)))
+
+
+# ------------------------------------------------------------------------------------------------
+# curves
 
 @torch.no_grad()
-def bits_per_position(model: NativeTok, ar, ids: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """-> bits of each position under the AR model, and its marginal entropy: what is left to know without looking at others."""
-    nll = torch.stack([ar.loss(i, y)[1]["nll_by_position"] * len(i) for i, y in zip(ids.split(250), labels.split(250))]).sum(dim=0) / len(ids)
+def bits_per_position(model: NativeTok, ar: Generator, ids: Tensor,
+                      labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """-> bits of each position under the AR model, and its marginal entropy: what is left to know
+    without looking at others."""
+    nll = 0
+    for i, y in zip(ids.split(250), labels.split(250)):
+        nll = nll + ar.loss(i, y)[1]["nll_by_position"] * (len(i) / len(ids))
     _, perplexity = usage(ids, model.cfg.codebook_size)
     return nll.cpu().numpy() / math.log(2), perplexity.log2().cpu().numpy()
 
 
-def order(page: Page, found: list[tuple[str, np.ndarray, np.ndarray]], n: int) -> None:
-    def draw(axes):
-        for k, (name, bits, marginal) in enumerate(found):
-            place = np.arange(1, len(bits) + 1)
-            axes.plot(place, marginal, "--", color=f"C{k}", label=f"{name}: marginal entropy, {marginal.sum():.0f} bits in all")
-            axes.plot(place, bits, "o-", color=f"C{k}", label=f"{name}: under the AR model, {bits.sum():.0f} bits in all")
-        axes.set_xlabel("position"), axes.set_ylabel("bits"), axes.set_ylim(bottom=0), axes.grid(alpha=0.3), axes.legend(fontsize=8)
-    over = [name for name, bits, marginal in found if bits.sum() > marginal.sum()]
-    page.plot("order", "What order explains", f"Bits needed for each token of {n} held-out images, given the class and the tokens before it, against the entropy of the position by itself. "
-              "The gap is what the order and the class explain. The marginal entropy of few images is too small where a position uses many codes, so the gap is a lower bound. " +
-              (f"Nothing can be read from it for {', '.join(over)}: there the model needs more bits than the marginal has, so it knows its training images by heart, or too few are held out." if over else ""), draw)
+ORDER = """Bits needed for each token of {n} held-out images, given the class and the tokens before
+it, against the entropy of the position by itself. The gap is what the order and the class explain.
+The marginal entropy of few images is too small where a position uses many codes, so the gap is a
+lower bound."""
+OVER = """ Nothing can be read from it for {names}: there the model needs more bits than the
+marginal has, so it knows its training images by heart, or too few are held out."""
+
+
+def order(page: Page, measured: list[tuple[str, np.ndarray, np.ndarray]], n: int) -> None:
+    """measured: name, bits and marginal entropy by position, of each run."""
+    curves, over = [], []
+    for color, (name, bits, marginal) in zip(COLORS, measured):
+        place = list(range(1, len(bits) + 1))
+        curves += [Curve(f"{name}: marginal entropy, {marginal.sum():.0f} bits in all", place,
+                         marginal.tolist(), color, dashed=True),
+                   Curve(f"{name}: under the AR model, {bits.sum():.0f} bits in all", place,
+                         bits.tolist(), color)]
+        if bits.sum() > marginal.sum():
+            over.append(name)
+    caption = ORDER.format(n=n) + (OVER.format(names=", ".join(over)) if over else "")
+    page.add("What order explains", caption, svg(curves, "position", "bits"))
+
+
+TRAINING = """Pixel error of the tokenizer's phases, then the generators' losses (nats a token;
+MaskGIT's counts masked tokens, so the two cannot be compared). Gray lines: a phase ends."""
 
 
 def training(page: Page, folder: str) -> None:
     with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as log:
         rows = [row for row in map(json.loads, log) if "loss" in row]
-    phases = list(dict.fromkeys(row["phase"] for row in rows))
-
-    def draw(axes):
-        offset = 0
-        for phase in phases:
-            mine = [row for row in rows if row["phase"] == phase]
-            key = "pixels" if "pixels" in mine[0] else "loss"
-            axes.plot([offset + row["step"] for row in mine], [row[key] for row in mine], label=f"{phase} ({key})")
-            offset += mine[-1]["step"]
-            axes.axvline(offset, color="0.8", lw=0.8)
-        axes.set_yscale("log"), axes.set_xlabel("steps, phase after phase"), axes.legend(fontsize=8), axes.grid(alpha=0.3)
-    page.plot("training", "Training", "Pixel error of the tokenizer's phases, then the generators' losses (nats a token; MaskGIT's counts masked tokens, so the two cannot be compared). "
-              "Gray lines: a phase ends.", draw)
+    curves, ends, offset = [], [], 0
+    for k, phase in enumerate(dict.fromkeys(row["phase"] for row in rows)):
+        of_phase = [row for row in rows if row["phase"] == phase]
+        key = "pixels" if "pixels" in of_phase[0] else "loss"
+        curves.append(Curve(f"{phase} ({key})", [offset + row["step"] for row in of_phase],
+                            [row.get(key) for row in of_phase], COLORS[k % len(COLORS)]))
+        offset += of_phase[-1]["step"]
+        ends.append(offset)
+    picture = svg(curves, "steps, phase after phase", "loss", log=True, marks=ends)
+    page.add("Training", TRAINING, picture)
 
 
 # ------------------------------------------------------------------------------------------------
 
-def held_out(folder: str, limit: int = 1000) -> tuple[ImageSet, Tensor, Tensor]:
-    """-> the run's held-out images: the data set, uint8 (n, H, W, 3), labels (n,)."""
-    values = read_run(folder)
-    values.pop("preset")
-    tok, _, train = build(CONFIGS, values)
-    _, val = train_and_val(train.data, train.val_data, train.holdout, train.seed, folder)
-    indices = np.random.default_rng(0).permutation(len(val))[:limit]
-    pairs = list(eval_batches(val, tok.image_size, 250, indices))
-    return val, torch.cat([images for images, _ in pairs]), torch.cat([labels for _, labels in pairs])
+def held_out(run: OpenRun, limit: int = 1000) -> tuple[Tensor, Tensor]:
+    """-> some of the run's held-out images, uint8 (n, H, W, 3), and their labels (n,)."""
+    tok, _, train = run.configs
+    indices = np.random.default_rng(0).permutation(len(run.val))[:limit]
+    batches = list(eval_batches(run.val, tok.image_size, 250, indices))
+    return (torch.cat([images for images, _ in batches]),
+            torch.cat([labels for _, labels in batches]))
 
 
 def encoded(model: NativeTok, pixels: Tensor) -> Tensor:
-    return torch.cat([model.encode(to_float(part.to(model.quantizer.codebook.device))) for part in pixels.split(250)])
+    device = model.quantizer.codebook.device
+    return torch.cat([model.encode(to_float(part.to(device))) for part in pixels.split(250)])
+
+
+def opened(folder: str, device: torch.device) -> tuple[OpenRun, NativeTok]:
+    run = open_run(folder, CONFIGS)
+    return run, from_checkpoint(run.saved, os.path.join(folder, "tokenizer.pt")).to(device)
 
 
 def main(args) -> None:
     device = Processes(args.device).device
-    model = NativeTok.of_run(args.run, device)
-    val, pixels, labels = held_out(args.run)
-    ids, images = encoded(model, pixels), pixels[:args.images]
-    need(len(images) >= 2, f"{val.name} has a single held-out image, and tokens are swapped between two")
+    run, model = opened(args.run, device)
+    val = run.val
+    need(len(val) >= 2,
+         f"{val.name} has a single held-out image, and tokens are swapped between two")
+    if args.against:
+        other, other_model = opened(args.against, device)
+        need(other.val.fingerprint == val.fingerprint, f"{args.against} holds out other images "
+             f"than {args.run}; train both on the same data")
     page = Page(args.out or os.path.join(args.run, "explain"), model.cfg.image_size)
+    pixels, labels = held_out(run)
+    ids, images = encoded(model, pixels), pixels[:args.images]
 
     token_by_token(page, model, images, ids)
     if model.cfg.tokenizer == "nativetok":
         attention(page, model, images, to_float(pixels[:64].to(device)))
     swaps(page, model, images, ids)
     favourite_codes(page, model, pixels, ids)
-    found = []
+
+    measured = []
     for kind in ("ar", "maskgit"):
         if not checkpoint.exists(os.path.join(args.run, f"generator-{kind}.pt")):
             print(f"no {kind} generator in {args.run}; its pictures are left out")
             continue
         generator = Generator.of_run(args.run, kind, model, device)
         if kind == "maskgit":
-            maskgit_steps(page, model, generator, generator.classes)
+            maskgit_steps(page, model, generator)
         else:
-            ar_growing(page, model, generator, generator.classes)
-            guidance(page, model, generator, generator.classes)
-            found.append((model.cfg.tokenizer, *bits_per_position(model, generator, ids, labels.to(device))))
+            ar_growing(page, model, generator)
+            guidance(page, model, generator)
+            bits = bits_per_position(model, generator, ids, labels.to(device))
+            measured.append((model.cfg.tokenizer, *bits))
     if args.against:
-        other = NativeTok.of_run(args.against, device)
-        other_val, other_pixels, other_labels = held_out(args.against)
-        need(other_val.fingerprint == val.fingerprint, f"{args.against} holds out other images than {args.run}; train both on the same data")
-        ar = Generator.of_run(args.against, "ar", other, device)
-        found.append((other.cfg.tokenizer, *bits_per_position(other, ar, encoded(other, other_pixels), other_labels.to(device))))
-    if found:
-        order(page, found, len(ids))
+        ar = Generator.of_run(args.against, "ar", other_model, device)
+        other_pixels, other_labels = held_out(other)
+        other_ids = encoded(other_model, other_pixels)
+        bits = bits_per_position(other_model, ar, other_ids, other_labels.to(device))
+        measured.append((other_model.cfg.tokenizer, *bits))
+    if measured:
+        order(page, measured, len(ids))
     training(page, args.run)
+
     name = os.path.basename(os.path.abspath(args.run))
-    page.write(f"What the tokens of {name} mean", f"{model.cfg.tokenizer}, {model.num_tokens} tokens of {model.cfg.codebook_size} codes, images held out of {val.name}. "
-               f"Made by: python explain.py --run {args.run}")
+    page.write(f"What the tokens of {name} mean",
+               f"{model.cfg.tokenizer}, {model.num_tokens} tokens of {model.cfg.codebook_size} "
+               f"codes, images held out of {val.name}. Made by: python explain.py --run {args.run}")
     print(f"open {os.path.join(page.folder, 'index.html')}")
 
 

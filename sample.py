@@ -1,17 +1,19 @@
 """Pictures out of a run: samples of its generators, or images encoded and decoded again.
 
-    classes ─► generator ─► ids ─► NativeTok.decode ─► images         one row per class, or an .npz for an evaluator
-    photo ─► NativeTok.encode ─► ids[:, :k] ─► NativeTok.decode       one column per prefix length k
+    classes ─► generator ─► ids ─► NativeTok.decode ─► images      a row per class, or an .npz
+    photo ─► NativeTok.encode ─► ids[:, :k] ─► NativeTok.decode    a column per prefix length k
 
-python sample.py --run runs/NAME                                      -> RUN/samples/sample-ar.png
-python sample.py --run runs/NAME --generator ar --classes 207 250 --cfg_scale 2.0
-python sample.py --run runs/NAME --generator maskgit --classes cat "tabby dog" --steps 8 --per_class 8
-python sample.py --run runs/NAME --npz samples.npz --num_samples 50000 --batch_size 256
-python sample.py --run runs/NAME --reconstruct photo.jpg --prefixes 1 8 32 128      -> RUN/samples/reconstruct.png
-
-Repeat    batch b draws from (--seed, b): the same command writes the same bytes on the same machine, while another
-          --batch_size, or a GPU instead of a CPU, gives other samples
-Exit      0 done, 1 failure, 2 something to mend in the command or the run
+Run      python sample.py --run runs/NAME
+         python sample.py --run runs/NAME --generator ar --classes 207 250 --cfg_scale 2.0
+         python sample.py --run runs/NAME --generator maskgit --classes cat "tabby dog" \\
+                          --steps 8 --per_class 8
+         python sample.py --run runs/NAME --npz samples.npz --num_samples 50000 --batch_size 256
+         python sample.py --run runs/NAME --reconstruct photo.jpg --prefixes 1 8 32 128
+Makes    RUN/samples/sample-ar.png or sample-maskgit.png, or with --npz an .npz for an evaluator,
+         or with --reconstruct RUN/samples/reconstruct.png. Batch b draws from (--seed, b): the same
+         command writes the same bytes on the same machine, while another --batch_size, or a GPU
+         instead of a CPU, gives other samples
+Exit     0 done, 1 failure, 2 something to mend in the command or the run
 """
 import argparse
 import difflib
@@ -25,177 +27,224 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from generator import Generator
+from config import SAMPLING, add_sampling_flags, sampling_options
+from generator import GENERATORS, Generator
 from losses import psnr
-from nativetok import NativeTok, sample_batch
+from nativetok import NativeTok, doubling, sample_batch
 from plumbing import checkpoint
-from plumbing.flags import Parser, UserError, main_with_user_errors, need
+from plumbing.flags import Parser, UserError, main_with_user_errors, need, number
 from plumbing.images import read_image, resize_crop, save_grid, to_float, to_uint8
 from plumbing.processes import Processes, enough_memory, need_room
 
-PICTURE, NPZ, RECONSTRUCT = "pictures of samples", "--npz", "--reconstruct"   # the three uses
-
-
-def number(kind: type, low: float = 0):
-    """For argparse: text -> a `kind` from `low` on. Neither nan nor inf passes."""
-    def read(text: str):
-        value = kind(text)
-        if not low <= value <= 1e9:
-            raise argparse.ArgumentTypeError(f"{text} is out of range; give {low} to 1e9")
-        return value
-    read.__name__ = kind.__name__  # argparse: invalid int value: 'x'
-    return read
-
 
 def parse(argv=None) -> argparse.Namespace:
-    """The command line -> namespace of all flags, with .use and .options, what the generator's sample() takes.
+    """The command line -> namespace of all flags; .options is what the generator's sample() takes.
 
-    Raises UserError for a flag that this use or this generator would not read, and for a run that is not there.
+    Raises UserError for a flag that this use or this generator would not read, and for a run that
+    is not there.
     """
     parser = Parser(prog="sample.py", usage="%(prog)s --run RUN [flags]", description=__doc__)
-    defaults, readers, to = {}, {}, parser
-
-    def flag(name: str, default, text: str, *read_by: str, **kind) -> None:
-        """A flag, its default, and which uses or generators read it; none named means all."""
-        defaults[name], readers[name] = default, read_by
-        text += "" if default is None or default is False else f" (default: {default})"
-        if "type" in kind:
-            kind["metavar"] = kind["type"].__name__.upper()
-        # SUPPRESS: absent unless given
-        to.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kind)
-
-    flag("run", None, "folder of the run, made by train.py", required=True)
-    flag("device", "auto", "where to compute; auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
-    flag("out", None, "folder for the PNGs (default: RUN/samples)", PICTURE, RECONSTRUCT)
+    parser.add_argument("--run", required=True, help="folder of the run, made by train.py")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="where to compute; auto: a GPU if there is one (default: auto)")
+    parser.add_argument("--out", metavar="DIR", help="folder for PNGs (default: RUN/samples)")
+    # None until it is known that a flag is read at all.
     to = parser.add_argument_group("samples")
-    flag("generator", "ar", "which generator", PICTURE, NPZ, choices=("ar", "maskgit"))
-    flag("classes", None, "names or numbers; what is both is taken as a name (default: all, in a picture the first 10)",
-         PICTURE, NPZ, nargs="+", metavar="CLASS")
-    flag("cfg_scale", 2.0, "guidance: 0 unconditional, 1 plain, above 1 guided", PICTURE, NPZ, type=number(float))
-    flag("temperature", 1.0, "of the tokens' distribution; 0 takes the likeliest", PICTURE, NPZ, type=number(float))
-    flag("top_k", 0, "ar: draw from the k likeliest tokens; 0: off", "ar", type=number(int))
-    flag("top_p", 1.0, "ar: draw from the likeliest tokens that reach this probability; 1: off", "ar", type=number(float))
-    flag("steps", None, "maskgit: passes, from 1 to the number of tokens (default: 8, at most that number)", "maskgit", type=number(int, 1))
-    flag("randomize_temperature", 4.5, "maskgit: noise on the confidences; 0: none", "maskgit", type=number(float))
-    flag("seed", 0, "another one gives other samples", PICTURE, NPZ, type=number(int))
-    flag("batch_size", 64, "samples at a time; another one gives other samples", PICTURE, NPZ, type=number(int, 1))
-    flag("per_class", 8, "samples of each class", PICTURE, type=number(int, 1))
-    flag("single", False, "also write every sample as OUT/NNN_CLASS.png", PICTURE, action="store_true")
-    to = parser.add_argument_group("samples for an evaluator")
-    flag("npz", None, "write arr_0, uint8 (n, H, W, 3), as ADM's evaluator reads it, and arr_1, the labels", NPZ, metavar="FILE")
-    flag("num_samples", 50000, "how many; the classes take turns", NPZ, type=number(int, 1))
+    to.add_argument("--generator", choices=tuple(GENERATORS), help="which one (default: ar)")
+    to.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers; what is both "
+                    "is taken as a name (default: all, in a picture the first 10)")
+    to.add_argument("--seed", type=number(int), metavar="INT",
+                    help="another one gives other samples (default: 0)")
+    to.add_argument("--batch_size", type=number(int, 1), metavar="INT",
+                    help="samples at a time; another one gives other samples (default: 64)")
+    to.add_argument("--per_class", type=number(int, 1), metavar="INT",
+                    help="in a picture: samples of each class (default: 8)")
+    to.add_argument("--single", action="store_true", default=None,
+                    help="also write every sample as OUT/NNN_CLASS.png")
+    to.add_argument("--npz", metavar="FILE", help="instead of a picture write arr_0, uint8 (n, H, "
+                    "W, 3), as ADM's evaluator reads it, and arr_1, the labels")
+    to.add_argument("--num_samples", type=number(int, 1), metavar="INT",
+                    help="in an .npz: how many; the classes take turns (default: 50000)")
+    add_sampling_flags(parser)
     to = parser.add_argument_group("reconstructions")
-    flag("reconstruct", None, "encode and decode these images", RECONSTRUCT, nargs="+", metavar="FILE")
-    flag("prefixes", None, "numbers of tokens to decode from; all tokens come last (default: 1 2 4 ...)", RECONSTRUCT, nargs="+", type=number(int, 1))
+    to.add_argument("--reconstruct", nargs="+", metavar="FILE",
+                    help="encode and decode these images")
+    to.add_argument("--prefixes", nargs="+", type=number(int, 1), metavar="INT",
+                    help="numbers of tokens to decode from; all tokens come last "
+                         "(default: 1 2 4 ...)")
+    args = parser.parse_args(argv)
 
-    given = vars(parser.parse_args(argv))
-    args = argparse.Namespace(**{**defaults, **given})
-    need(not {"npz", "reconstruct"} <= given.keys(), "--npz and --reconstruct are two uses; give one of them")
-    args.out = args.out or os.path.join(args.run, "samples")
-    args.use = RECONSTRUCT if "reconstruct" in given else NPZ if "npz" in given else PICTURE
-    active = {args.use} if args.use == RECONSTRUCT else {args.use, args.generator}
-    for name in given:
-        need(not readers[name] or active & set(readers[name]), f"--{name} is for {' and '.join(readers[name])}; leave it out")
-    need(os.path.isdir(args.run), f"{args.run} is not there; give --run the folder of a run that train.py has made")
-    own = [name for name in readers if readers[name] == (args.generator,)]
-    args.options = {name: getattr(args, name) for name in ("cfg_scale", "temperature", *own)}
+    def refuse(names: tuple[str, ...], reason: str) -> None:
+        for name in names:
+            need(getattr(args, name) is None, f"--{name} is for {reason}; leave it out")
+    need(args.npz is None or args.reconstruct is None,
+         "--npz and --reconstruct are two uses; give one of them")
+    if args.reconstruct:
+        refuse(("generator", "classes", "seed", "batch_size", "per_class", "single", "num_samples",
+                *SAMPLING), "samples")
+    else:
+        refuse(("prefixes",), "--reconstruct")
+    if args.npz is not None:
+        refuse(("out", "per_class", "single"), "pictures")
+    else:
+        refuse(("num_samples",), "--npz")
+    args.generator = args.generator or "ar"
+    reads = GENERATORS[args.generator].options
+    for kind, other in GENERATORS.items():
+        refuse(tuple(name for name in other.options if name not in reads), kind)
+    need(os.path.isdir(args.run),
+         f"{args.run} is not there; give --run the folder of a run that train.py has made")
+
+    args.options = sampling_options(args, reads)
+    defaults = dict(out=os.path.join(args.run, "samples"), seed=0, batch_size=64, per_class=8,
+                    num_samples=50000)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
-
-
-# ------------------------------------------------------------------------------------------------
-# what the command line asks for
-
-def class_number(text: str, names: list[str]) -> int:
-    """A name or a number as text -> the class's number. What is both is taken as a name. Raises UserError."""
-    if text in names:
-        return names.index(text)
-    if text.isdecimal() and int(text) < len(names):
-        return int(text)
-    close = [name for name in names if text.lower() in name.lower()] or difflib.get_close_matches(text, names)
-    few = ", ".join(f"{k} {name}" for k, name in enumerate(names[:5])) + (", ..." if len(names) > 5 else "")
-    raise UserError(f"class {text!r} is unknown; " + (
-        f"did you mean {' or '.join(map(repr, close[:3]))}?" if close else f"the run has {len(names)} classes: {few}"))
 
 
 # ------------------------------------------------------------------------------------------------
 # samples
 
-def draw_samples(model: Generator, tokenizer: NativeTok, labels: Tensor, options: dict, seed: int, batch_size: int) -> np.ndarray:
-    """labels (n,) -> uint8 (n, H, W, 3). Raises UserError for one of model.sample()'s options out of range and for lack of memory."""
+def class_number(text: str, names: list[str]) -> int:
+    """A name or a number as text -> the class's number. What is both is taken as a name.
+
+    Raises UserError that says which names are close.
+    """
+    if text in names:
+        return names.index(text)
+    if text.isdecimal() and int(text) < len(names):
+        return int(text)
+    close = [name for name in names if text.lower() in name.lower()]
+    close = close or difflib.get_close_matches(text, names)
+    if close:
+        hint = f"did you mean {' or '.join(map(repr, close[:3]))}?"
+    else:
+        few = ", ".join(f"{k} {name}" for k, name in enumerate(names[:5]))
+        hint = f"the run has {len(names)} classes: {few}" + (", ..." if len(names) > 5 else "")
+    raise UserError(f"class {text!r} is unknown; {hint}")
+
+
+def draw_samples(model: Generator, tokenizer: NativeTok, labels: Tensor, options: dict, seed: int,
+                 batch_size: int) -> np.ndarray:
+    """labels (n,) -> uint8 (n, H, W, 3).
+
+    Raises UserError for one of model.sample()'s options out of range and for lack of memory.
+    """
+    size = tokenizer.cfg.image_size
     # delay: an option out of range shows in the first batch, and then its one line stands alone.
     bar = tqdm(total=len(labels), desc="sampling", unit=" images", delay=1, mininterval=1)
     with bar, enough_memory("lower --batch_size, or ask for fewer samples"):
-        images = np.empty((len(labels), tokenizer.cfg.image_size, tokenizer.cfg.image_size, 3), np.uint8)
+        images = np.empty((len(labels), size, size, 3), np.uint8)
         for b, part in enumerate(labels.split(batch_size)):                   # (B,)
-            images[b * batch_size:b * batch_size + len(part)] = sample_batch(model, tokenizer, part, options, seed, b).numpy()
+            first = b * batch_size
+            batch = sample_batch(model, tokenizer, part, options, seed, b)    # (B, H, W, 3)
+            images[first:first + len(part)] = batch.numpy()
             bar.update(len(part))
     return images
 
 
 def samples(args, tokenizer: NativeTok, device: torch.device) -> None:
     """--npz FILE, or a picture with one row per class."""
-    folder = args.out if args.use == PICTURE else os.path.dirname(args.npz) or "."
-    need(args.use == PICTURE or not os.path.isdir(args.npz or "."), f"--npz {args.npz} is a folder; give the name of a file")
+    if args.npz is not None:
+        need(not os.path.isdir(args.npz or "."),
+             f"--npz {args.npz} is a folder; give the name of a file")
     model = Generator.of_run(args.run, args.generator, tokenizer, device)
     names = model.classes
-    everything = range(len(names)) if args.use == NPZ else range(min(10, len(names)))
-    classes = torch.tensor([class_number(c, names) for c in args.classes] if args.classes else everything)
-    # One row per class, or in turn, so that the classes' counts differ by one at most.
-    labels = classes.repeat_interleave(args.per_class) if args.use == PICTURE else classes[torch.arange(args.num_samples) % len(classes)]
-    options = {name: model.default_steps if value is None else value for name, value in args.options.items()}   # None: steps
-    need_room(folder)
+    if args.classes:
+        classes = torch.tensor([class_number(c, names) for c in args.classes])
+    else:
+        classes = torch.arange(len(names) if args.npz else min(10, len(names)))
+    if args.npz:  # in turn, so that the classes' counts differ by one at most
+        labels = classes[torch.arange(args.num_samples) % len(classes)]
+    else:         # a row each
+        labels = classes.repeat_interleave(args.per_class)
+    options = args.options
+    if options.get("steps", 0) is None:
+        options = {**options, "steps": model.default_steps}
+    need_room(os.path.dirname(args.npz) or "." if args.npz else args.out)
 
     began = time.perf_counter()
     images = draw_samples(model, tokenizer, labels.to(device), options, args.seed, args.batch_size)
     seconds = time.perf_counter() - began
-    print(f"{args.generator}:", *(f"{name} {value:g}," for name, value in options.items()), f"seed {args.seed}, batch_size {args.batch_size}")
-    print(f"{len(images):,} samples, {len(images) / seconds:.1f} images per second on {device.type}")
-    if args.use == NPZ:
-        with checkpoint.replacing(args.npz) as file:
-            np.savez(file, arr_0=images, arr_1=labels.numpy())
-        return print(f"{args.npz}: arr_0 {images.dtype} {images.shape}, arr_1 their labels, {len(classes)} classes")
-    path = os.path.join(folder, f"sample-{args.generator}.png")
-    save_grid(images, path, columns=args.per_class, scale=max(1, 64 // tokenizer.cfg.image_size))
-    more = "" if args.classes or len(names) <= 10 else f" (the first 10 of {len(names)}; --classes chooses others)"
-    print(f"{path}: {args.per_class} samples in a row; rows {', '.join(names[c] for c in classes)}{more}")
+    if args.npz:
+        made = write_npz(args.npz, images, labels)
+    else:
+        made = write_pictures(args, images, labels, names)
+    print(f"{args.generator}:", *(f"{name} {value:g}," for name, value in options.items()),
+          f"seed {args.seed}, batch_size {args.batch_size}")
+    print(f"{len(images):,} samples, {len(images) / seconds:.1f} images per second "
+          f"on {device.type}")
+    print("\n".join(made))
+
+
+def write_npz(path: str, images: np.ndarray, labels: Tensor) -> list[str]:
+    """Write the samples -> what to say of them."""
+    with checkpoint.replacing(path) as file:
+        np.savez(file, arr_0=images, arr_1=labels.numpy())
+    return [f"{path}: arr_0 {images.dtype} {images.shape}, arr_1 their labels, "
+            f"{len(labels.unique())} classes"]
+
+
+def write_pictures(args, images: np.ndarray, labels: Tensor, names: list[str]) -> list[str]:
+    """Write the grid and the single files -> what to say of them."""
+    path = os.path.join(args.out, f"sample-{args.generator}.png")
+    save_grid(images, path, columns=args.per_class, scale=max(1, 64 // images.shape[1]))
+    rows = [names[c] for c in labels[::args.per_class]]
+    more = ""
+    if not args.classes and len(names) > len(rows):
+        more = f" (the first {len(rows)} of {len(names)}; --classes chooses others)"
+    made = [f"{path}: {args.per_class} samples in a row; rows {', '.join(rows)}{more}"]
     if args.single:
         for j, (image, label) in enumerate(zip(images, labels)):
             # "tabby, tabby cat" and a/b make no file names
             name = re.sub(r"[^\w-]+", "-", names[label])
-            with checkpoint.replacing(os.path.join(folder, f"{j:03}_{name}.png")) as file:
+            file_name = os.path.join(args.out, f"{j:03}_{name}.png")
+            with checkpoint.replacing(file_name) as file:
                 Image.fromarray(image).save(file, "PNG")
-        print(f"{os.path.join(folder, '000_*.png')} to {j:03}: the same, one by one")
+        made.append(f"{os.path.join(args.out, '000_*.png')} to {j:03}: the same, one by one")
+    return made
 
 
 # ------------------------------------------------------------------------------------------------
 # reconstructions
 
 def reconstruct(args, tokenizer: NativeTok, device: torch.device) -> None:
-    """One row per file: the image cropped to the model's size, then what the first k tokens say, at last all tokens."""
+    """A row per file: the image cropped to the model's size, then what its first k tokens say."""
     L, size = tokenizer.num_tokens, tokenizer.cfg.image_size
-    prefixes = sorted({L, *(args.prefixes or (2 ** i for i in range(L.bit_length())))})
-    need(prefixes[-1] == L, f"--prefixes {prefixes[-1]} is out of range; this tokenizer makes {L} tokens, so give 1 to {L}")
-    images = torch.from_numpy(np.stack([resize_crop(read_image(file), size) for file in args.reconstruct]))   # (F, H, W, 3)
+    prefixes = sorted({L, *(args.prefixes or doubling(L))})
+    need(prefixes[-1] == L, f"--prefixes {prefixes[-1]} is out of range; this tokenizer makes {L} "
+         f"tokens, so give 1 to {L}")
+    # (F, H, W, 3)
+    images = np.stack([resize_crop(read_image(file), size) for file in args.reconstruct])
     need_room(args.out)
 
-    rows = []
-    for file, image in zip(args.reconstruct, images):
+    rows, lines = [], []
+    for file, image in zip(args.reconstruct, torch.from_numpy(images)):
         x = to_float(image[None].to(device))                                  # (1, 3, H, W)
         with enough_memory("use --device cpu"):
             ids = tokenizer.encode(x)                                         # (1, L)
-            # (P, 3, H, W)
-            recon = torch.cat([tokenizer.decode(ids[:, :k]) for k in prefixes]).clamp(-1, 1)
+            recon = torch.cat([tokenizer.decode(ids[:, :k]) for k in prefixes])
+        recon = recon.clamp(-1, 1)                                            # (P, 3, H, W)
         rows.append(torch.cat([image[None], to_uint8(recon).cpu()]))          # (1+P, H, W, 3)
-        print(f"{file}\n  PSNR  " + ", ".join(f"{k}: {dB:.2f}" for k, dB in zip(prefixes, psnr(recon, x).tolist())) + " dB")
-        print("  ids  ", *ids[0].tolist())
+        quality = [f"{k}: {dB:.2f}" for k, dB in zip(prefixes, psnr(recon, x).tolist())]
+        lines += [file, f"  PSNR  {', '.join(quality)} dB",
+                 f"  ids   {' '.join(map(str, ids[0].tolist()))}"]
     path = os.path.join(args.out, "reconstruct.png")
     save_grid(torch.cat(rows), path, columns=1 + len(prefixes), scale=max(1, 64 // size))
-    print(f"{path}: the original, then decoded from the first {' '.join(map(str, prefixes))} tokens")
+    print("\n".join(lines))
+    print(f"{path}: the original, then decoded from the first {' '.join(map(str, prefixes))} "
+          "tokens")
 
 
 def main(args: argparse.Namespace) -> None:
     device = Processes(args.device).device
-    (reconstruct if args.use == RECONSTRUCT else samples)(args, NativeTok.of_run(args.run, device), device)
+    tokenizer = NativeTok.of_run(args.run, device)
+    if args.reconstruct:
+        reconstruct(args, tokenizer, device)
+    else:
+        samples(args, tokenizer, device)
 
 
 if __name__ == "__main__":

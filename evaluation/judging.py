@@ -1,9 +1,12 @@
-"""Looking at sets of images through networks, and what two sets have in common: the inside of eval_fid.py.
+"""Sets of images through networks, and what two sets have in common: the inside of eval_fid.py.
 
-    Subject ─► batches ─► Eye ─► features ─► Seen ─► judge ─► one row of results
-    real, reconstruction,        TinyCNN,    statistics,      distance to the
-    generated, controls          Inception   merged over      Reference
-                                             processes
+    ImageSource ─► batches ─► FeatureNet ─► features ─► FeatureStats ─► judge ─► a row of results
+    real, reconstruction,     TinyCNN,      statistics,                 distance to the
+    generated, controls       Inception     merged over processes       Reference
+
+In       an ImageSource: n images that come in batches, each a function of its number alone
+Out      judge: a dict, one row of the results
+Differs  batches are dealt to the processes by number, so two of them give the numbers of one
 """
 import os
 from collections.abc import Callable, Iterator
@@ -39,116 +42,155 @@ KEPT = 10000  # images whose features are kept, for precision and recall
 
 
 # ------------------------------------------------------------------------------------------------
-# eyes: networks that turn images into features
+# networks that turn images into features
 
 @dataclass
-class Eye:
-    """key: the name of its Fréchet distance in the results; title: what it must be called; says_class: logits are those of the data."""
+class FeatureNet:
+    """A network, and what a Fréchet distance in its features is called.
+
+    key         the distance's name in the results; with a hash of the weights where they are ours
+    title       the distance's name for a reader
+    network     uint8 images (B, H, W, 3) -> features (B, f), logits (B, C)
+    says_class  are the logits those of the run's classes?
+    """
     key: str
     title: str
-    look: Callable  # uint8 (B, H, W, 3) -> features (B, f), logits (B, C)
-    features: int
+    network: Callable
+    features: int  # f
     says_class: bool = False
 
 
-def tinycnn_eyes(path: str, data: ImageSet, device: torch.device) -> tuple[list[Eye], float]:
-    """-> the trained classifier and its random twin as Eyes, the classifier's accuracy on held-out images."""
+def tinycnn_nets(path: str, data: ImageSet, device: torch.device) -> tuple[list[FeatureNet], float]:
+    """-> the trained classifier and its random twin, and the classifier's held-out accuracy."""
     trained, accuracy = load_judge(path, data)
-    eyes = []
+    nets = []
     for name, net in (("tinycnn", trained), ("random", random_twin(len(data.classes)))):
         digest = checkpoint.fingerprint(net.state_dict())[:8]
         net = net.to(device)
 
-        def look(images, net=net):
+        def network(images, net=net):
             logits, features = net(to_float(images.to(device)))
             return features, logits
-        title = f"Fréchet distance in {'' if name == 'tinycnn' else 'random '}TinyCNN features (not FID) {digest}"
-        eyes.append(Eye(f"fd_{name}_{digest}", title, look, FEATURES, name == "tinycnn"))
-    return eyes, accuracy
+        which = "" if name == "tinycnn" else "random "
+        title = f"Fréchet distance in {which}TinyCNN features (not FID) {digest}"
+        nets.append(FeatureNet(f"fd_{name}_{digest}", title, network, FEATURES, name == "tinycnn"))
+    return nets, accuracy
 
 
-def inception_eye(path: str, device: torch.device) -> Eye:
+def inception_net(path: str, device: torch.device) -> FeatureNet:
     net = FIDInceptionV3.load(path).to(device)
-    return Eye("fid", f"FID ({WEIGHTS})", lambda images: net(images.to(device).permute(0, 3, 1, 2)), 2048)
+
+    def network(images):
+        return net(images.to(device).permute(0, 3, 1, 2))
+    return FeatureNet("fid", f"FID ({WEIGHTS})", network, 2048)
 
 
 # ------------------------------------------------------------------------------------------------
-# what is looked at
+# sources of images
 
 @dataclass
-class Subject:
+class ImageSource:
     """A set of n images that comes in batches.
 
-    batches   numbers of the batches that this process is to make -> uint8 images (b, H, W, 3), labels (b,), and for
-              reconstructions the originals, else None
+    batches   numbers of the batches that this process is to make -> uint8 images (b, H, W, 3),
+              labels (b,), and for reconstructions the originals, else None
+    labelled  do the labels say what should be seen?
+    swept     those of the settings that --sweep varies
     """
     name: str
     n: int
     batches: Callable[[list[int]], Iterator[tuple[Tensor, Tensor, Tensor | None]]]
-    labelled: bool = True  # do the labels say what should be seen?
+    labelled: bool = True
     settings: dict = field(default_factory=dict)
-    swept: dict = field(default_factory=dict)  # those settings that --sweep varies
+    swept: dict = field(default_factory=dict)
 
 
-def real(name: str, dataset: ImageSet, indices: np.ndarray, size: int, args, change: Callable | None = None) -> Subject:
+@dataclass(frozen=True)
+class Batching:
+    """How images are read or drawn: batch b depends on these and on b, never on the process."""
+    batch_size: int = 250
+    seed: int = 0
+    skip_bad: bool = False  # pass over unreadable images, as the run did
+
+
+def real(name: str, dataset: ImageSet, indices: np.ndarray, size: int, how: Batching,
+         labelled: bool = True, change: Callable | None = None) -> ImageSource:
     """Images of a data set; change: uint8 images, rng -> uint8 images."""
     def batches(numbers):
-        mine = [indices[b * args.batch_size:(b + 1) * args.batch_size] for b in numbers]
-        stream = eval_batches(dataset, size, args.batch_size, np.concatenate(mine) if mine else mine)
+        if not numbers:
+            return
+        chosen = [indices[b * how.batch_size:(b + 1) * how.batch_size] for b in numbers]
+        stream = eval_batches(dataset, size, how.batch_size, np.concatenate(chosen),
+                              skip_bad=how.skip_bad)
         for b, (images, labels) in zip(numbers, stream):
-            yield (change(images, np.random.default_rng((args.seed, b))) if change else images), labels, None
-    return Subject(name, len(indices), batches)
+            if change:
+                images = change(images, np.random.default_rng((how.seed, b)))
+            yield images, labels, None
+    return ImageSource(name, len(indices), batches, labelled)
 
 
-def reconstruction(tokenizer: NativeTok, originals: Subject, device: torch.device) -> Subject:
+def reconstruction(tokenizer: NativeTok, originals: ImageSource,
+                   device: torch.device) -> ImageSource:
     def batches(numbers):
         for images, labels, _ in originals.batches(numbers):
-            yield to_uint8(tokenizer.decode(tokenizer.encode(to_float(images.to(device))))).cpu(), labels, images
-    return Subject("reconstruction", originals.n, batches, settings={"num_tokens": tokenizer.num_tokens})
+            recon = tokenizer.decode(tokenizer.encode(to_float(images.to(device))))
+            yield to_uint8(recon).cpu(), labels, images
+    return ImageSource("reconstruction", originals.n, batches, originals.labelled,
+                       settings={"num_tokens": tokenizer.num_tokens})
 
 
-def generated(kind: str, tokenizer: NativeTok, options: dict, swept: dict, args, device: torch.device) -> Subject:
-    """Samples of the run's generator: the classes take turns, batch b draws from (seed, b) on any number of processes."""
-    model = Generator.of_run(args.run, kind, tokenizer, device)
-    labels = torch.arange(args.num_samples) % model.num_classes
-    options = {**({"steps": model.default_steps} if kind == "maskgit" else {}), **options, **swept}
+def generated(kind: str, model: Generator, tokenizer: NativeTok, n: int, options: dict,
+              swept: dict, how: Batching, device: torch.device) -> ImageSource:
+    """Samples of a generator: the classes take turns, batch b draws from (seed, b)."""
+    labels = torch.arange(n) % model.num_classes
+    options = {**options, **swept}
+    if "steps" in model.options and options.get("steps") is None:
+        options["steps"] = model.default_steps
 
     def batches(numbers):
         for b in numbers:
-            part = labels[b * args.batch_size:(b + 1) * args.batch_size]
-            yield sample_batch(model, tokenizer, part.to(device), options, args.seed, b), part, None
-    return Subject(kind, args.num_samples, batches, settings={**options, "seed": args.seed, "batch_size": args.batch_size}, swept=swept)
+            part = labels[b * how.batch_size:(b + 1) * how.batch_size]
+            images = sample_batch(model, tokenizer, part.to(device), options, how.seed, b)
+            yield images, part, None
+    settings = {**options, "seed": how.seed, "batch_size": how.batch_size}
+    return ImageSource(kind, n, batches, settings=settings, swept=swept)
 
 
 def blurred(images: Tensor, rng) -> Tensor:
     x = to_float(images)
-    return to_uint8(F.interpolate(F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True), size=x.shape[-2:], mode="bilinear"))
+    half = F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)
+    return to_uint8(F.interpolate(half, size=x.shape[-2:], mode="bilinear"))
 
 
 def noisy(images: Tensor, rng) -> Tensor:
-    return to_uint8(to_float(images) + 0.2 * torch.from_numpy(rng.standard_normal(images.shape)).permute(0, 3, 1, 2).float())
+    noise = torch.from_numpy(rng.standard_normal(images.shape)).permute(0, 3, 1, 2).float()
+    return to_uint8(to_float(images) + 0.2 * noise)
 
 
-def controls(dataset: ImageSet, n: int, size: int, args) -> list[Subject]:
-    """Training images made worse; each must come out further from the held-out ones than those that were left alone."""
-    shuffled, labels = np.random.default_rng(1).permutation(len(dataset)), dataset.labels
-    some = shuffled[:n]
-    few = [("half of the classes", np.isin(labels[shuffled], np.arange((len(dataset.classes) + 1) // 2))), ("one class", labels[shuffled] == 0)]
-    return [real("real, blurred", dataset, some, size, args, blurred), real("real, with noise", dataset, some, size, args, noisy),
-            *(real(f"real, {name}", dataset, shuffled[keep][:n], size, args) for name, keep in few)]
+def controls(dataset: ImageSet, n: int, size: int, how: Batching) -> list[ImageSource]:
+    """Training images made worse: each must come out further from the held-out ones."""
+    shuffled = np.random.default_rng(1).permutation(len(dataset))
+    labels = dataset.labels[shuffled]
+    half = np.isin(labels, np.arange((len(dataset.classes) + 1) // 2))
+    return [real("real, blurred", dataset, shuffled[:n], size, how, change=blurred),
+            real("real, with noise", dataset, shuffled[:n], size, how, change=noisy),
+            real("real, half of the classes", dataset, shuffled[half][:n], size, how),
+            real("real, one class", dataset, shuffled[labels == 0][:n], size, how)]
 
 
 # ------------------------------------------------------------------------------------------------
-# looking
+# features
 
-class Seen:
-    """What one Eye saw of one Subject: statistics of all images, features of the first KEPT, Inception Score, hits."""
+class FeatureStats:
+    """What a FeatureNet says of an ImageSource: mean and covariance, the first features, hits."""
 
-    def __init__(self, eye: Eye, n: int, classes: int = 0):
-        self.statistics, self.kept, self.hits = Statistics(eye.features), [], 0
+    def __init__(self, net: FeatureNet, n: int, classes: int = 0):
+        self.statistics = Statistics(net.features)  # of all images
+        self.kept: list[tuple[int, np.ndarray]] = []  # features of the first KEPT, by batch
+        self.hits = 0  # images whose class was recognised
         self.score = InceptionScore(n, classes) if classes else None
 
-    def merge(self, other: "Seen") -> None:
+    def merge(self, other: "FeatureStats") -> None:
         self.statistics.merge(other.statistics)
         self.kept += other.kept
         self.hits += other.hits
@@ -160,81 +202,119 @@ class Seen:
 
 
 @torch.no_grad()
-def look(subject: Subject, eyes: list[Eye], args, procs: Processes) -> tuple[list[Seen], dict]:
-    """-> one Seen per eye, and for reconstructions PSNR and SSIM; merged over processes, the same on each of them."""
-    numbers = range(-(-subject.n // args.batch_size))
-    mine = list(numbers)[procs.rank::procs.world]
-    seen, errors, likeness = [Seen(eye, subject.n, 1008 if eye.key == "fid" else 0) for eye in eyes], [], []
-    bar = tqdm(total=subject.n, desc=f"{subject.name[:20]:20}", disable=not procs.main, delay=1, mininterval=1)
+def extract(source: ImageSource, nets: list[FeatureNet], how: Batching,
+            procs: Processes) -> tuple[list[FeatureStats], dict]:
+    """-> FeatureStats of each net, and for reconstructions PSNR and SSIM.
+
+    Every process makes its share of the batches; the results are merged, the same on each of them.
+    """
+    numbers = list(range(-(-source.n // how.batch_size)))[procs.rank::procs.world]
+    stats = [FeatureStats(net, source.n, 1008 if net.key == "fid" else 0) for net in nets]
+    errors, similarities = [], []
+    bar = tqdm(total=source.n, desc=f"{source.name[:20]:20}", disable=not procs.main, delay=1,
+               mininterval=1)
     with bar, enough_memory("lower --batch_size"):
-        for b, (images, labels, originals) in zip(mine, subject.batches(mine)):
-            for eye, s in zip(eyes, seen):
-                features, logits = eye.look(images)
-                s.statistics.add(features.cpu().numpy())
-                if b * args.batch_size < KEPT:
-                    s.kept.append((b, features.cpu().numpy()))
-                if s.score:
-                    s.score.add(logits, b * args.batch_size)
-                if eye.says_class:
-                    s.hits += int((logits.argmax(dim=1).cpu() == labels).sum())
+        for b, (images, labels, originals) in zip(numbers, source.batches(numbers)):
+            first = b * how.batch_size
+            for net, stat in zip(nets, stats):
+                features, logits = net.network(images)
+                stat.statistics.add(features.cpu().numpy())
+                if first < KEPT:
+                    stat.kept.append((b, features.cpu().numpy()))
+                if stat.score:
+                    stat.score.add(logits, first)
+                if net.says_class:
+                    stat.hits += int((logits.argmax(dim=1).cpu() == labels).sum())
             if originals is not None:
                 x, y = to_float(originals), to_float(images)
-                errors.append(mse(y, x).double()), likeness.append(ssim(y, x).numpy())
+                errors.append(mse(y, x).double())
+                similarities.append(ssim(y, x).numpy())
             bar.update(len(images) * procs.world)
-    everyone = procs.gather((seen, errors, likeness))
-    seen, errors, likeness = everyone[0]
-    for others, more_errors, more_likeness in everyone[1:]:
-        for s, other in zip(seen, others):
-            s.merge(other)
-        errors, likeness = errors + more_errors, likeness + more_likeness
-    quality = {"psnr": round(to_db(torch.cat(errors).mean()).item(), 3),
-               "ssim": round(float(np.concatenate(likeness).mean()), 4)} if errors else {}
-    return seen, quality
 
+    everyone = procs.gather((stats, errors, similarities))
+    stats, errors, similarities = everyone[0]
+    for other_stats, other_errors, other_similarities in everyone[1:]:
+        for stat, other in zip(stats, other_stats):
+            stat.merge(other)
+        errors += other_errors
+        similarities += other_similarities
+    if not errors:
+        return stats, {}
+    return stats, {"psnr": round(to_db(torch.cat(errors).mean()).item(), 3),
+                   "ssim": round(float(np.concatenate(similarities).mean()), 4)}
+
+
+# ------------------------------------------------------------------------------------------------
+# comparing
 
 @dataclass
 class Reference:
-    """mu and sigma in each eye, and the features themselves where they are known."""
+    """mu and sigma by the key of each net, and the features themselves where they are known."""
     name: str
     n: int | None
     mu: dict
     sigma: dict
     features: dict
 
+    @staticmethod
+    def of(name: str, n: int, nets: list[FeatureNet], stats: list[FeatureStats]) -> "Reference":
+        pairs = list(zip(nets, stats))
+        return Reference(name, n, {net.key: stat.statistics.mu for net, stat in pairs},
+                         {net.key: stat.statistics.sigma for net, stat in pairs},
+                         {net.key: stat.features() for net, stat in pairs})
 
-def read_reference(path: str, eyes: list[Eye]) -> Reference:
-    """An .npz with mu and sigma, from --save_stats or from ADM. Raises UserError when it is of another network."""
-    with explained(path, "give an .npz with mu and sigma, as --save_stats writes it"), np.load(path, allow_pickle=False) as file:
-        need("mu" in file and "sigma" in file, f"{path}: has no mu and sigma; give images with --data, or statistics that --save_stats wrote")
+
+def read_reference(path: str, nets: list[FeatureNet]) -> tuple[Reference, list[FeatureNet]]:
+    """An .npz with mu and sigma, from --save_stats or from ADM -> the reference, the net that fits.
+
+    Raises UserError when it is of another network.
+    """
+    with explained(path, "give an .npz with mu and sigma, as --save_stats writes it"), \
+            np.load(path, allow_pickle=False) as file:
+        need("mu" in file and "sigma" in file, f"{path}: has no mu and sigma; give images with "
+             "--data, or statistics that --save_stats wrote")
         mu, sigma = file["mu"], file["sigma"]
-        key, n = str(file["key"]) if "key" in file else "fid", int(file["n"]) if "n" in file else None
-    found = [eye for eye in eyes if eye.key == key]
-    need(found, f"{path} holds statistics of {key}, and this is {' and '.join(eye.key for eye in eyes)}: they cannot be compared"
+        key = str(file["key"]) if "key" in file else "fid"  # ADM's files name no network
+        n = int(file["n"]) if "n" in file else None
+    fitting = [net for net in nets if net.key == key]
+    need(fitting, f"{path} holds statistics of {key}, and this is "
+         f"{' and '.join(net.key for net in nets)}: they cannot be compared"
          + ("; use --features inception" if key == "fid" else ""))
-    need(mu.shape == (found[0].features,) and sigma.shape == (found[0].features,) * 2, f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit {key}")
-    eyes[:] = found  # the others have nothing to be compared with
-    return Reference(os.path.basename(path), n, {key: mu}, {key: sigma}, {})
+    f = fitting[0].features
+    need(mu.shape == (f,) and sigma.shape == (f, f),
+         f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit {key}")
+    return Reference(os.path.basename(path), n, {key: mu}, {key: sigma}, {}), fitting
 
 
-def judge(subject: Subject, eyes: list[Eye], reference: Reference, args, procs: Processes) -> dict:
-    """-> one row of the results."""
-    seen, quality = look(subject, eyes, args, procs)
-    row = {"name": subject.name, "n": subject.n, **quality}
-    row |= {name: values for name, values in (("settings", subject.settings), ("swept", subject.swept)) if values}
-    for eye, s in zip(eyes, seen):
-        mine, theirs = s.statistics, reference.features.get(eye.key)
-        complete = theirs is not None and mine.n <= KEPT and len(theirs) == reference.n
-        if complete and max(mine.n, len(theirs)) < eye.features:
-            distance = frechet_from_features(s.features(), theirs)
-        else:
-            distance = frechet_distance(mine.mu, mine.sigma, reference.mu[eye.key], reference.sigma[eye.key])
-        row[eye.key] = round(distance, 4)
-        if s.score:
-            whole, mean, std = s.score.scores()
-            row |= {"inception_score": round(whole, 4), "inception_score_10_splits": [round(mean, 4), round(std, 4)]}
-        if eye.key == eyes[0].key and theirs is not None and min(mine.n, len(theirs)) > 3:
-            precision, recall = precision_recall(torch.from_numpy(theirs), torch.from_numpy(s.features()))
+def judge(source: ImageSource, nets: list[FeatureNet], reference: Reference, how: Batching,
+          procs: Processes) -> dict:
+    """-> one row of the results. The first net's features are those of precision and recall."""
+    stats, quality = extract(source, nets, how, procs)
+    row = {"name": source.name, "n": source.n, **quality}
+    if source.settings:
+        row["settings"] = source.settings
+    if source.swept:
+        row["swept"] = source.swept
+    for net, stat in zip(nets, stats):
+        known = reference.features.get(net.key)
+        row[net.key] = round(distance(stat, reference, net), 4)
+        if stat.score:
+            whole, mean, std = stat.score.scores()
+            row["inception_score"] = round(whole, 4)
+            row["inception_score_10_splits"] = [round(mean, 4), round(std, 4)]
+        if net is nets[0] and known is not None and min(source.n, len(known)) > 3:
+            precision, recall = precision_recall(torch.from_numpy(known),
+                                                 torch.from_numpy(stat.features()))
             row |= {"precision": round(precision, 4), "recall": round(recall, 4)}
-        if eye.says_class and subject.labelled:
-            row["class_accuracy"] = round(s.hits / subject.n, 4)
+        if net.says_class and source.labelled:
+            row["class_accuracy"] = round(stat.hits / source.n, 4)
     return row
+
+
+def distance(stat: FeatureStats, reference: Reference, net: FeatureNet) -> float:
+    """The Fréchet distance; from the features where all are known and fewer than their width."""
+    seen, known = stat.statistics, reference.features.get(net.key)
+    complete = known is not None and seen.n <= KEPT and len(known) == reference.n
+    if complete and max(seen.n, len(known)) < net.features:
+        return frechet_from_features(stat.features(), known)
+    return frechet_distance(seen.mu, seen.sigma, reference.mu[net.key], reference.sigma[net.key])

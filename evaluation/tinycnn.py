@@ -1,11 +1,12 @@
-"""TinyCNN: a small classifier of a run's own images, to judge what a run makes where Inception would be a stretch.
+"""TinyCNN: a small classifier of a run's own images, where Inception would be a stretch.
 
 In       images (B, 3, H, W) in [-1, 1]
 Out      class logits (B, C), features (B, 128)
-Two      trained on the run's images: sees what makes a class, is blind to some faults (noise: half of what it learned from
-         was noisy); with random weights: knows nothing, but any change of texture moves its features
-NOT FID  A distance in these features depends on the data, the training and the net: its name carries the weights'
-         hash, and numbers with different hashes must not be compared.
+Differs  from FID's network: a distance in these features depends on the data, the training and the
+         net, so its name carries the weights' hash, and numbers with different hashes must not be
+         compared. There are two: the one trained on the run's images sees what makes a class and is
+         blind to some faults (noise: half of what it learned from was noisy); its twin with random
+         weights knows nothing, but any change of texture moves its features
 Try      python -m evaluation.tinycnn      (trains on the shapes, CPU, half a minute)
 """
 import itertools
@@ -32,9 +33,11 @@ class TinyCNN(nn.Module):
         super().__init__()
         layers, inputs = [], 3
         for width in (32, 64, 128):
-            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU(),
+                       nn.MaxPool2d(2)]
             inputs = width
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, FEATURES), nn.ReLU())
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 4 * 4, FEATURES),
+                                  nn.ReLU())
         self.head = nn.Linear(FEATURES, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,14 +54,16 @@ def random_twin(classes: int) -> TinyCNN:
         return TinyCNN(classes).eval()
 
 
-def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip: bool, steps: int, device: torch.device) -> None:
-    """Train a TinyCNN on `data` for `steps` batches of 64 and write it to `path` with its accuracy on `val`.
+def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip: bool, steps: int,
+                device: torch.device) -> None:
+    """Train a TinyCNN on `data` for `steps` batches of 64; write it and its accuracy to `path`.
 
-    Half of the batches are out of focus and noisy: a net that has seen sharp images only calls a soft diamond a disc,
-    where a person does not hesitate.
+    Half of the batches are out of focus and noisy: a net that has seen sharp images only calls a
+    soft diamond a disc, where a person does not hesitate.
     """
     torch.manual_seed(0)
-    need(len(data.classes) > 1, f"{data.name} has a single class, and a classifier learns nothing from it; use --features inception")
+    need(len(data.classes) > 1, f"{data.name} has a single class, and a classifier learns nothing "
+         "from it; use --features inception")
     judge = TinyCNN(len(data.classes)).to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.01)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -66,25 +71,39 @@ def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip:
     for images, labels in tqdm(itertools.islice(stream, steps), total=steps, desc="classifier"):
         images = to_float(images.to(device))
         if torch.rand(()) < 0.5:
-            small = F.interpolate(images, scale_factor=float(torch.empty(()).uniform_(0.3, 0.7)), mode="bilinear", antialias=True)
-            images = F.interpolate(small, size=images.shape[-2:], mode="bilinear") + 0.05 * torch.randn_like(images)
+            scale = float(torch.empty(()).uniform_(0.3, 0.7))
+            small = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
+            blurred = F.interpolate(small, size=images.shape[-2:], mode="bilinear")
+            images = blurred + 0.05 * torch.randn_like(images)
         logits, _ = judge(images)
         loss = F.cross_entropy(logits, labels.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         rates.step()
-    judge.eval()
-    with torch.no_grad():
-        right = [(judge(to_float(images.to(device)))[0].argmax(dim=1).cpu() == labels).numpy() for images, labels in eval_batches(val, image_size, 250)]
-    checkpoint.save(path, {"classes": data.classes, "data": data.fingerprint, "steps": steps, "model": judge.state_dict(),
-                           "accuracy": float(np.mean(np.concatenate(right)))})
+    checkpoint.save(path, {"classes": data.classes, "data": data.fingerprint, "steps": steps,
+                           "model": judge.state_dict(),
+                           "accuracy": accuracy(judge.eval(), val, image_size, device)})
+
+
+@torch.no_grad()
+def accuracy(judge: TinyCNN, val: ImageSet, image_size: int, device: torch.device) -> float:
+    """The share of held-out images whose class the classifier says."""
+    hits = []
+    for images, labels in eval_batches(val, image_size, 250):
+        logits, _ = judge(to_float(images.to(device)))
+        hits.append((logits.argmax(dim=1).cpu() == labels).numpy())
+    return float(np.mean(np.concatenate(hits)))
 
 
 def load_judge(path: str, data: ImageSet) -> tuple[TinyCNN, float]:
-    """-> the classifier at `path`, its accuracy on held-out images. Raises UserError when it learned from other images."""
+    """-> the classifier at `path`, its accuracy on held-out images.
+
+    Raises UserError when it learned from other images.
+    """
     saved = checkpoint.load(path, needs=("classes", "data", "steps", "model", "accuracy"))
-    need(saved["data"] == data.fingerprint, f"{path} was trained on other images than {data.name}; train it anew with --train_features")
+    need(saved["data"] == data.fingerprint, f"{path} was trained on other images than {data.name}; "
+         "train it anew with --train_features")
     judge = TinyCNN(len(saved["classes"]))
     checkpoint.load_strict(judge, saved["model"], path)
     return judge.eval(), saved["accuracy"]
@@ -96,7 +115,9 @@ if __name__ == "__main__":
 
     from plumbing.datasets import open_images
     with tempfile.TemporaryDirectory() as folder:
-        path, data, val = os.path.join(folder, "tinycnn.pt"), open_images("shapes"), open_images("shapes:val")
+        path = os.path.join(folder, "tinycnn.pt")
+        data, val = open_images("shapes"), open_images("shapes:val")
         train_judge(path, data, val, 32, False, 150, torch.device("cpu"))
-        judge, accuracy = load_judge(path, data)
-    print(f"right on {accuracy:.1%} of held-out shapes after 150 steps; a coin with {len(data.classes)} sides: {1 / len(data.classes):.0%}")
+        judge, right = load_judge(path, data)
+    print(f"right on {right:.1%} of held-out shapes after 150 steps; "
+          f"a coin with {len(data.classes)} sides: {1 / len(data.classes):.0%}")

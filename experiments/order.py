@@ -45,7 +45,16 @@ from torch import Tensor, nn
 import config
 import train
 from config import CONFIGS, PRESETS, TokenizerConfig
-from evaluation.judging import Reference, generated, judge, look, real, reconstruction, tinycnn_eyes
+from evaluation.judging import (
+    Batching,
+    Reference,
+    extract,
+    generated,
+    judge,
+    real,
+    reconstruction,
+    tinycnn_nets,
+)
 from evaluation.tinycnn import train_judge
 from experiments.order_table import costs, draw_figure, fd_key, read_results, write_tables
 from generator import Generator
@@ -295,16 +304,16 @@ def measure(arm: str, seed: int, source: str, run, args, procs: Processes, data,
     judge_path = os.path.join(args.out, "tinycnn.pt")
     if not checkpoint.exists(judge_path):
         train_judge(judge_path, data, val, size, run.train.flip, args.judge_steps, device)
-    (eye, _), accuracy = tinycnn_eyes(judge_path, data, device)
-    asked = argparse.Namespace(run=folder, num_samples=args.num_samples, batch_size=250, seed=seed)
+    (net, _), accuracy = tinycnn_nets(judge_path, data, device)
+    how = Batching(seed=seed)
 
     # 1. Reconstruction.
-    originals = real("held out", val, np.arange(len(val)), size, asked)
-    (seen,), _ = look(originals, [eye], asked, procs)
-    reference = Reference(val.name, originals.n, {eye.key: seen.statistics.mu}, {eye.key: seen.statistics.sigma}, {eye.key: seen.features()})
+    originals = real("held out", val, np.arange(len(val)), size, how)
+    stats, _ = extract(originals, [net], how, procs)
+    reference = Reference.of(val.name, originals.n, [net], stats)
 
-    def judged(subject) -> dict:
-        row = judge(subject, [eye], reference, asked, procs)
+    def judged(source) -> dict:
+        row = judge(source, [net], reference, how, procs)
         return {"name": row.pop("name"), "n": row.pop("n"), **row.pop("settings", {}), **{k: v for k, v in row.items() if k != "swept"}}
     some = np.random.default_rng(0).permutation(len(data))[:args.num_samples]
     rebuilt = judged(reconstruction(inside, originals, device))
@@ -320,9 +329,12 @@ def measure(arm: str, seed: int, source: str, run, args, procs: Processes, data,
     marginal = marginal_bits(learned.reshape(-1, ids.shape[1]), ids[:, order], K)
 
     # 3. Samples.
-    rows = sample_rows(lambda kind, **options: judged(generated(kind, tokenizer, {}, options, asked, device)), ids.shape[1])
-    return {"psnr": rebuilt["psnr"], "ssim": rebuilt["ssim"], eye.key: rebuilt[eye.key], "reconstruction": rebuilt,
-            "real": judged(real("real", data, some, size, asked)), "judge_accuracy": round(accuracy, 4), "prefix_psnr": prefix_psnr(inside, ids, images),
+    def sampled(kind: str, **options) -> dict:
+        model = Generator.of_run(folder, kind, tokenizer, device)
+        return judged(generated(kind, model, tokenizer, args.num_samples, {}, options, how, device))
+    rows = sample_rows(sampled, ids.shape[1])
+    return {"psnr": rebuilt["psnr"], "ssim": rebuilt["ssim"], net.key: rebuilt[net.key], "reconstruction": rebuilt,
+            "real": judged(real("real", data, some, size, how)), "judge_accuracy": round(accuracy, 4), "prefix_psnr": prefix_psnr(inside, ids, images),
             "order": order.tolist(), "codebook_used": round(used, 4), "perplexity": [round(p, 2) for p in perplexity.tolist()],
             "ar_bits": [round(b, 4) for b in bits], "ar_bits_total": round(total, 3),
             "marginal_bits": [round(b, 4) for b in marginal], "marginal_bits_total": round(sum(marginal), 3), "samples": rows,

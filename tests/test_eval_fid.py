@@ -15,10 +15,11 @@ import torch
 import eval_fid
 import sample
 from evaluation import judging
-from evaluation.judging import Eye, Seen
+from evaluation.judging import Batching, FeatureNet, FeatureStats, Reference, extract
 from evaluation.tinycnn import random_twin
 from plumbing.datasets import open_images
 from plumbing.flags import main_with_user_errors
+from plumbing.processes import Processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -155,18 +156,19 @@ def test_features_beyond_the_kept_ones_still_count_in_the_distance(run, tmp_path
 
 def test_images_made_worse_come_out_further_away():
     """With the random net, which needs no training: more so than real images that were left alone."""
-    net, val, data = random_twin(10), open_images("shapes:val"), open_images("shapes")
-    args = eval_fid.parse(["--run", "x"])
+    cnn, val, data = random_twin(10), open_images("shapes:val"), open_images("shapes")
+    how, procs = Batching(), Processes("cpu")
 
-    def look(images):
-        logits, features = net(judging.to_float(images))
+    def network(images):
+        logits, features = cnn(judging.to_float(images))
         return features, logits
-    eye, procs = Eye("fd_random", "", look, 128), eval_fid.Processes("cpu")
-    reference = judging.real("reference", val, np.arange(500), 32, args)
-    (seen,), _ = judging.look(reference, [eye], args, procs)
-    against = judging.Reference("val", 500, {eye.key: seen.statistics.mu}, {eye.key: seen.statistics.sigma}, {eye.key: seen.features()})
-    subjects = [judging.real("real", data, np.random.default_rng(0).permutation(4000)[:400], 32, args), *judging.controls(data, 400, 32, args)]
-    floor, *worse = [judging.judge(subject, [eye], against, args, procs) for subject in subjects]
+    net = FeatureNet("fd_random", "", network, 128)
+    originals = judging.real("reference", val, np.arange(500), 32, how)
+    reference = Reference.of("val", 500, [net], extract(originals, [net], how, procs)[0])
+    chosen = np.random.default_rng(0).permutation(4000)[:400]
+    sources = [judging.real("real", data, chosen, 32, how), *judging.controls(data, 400, 32, how)]
+    rows = [judging.judge(source, [net], reference, how, procs) for source in sources]
+    floor, *worse = rows
     assert [row["name"] for row in worse] == ["real, blurred", "real, with noise", "real, half of the classes", "real, one class"]
     for row in worse:
         assert row["fd_random"] > 1.5 * floor["fd_random"], row
@@ -179,16 +181,17 @@ def test_images_made_worse_come_out_further_away():
 @pytest.fixture
 def fake_inception(monkeypatch):
     """Inception's place taken by 6 numbers an image, so that its way through the program can be walked in a second."""
-    def look(images):
+    def network(images):
         features = torch.stack([images.float().mean(dim=(1, 2)), images.float().std(dim=(1, 2))], dim=1).flatten(1)
         return features, torch.zeros(len(images), 1008)
-    monkeypatch.setattr(eval_fid, "inception_eye", lambda path, device: Eye("fid", "FID (fake)", look, 6))
-    return look
+    net = FeatureNet("fid", "FID (fake)", network, 6)
+    monkeypatch.setattr(eval_fid, "inception_net", lambda path, device: net)
+    return network
 
 
 def test_adms_file_is_taken_at_its_word_and_its_images_are_not_looked_at(run, tmp_path, fake_inception):
     images = torch.from_numpy(np.stack([open_images("shapes").load(i) for i in range(50)]))
-    seen = Seen(Eye("fid", "", fake_inception, 6), 50)
+    seen = FeatureStats(FeatureNet("fid", "", fake_inception, 6), 50)
     seen.statistics.add(fake_inception(images)[0].numpy())
     np.savez(tmp_path / "adm.npz", mu=seen.statistics.mu, sigma=seen.statistics.sigma, mu_s=np.zeros(3), arr_0=np.zeros((5, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "same.npz", arr_0=images.numpy())

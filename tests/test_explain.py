@@ -3,6 +3,7 @@ import contextlib
 import io
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ import torch
 from PIL import Image
 
 import explain
+from config import CONFIGS
 from generator import Generator
-from nativetok import NativeTok
+from nativetok import NativeTok, doubling
 from plumbing.flags import main_with_user_errors
 from plumbing.images import to_float
 from plumbing.processes import Processes
+from plumbing.run import open_run
 
 
 def command(run, *flags, out) -> tuple[int, str, str]:
@@ -49,27 +52,21 @@ def test_every_picture_of_the_page_exists_and_nothing_comes_from_elsewhere(page)
     assert all(str(out / name) in said for name in shown)
 
 
-def test_curves_are_drawn_or_their_absence_is_said(page):
-    out, said = page
-    try:
-        import matplotlib  # noqa: F401
-        assert (out / "order.png").exists() and (out / "training.png").exists()
-    except ImportError:
-        assert "needs matplotlib" in said and "needs matplotlib" in (out / "index.html").read_text(encoding="utf-8")
-
-
-def test_without_matplotlib_the_page_is_still_made(small_run, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    code, said, err = command(small_run, out=tmp_path)
-    assert code == 0 and "order: needs matplotlib" in said and not (tmp_path / "order.png").exists(), err
+def test_both_curves_are_on_the_page_and_need_no_other_package(page):
+    text = (page[0] / "index.html").read_text(encoding="utf-8")
+    order, training = re.findall(r"<svg.*?</svg>", text, flags=re.S)
+    assert order.count("<polyline") == 2 and "under the AR model" in order
+    # three lengths and the fine-tune, then two generators
+    assert training.count("<polyline") == 6 and "grow-4 (pixels)" in training
+    assert "matplotlib" not in text + Path(explain.__file__).read_text(encoding="utf-8")
 
 
 def test_the_last_column_of_the_token_picture_is_the_reconstruction(small_run, page):
     model = NativeTok.of_run(str(small_run), torch.device("cpu"))
-    _, pixels, _ = explain.held_out(str(small_run))
+    pixels, _ = explain.held_out(open_run(str(small_run), CONFIGS))
     recon = explain.decode(model, model.encode(to_float(pixels[:3]))).numpy()
     sheet = np.asarray(Image.open(page[0] / "tokens.png"))
-    columns = 1 + len(explain.prefixes(model.num_tokens))
+    columns = 1 + len(doubling(model.num_tokens))
     step, last = 64 + 2, 2 + (columns - 1) * 66
     for i in range(3):
         cell = sheet[2 + i * step:2 + i * step + 64:2, last:last + 64:2]
@@ -91,7 +88,7 @@ def test_attention_of_the_loop_sums_to_one_and_leaves_the_ids_alone(small_run):
 def test_bits_are_those_of_the_generators_loss(small_run):
     model = NativeTok.of_run(str(small_run), torch.device("cpu"))
     ar = Generator.of_run(str(small_run), "ar", model, torch.device("cpu"))
-    _, pixels, labels = explain.held_out(str(small_run))
+    pixels, labels = explain.held_out(open_run(str(small_run), CONFIGS))
     ids = explain.encoded(model, pixels)
     bits, marginal = explain.bits_per_position(model, ar, ids, labels)
     assert len(bits) == len(marginal) == model.num_tokens
@@ -111,5 +108,5 @@ def test_another_run_is_compared_only_on_the_same_images(small_run, tmp_path):
 
 def test_wrong_use_gets_one_line(tmp_path):
     code, _, err = command(tmp_path / "nowhere", out=tmp_path / "x")
-    assert code == 2 and "no tokenizer.pt" in err and err.count("\n") == 1
+    assert code == 2 and "not a run" in err and err.count("\n") == 1
     assert Processes("cpu").main

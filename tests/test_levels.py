@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 LEVELS = (
     {"plumbing.flags"},
     {"plumbing.checkpoint", "plumbing.processes"},
-    {"plumbing.images"},
-    {"plumbing.shapes"},
+    {"plumbing.images", "plumbing.plot"},
+    {"plumbing.shapes", "plumbing.page"},
     {"plumbing.datasets"},
     {"plumbing.batches", "plumbing.run"},
     {"plumbing.tokens"},

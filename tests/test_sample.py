@@ -255,7 +255,7 @@ def test_reconstruction_needs_no_generator(run, tmp_path, photos):
     (["--prefixes", 3], ["--prefixes is for --reconstruct"]),
     (["--npz", "x.npz", "--per_class", 3], ["--per_class"]),
     (["--npz", "x.npz", "--out", "y"], ["--out"]),
-    (["--reconstruct", "x.png", "--top_k", 3], ["--top_k is for ar"]),
+    (["--reconstruct", "x.png", "--top_k", 3], ["--top_k is for samples"]),
     (["--reconstruct", "x.png", "--generator", "ar"], ["--generator"]),
     (["--reconstruct", "x.png", "--npz", "x.npz"], ["one of them"]),
     (["--npz", ""], ["name of a file"]),

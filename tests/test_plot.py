@@ -1,0 +1,70 @@
+"""Promises of plot.py: curves lie where their numbers say, and no label can break the page."""
+import math
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from plumbing import plot
+from plumbing.plot import Curve, svg, ticks
+
+
+def lines(text: str) -> list[list[tuple[float, float]]]:
+    """The points of every curve of an <svg>, in pixels."""
+    return [[tuple(map(float, pair.split(","))) for pair in points.split()]
+            for points in re.findall(r'<polyline points="([^"]*)"', text)]
+
+
+def test_equal_steps_are_equally_far_apart_and_up_is_more():
+    (line,) = lines(svg([Curve("x", [1, 2, 3], [5, 10, 15])], "steps", "loss"))
+    (x1, y1), (x2, y2), (x3, y3) = line
+    assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2) and x1 < x2
+    assert y1 - y2 == pytest.approx(y2 - y3, abs=0.2) and y1 > y2
+
+
+def test_on_a_logarithmic_axis_equal_ratios_are_equally_far_apart():
+    (line,) = lines(svg([Curve("x", [1, 2, 3], [1, 10, 100])], "steps", "loss", log=True))
+    ys = [y for _, y in line]
+    assert ys[0] - ys[1] == pytest.approx(ys[1] - ys[2], abs=0.2)
+
+
+def test_what_has_no_place_is_left_out():
+    values = [None, math.nan, math.inf, 1.0, 0.0, -1.0]
+    assert len(lines(svg([Curve("x", range(6), values)], "x", "y", log=True))[0]) == 1
+    assert len(lines(svg([Curve("x", range(6), values)], "x", "y"))[0]) == 3
+    assert "nothing to draw" in svg([Curve("x", [1], [math.nan])], "x", "y")
+    assert "nothing to draw" in svg([], "x", "y")
+
+
+def test_it_is_well_formed_whatever_the_labels_say():
+    label = '<script>alert("&")</script>'
+    text = svg([Curve(label, [1, 2], [3, 3])], label, label, marks=[1.5])
+    words = [node.text for node in ET.fromstring(text).iter() if node.tag.endswith("text")]
+    assert words.count(label) == 3 and "<script" not in text
+
+
+def test_legend_lies_below_the_curves():
+    text = svg([Curve("a", [1, 2], [3, 4]), Curve("b", [1, 2], [4, 3])], "x", "y")
+    lowest = max(y for line in lines(text) for _, y in line)
+    for label in "ab":
+        assert float(re.search(rf'y="([\d.]+)"[^>]*>{label}<', text)[1]) > lowest
+
+
+def test_a_long_curve_is_thinned():
+    (line,) = lines(svg([Curve("x", range(100000), range(100000))], "x", "y"))
+    assert plot.MOST / 2 < len(line) <= plot.MOST
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0, 24), (0, 0.003), (0, 500000), (-3, 7)])
+def test_ticks_are_a_few_round_numbers_within_the_axis(low, high):
+    found = ticks(low, high, False)
+    assert 3 <= len(found) <= 8 and low - 1e-9 <= found[0] and found[-1] <= high + 1e-9
+    step = found[1] - found[0]
+    assert step / 10 ** math.floor(math.log10(step) + 1e-9) == pytest.approx(1) or \
+        round(step / 10 ** math.floor(math.log10(step) + 1e-9)) in (2, 5)
+
+
+@pytest.mark.parametrize("low, high", [(0.01, 7), (1e-6, 10), (0.16, 4.1), (2.1, 2.6)])
+def test_ticks_of_a_logarithmic_axis_lie_within_it(low, high):
+    found = ticks(low, high, True)
+    assert 2 <= len(found) <= 12 and all(low <= t <= high for t in found)
