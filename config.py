@@ -16,18 +16,8 @@ import os
 from dataclasses import dataclass
 
 from plumbing.flags import (
-    Parser,
-    UserError,
-    add_flags,
-    as_dict,
-    at_least_one,
-    build,
-    choose,
-    need,
-    number,
-    read_run,
-    shares,
-)
+    DEVICES, Parser, UserError, add_flags, as_dict, at_least_one, build, choose, need, not_negative,
+    number, read_run, shares)
 
 
 @dataclass(frozen=True)
@@ -38,44 +28,55 @@ class TokenizerConfig:
     encoder_width: int = 768  # channels of MIT (or of the baseline's ViT) [TiTok-B]
     encoder_depth: int = 12  # transformer blocks of MIT [TiTok-B]
     encoder_heads: int = 12  # attention heads of MIT [TiTok-B]
-    expert: str = "query"  # expert form: query (only the query row is computed) or block (as published)
-    expert_width: int = 256  # channels of an expert; the dimension switcher maps MIT to this [paper]
+    # expert form: query (only the query row is computed) or block (as published)
+    expert: str = "query"
+    # channels of an expert; the dimension switcher maps MIT to this [paper]
+    expert_width: int = 256
     expert_depth: int = 2  # layers of an expert [paper]
     expert_heads: int = 4  # attention heads of an expert [ours: 64 channels each]
-    token_schedule: tuple[int, ...] = (32, 64, 128)  # tokens after stage 1, then after each growth step [paper]
+    # tokens after stage 1, then after each growth step [paper]
+    token_schedule: tuple[int, ...] = (32, 64, 128)
     codebook_size: int = 4096  # number of codes, shared by all positions [TiTok]
     code_dim: int = 12  # channels of a code [TiTok]
     commitment_weight: float = 0.25  # weight of the commitment loss [TiTok]
-    entropy_weight: float = 0.05  # weight of the loss that keeps each position from saying always the same, 0 for none [ours]
+    # weight of the loss that keeps each position from saying always the same, 0 for none [ours]
+    entropy_weight: float = 0.05
     decoder_width: int = 768  # channels of the decoder [TiTok-B]
     decoder_depth: int = 12  # transformer blocks of the decoder [TiTok-B]
     decoder_heads: int = 12  # attention heads of the decoder [TiTok-B]
-    tail_drop: float = 0.0  # share of training steps that keep only the first k ~ U{1..L} tokens [One-D-Piece]
+    # share of training steps that keep only the first k ~ U{1..L} tokens [One-D-Piece]
+    tail_drop: float = 0.0
 
     def __post_init__(self):
         choose("tokenizer", self.tokenizer, ("nativetok", "titok", "titok-causal"))
         choose("expert", self.expert, ("query", "block"))
-        at_least_one(self, "image_size", "patch_size", "encoder_width", "encoder_depth", "encoder_heads", "expert_width", "expert_depth",
-                     "expert_heads", "codebook_size", "code_dim", "decoder_width", "decoder_depth", "decoder_heads")
+        at_least_one(self, "image_size", "patch_size", "encoder_width", "encoder_depth",
+                     "encoder_heads", "expert_width", "expert_depth", "expert_heads",
+                     "codebook_size", "code_dim", "decoder_width", "decoder_depth",
+                     "decoder_heads")
         if self.image_size % self.patch_size:
             below = self.image_size // self.patch_size * self.patch_size
             options = " or ".join(str(s) for s in (below, below + self.patch_size) if s)
-            raise UserError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; try {options}")
+            raise UserError(f"image_size {self.image_size} is not a multiple of patch_size "
+                            f"{self.patch_size}; try {options}")
         for part in ("encoder", "expert", "decoder"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
-            need(width % heads == 0, f"{part}_width {width} is not a multiple of {part}_heads {heads}")
-        for part in ("encoder", "decoder"):  # half of the channels tell the row, half the column, as sine and cosine
+            need(width % heads == 0,
+                 f"{part}_width {width} is not a multiple of {part}_heads {heads}")
+        # Half of the channels tell the row, half the column, each as sine and cosine.
+        for part in ("encoder", "decoder"):
             width, heads = getattr(self, f"{part}_width"), getattr(self, f"{part}_heads")
             both = math.lcm(4, heads)
-            need(width % both == 0, f"{part}_width {width} is not a multiple of 4 and of {part}_heads {heads}; try {width // both * both + both}")
+            need(width % both == 0, f"{part}_width {width} is not a multiple of 4 and of "
+                 f"{part}_heads {heads}; try {width // both * both + both}")
         steps = self.token_schedule
         need(len(steps) > 0 and steps[0] >= 1 and all(a < b for a, b in zip(steps, steps[1:])),
              f"token_schedule {' '.join(map(str, steps))} must grow at every step, like 32 64 128")
         need(len(steps) == 1 or self.tokenizer == "nativetok",
-             f"{self.tokenizer} has no experts to grow; give one length, like --token_schedule {steps[-1]}")
+             f"{self.tokenizer} has no experts to grow; give one length, "
+             f"like --token_schedule {steps[-1]}")
         shares(self, "tail_drop")
-        for name in ("commitment_weight", "entropy_weight"):
-            need(0 <= getattr(self, name) < math.inf, f"{name} {getattr(self, name)} must be 0 or above")
+        not_negative(self, "commitment_weight", "entropy_weight")
 
     @property
     def num_patches(self) -> int:  # N
@@ -92,27 +93,34 @@ class GeneratorConfig:
     generator_depth: int = 12  # transformer blocks [LlamaGen-B]
     generator_heads: int = 12  # attention heads [LlamaGen-B]
     generator_dropout: float = 0.1  # dropout after attention and MLP [LlamaGen, MaskGIT]
-    label_dropout: float = 0.1  # share of labels hidden in training, so that guidance has an unconditional side [LlamaGen]
+    # share of labels hidden in training, so that guidance has an unconditional side [LlamaGen]
+    label_dropout: float = 0.1
     label_smoothing: float = 0.1  # MaskGIT only: label smoothing [MaskGIT]
-    unmasked_weight: float = 0.1  # MaskGIT only: loss weight of tokens that were not masked [MaskGIT]
+    # MaskGIT only: loss weight of tokens that were not masked [MaskGIT]
+    unmasked_weight: float = 0.1
 
     def __post_init__(self):
         at_least_one(self, "generator_width", "generator_depth", "generator_heads")
         shares(self, "generator_dropout", "label_dropout", "label_smoothing", "unmasked_weight")
         width, heads = self.generator_width, self.generator_heads
         need(width % heads == 0 and width // heads % 2 == 0,
-             f"generator_width {width} must be generator_heads {heads} times an even number (rotary pairs)")
+             f"generator_width {width} must be generator_heads {heads} times an even number "
+             "(rotary pairs)")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     # data
-    data: str = "shapes"  # image folder, flat folder, .tar, .zip, .tar.gz, .tar.xz, .npz, or the built-in "shapes"
+    # image folder, flat folder, .tar, .zip, .tar.gz, .tar.xz, .npz, or the built-in "shapes"
+    data: str = "shapes"
     val_data: str = ""  # held-out images in any of these forms; empty: some of --data are set aside
-    holdout: int = 1000  # images of --data set aside when there is no --val_data (at most a tenth of them)
-    random_crop: bool = False  # training takes a random crop of the resized image instead of its centre
+    # images of --data set aside when there is no --val_data (at most a tenth of them)
+    holdout: int = 1000
+    # training takes a random crop of the resized image instead of its centre
+    random_crop: bool = False
     flip: bool = True  # training mirrors half of the images; the token cache holds both copies
-    skip_bad: bool = False  # count unreadable images and go on, up to 1%, instead of stopping at the first
+    # count unreadable images and go on, up to 1%, instead of stopping at the first
+    skip_bad: bool = False
     seed: int = 0  # seed of weights, data order and augmentation
     # stages 1 and 2: the tokenizer
     batch_size: int = 256  # images per step over all processes [TiTok]
@@ -120,25 +128,35 @@ class TrainConfig:
     min_learning_rate: float = 1e-5  # learning rate at the end of a phase [TiTok]
     finetune_learning_rate: float = 5e-5  # peak learning rate of the joint fine-tune [ours]
     warmup_steps: int = 5000  # steps until the learning rate has reached its peak [TiTok]
-    continuous_steps: int = 1000  # first steps without quantization, before the codebook is drawn from z [ours]
+    # first steps without quantization, before the codebook is drawn from z [ours]
+    continuous_steps: int = 1000
     base_steps: int = 300000  # steps of stage 1, the continuous ones included [ours]
     grow_steps: int = 100000  # steps of each growth step in stage 2 [ours]
     finetune_steps: int = 50000  # steps of the joint fine-tune at the end of stage 2 [ours]
     grow_decoder: bool = True  # the decoder goes on learning while the tokenizer grows [ours]
     beta2: float = 0.999  # AdamW's second decay; the first is 0.9 [TiTok]
     weight_decay: float = 1e-4  # AdamW's weight decay, on matrices only [TiTok]
-    grad_clip: float = 1.0  # largest gradient norm [TiTok]
-    accumulate: int = 1  # micro-batches per step and process, to fit a large batch into memory
-    ema_decay: float = 0.999  # decay of the averaged weights, which are the ones that are used [TiTok]
-    reseed_every: int = 100  # steps between replacements of codes that nothing chose, 0 for never [ours]
-    perceptual_weight: float = 0.0  # weight of the ConvNeXt-S feature loss; needs torchvision [TiTok: 0.1 stage 2]
+    grad_clip: float = 1.0  # largest gradient norm, 0 for no limit [TiTok]
+    # micro-batches per step and process, to fit a large batch into memory; the entropy loss and the
+    # redrawing of codes then look at one micro-batch at a time
+    accumulate: int = 1
+    # decay of the averaged weights, which are the ones that are used [TiTok]
+    ema_decay: float = 0.999
+    # steps between replacements of codes that nothing chose, 0 for never [ours]
+    reseed_every: int = 100
+    # weight of the ConvNeXt-S feature loss; needs torchvision [TiTok: 0.1 stage 2]
+    perceptual_weight: float = 0.0
     adversarial_weight: float = 0.0  # weight of the adversarial loss [TiTok: 0.01]
     adversarial_start: int = 20000  # tokenizer step at which the adversarial loss begins [TiTok]
+    # steps before adversarial_start in which the discriminator learns without being asked; one that
+    # judges with random weights throws the reconstruction back [ours]
+    adversarial_warmup: int = 1000
     # stage 3: the generators
     generators: str = "both"  # which generators to train: ar, maskgit or both
     generator_batch_size: int = 256  # token sequences per step over all processes [LlamaGen]
     generator_learning_rate: float = 1e-4  # peak learning rate [LlamaGen]
-    generator_min_learning_rate: float = 1e-4  # learning rate at the end; LlamaGen keeps it constant [LlamaGen]
+    # learning rate at the end; LlamaGen keeps it constant [LlamaGen]
+    generator_min_learning_rate: float = 1e-4
     generator_warmup_steps: int = 1000  # steps until the learning rate has reached its peak [ours]
     generator_steps: int = 500000  # steps of each generator [MaskGIT]
     generator_beta2: float = 0.95  # AdamW's second decay [LlamaGen]
@@ -147,7 +165,8 @@ class TrainConfig:
     workers: int = 0  # data-loading processes per training process
     precision: str = "auto"  # auto (bf16 where the GPU has it), fp32 or bf16
     compile: bool = False  # torch.compile the model
-    timeout: int = 600  # seconds that a process waits for the others before it gives up and ends the run
+    # seconds that a process waits for the others before it gives up and ends the run
+    timeout: int = 600
     log_every: int = 50  # steps between lines of log.jsonl
     save_every: int = 1000  # steps between checkpoints
     sample_every: int = 5000  # steps between pictures in samples/
@@ -155,15 +174,28 @@ class TrainConfig:
     def __post_init__(self):
         choose("generators", self.generators, ("ar", "maskgit", "both"))
         choose("precision", self.precision, ("auto", "fp32", "bf16"))
-        at_least_one(self, "batch_size", "generator_batch_size", "accumulate", "log_every", "save_every", "sample_every", "holdout", "timeout",
-                     "base_steps", "grow_steps", "finetune_steps", "generator_steps")
-        shares(self, "beta2", "ema_decay", "generator_beta2")
-        for name in ("learning_rate", "min_learning_rate", "finetune_learning_rate", "weight_decay", "generator_learning_rate", "grad_clip",
-                     "generator_min_learning_rate", "generator_weight_decay", "perceptual_weight", "adversarial_weight",
-                     "warmup_steps", "generator_warmup_steps", "reseed_every", "adversarial_start", "workers", "seed"):
-            need(0 <= getattr(self, name) < math.inf, f"{name} {getattr(self, name)} must be 0 or above")
+        at_least_one(self, "batch_size", "generator_batch_size", "accumulate", "log_every",
+                     "save_every", "sample_every", "holdout", "timeout", "base_steps", "grow_steps",
+                     "finetune_steps", "generator_steps")
+        shares(self, "ema_decay")
+        not_negative(self, "learning_rate", "min_learning_rate", "finetune_learning_rate",
+                     "weight_decay", "grad_clip", "generator_learning_rate",
+                     "generator_min_learning_rate", "generator_weight_decay", "perceptual_weight",
+                     "adversarial_weight", "warmup_steps", "generator_warmup_steps", "reseed_every",
+                     "adversarial_start", "adversarial_warmup", "workers", "seed")
+        for name in ("beta2", "generator_beta2"):  # at 1 the average would never take anything in
+            value = getattr(self, name)
+            need(0 <= value < 1, f"{name} {value} must be 0 or above, and below 1")
+        need(self.seed < 2 ** 32, f"seed {self.seed} must be below {2 ** 32}")
         need(0 <= self.continuous_steps < self.base_steps,
-             f"continuous_steps {self.continuous_steps} must leave quantized steps in base_steps {self.base_steps}")
+             f"continuous_steps {self.continuous_steps} must leave quantized steps in base_steps "
+             f"{self.base_steps}")
+
+    def adversary_learns(self, step: int) -> bool:
+        return step >= self.adversarial_start - self.adversarial_warmup
+
+    def adversary_judges(self, step: int) -> bool:
+        return step >= self.adversarial_start
 
     @property
     def generator_kinds(self) -> tuple[str, ...]:
@@ -171,27 +203,31 @@ class TrainConfig:
 
 
 # May differ when a run is resumed.
-RUN_ONLY = ("generators", "workers", "precision", "compile", "timeout", "log_every", "save_every", "sample_every", "skip_bad")
+RUN_ONLY = ("data", "val_data", "generators", "workers", "precision", "compile", "timeout",
+            "log_every", "save_every", "sample_every", "skip_bad")
 CONFIGS = (TokenizerConfig, GeneratorConfig, TrainConfig)
 GENERATOR_FIELDS = tuple(f.name for f in dataclasses.fields(GeneratorConfig))
 
 IMAGENET = dict(random_crop=True, workers=8)  # the defaults above are these presets' own
-SMALL = dict(  # 32x32 images; sizes and rates measured on 2 CPU cores [ours]: few wide patches learn most per second
-    image_size=32, patch_size=8, encoder_width=192, encoder_depth=2, encoder_heads=6, expert_width=128, expert_depth=1, expert_heads=4,
-    token_schedule=(8, 12, 16), decoder_width=192, decoder_depth=2, decoder_heads=6, tail_drop=0.1,
-    batch_size=32, learning_rate=1.5e-3, min_learning_rate=1e-4, finetune_learning_rate=1.5e-3, warmup_steps=50,
-    beta2=0.99, ema_decay=0.99, reseed_every=50, generator_heads=6,
+# 32x32 images; sizes and rates measured on 2 CPU cores [ours]: few wide patches learn most a second
+SMALL = dict(
+    image_size=32, patch_size=8, encoder_width=192, encoder_depth=2, encoder_heads=6,
+    expert_width=128, expert_depth=1, expert_heads=4, token_schedule=(8, 12, 16),
+    decoder_width=192, decoder_depth=2, decoder_heads=6, tail_drop=0.1,
+    batch_size=32, learning_rate=1.5e-3, min_learning_rate=1e-4, finetune_learning_rate=1.5e-3,
+    warmup_steps=50, beta2=0.99, ema_decay=0.99, reseed_every=50, generator_heads=6,
     generator_learning_rate=1e-3, generator_min_learning_rate=1e-4, generator_warmup_steps=50)
 PRESETS = {
     "tiny": dict(  # the built-in shapes, stages 1 to 3 in minutes on a CPU
-        SMALL, token_schedule=(16, 20, 24), codebook_size=256, flip=False,
-        learning_rate=1e-3, finetune_learning_rate=7e-4, continuous_steps=100, base_steps=800, grow_steps=150, finetune_steps=400,
-        generator_width=192, generator_depth=4, generator_dropout=0.0, generator_batch_size=32, generator_steps=450,
+        SMALL, token_schedule=(16, 20, 24), codebook_size=256, flip=False, learning_rate=1e-3,
+        finetune_learning_rate=7e-4, continuous_steps=100, base_steps=800, grow_steps=150,
+        finetune_steps=400, generator_width=192, generator_depth=4, generator_dropout=0.0,
+        generator_batch_size=32, generator_steps=450,
         log_every=20, save_every=250, sample_every=250),
     "cifar": dict(  # real 32x32 images, --data needed; about an hour on 2 CPU cores
-        SMALL, codebook_size=512, continuous_steps=200, base_steps=4000, grow_steps=1000, finetune_steps=8000,
-        generator_width=288, generator_depth=4, generator_batch_size=64, generator_steps=2500,
-        save_every=500, sample_every=1000),
+        SMALL, codebook_size=512, continuous_steps=200, base_steps=4000, grow_steps=1000,
+        finetune_steps=8000, generator_width=288, generator_depth=4, generator_batch_size=64,
+        generator_steps=2500, save_every=500, sample_every=1000),
     "imagenet-32": dict(IMAGENET, token_schedule=(32,)),
     "imagenet-64": dict(IMAGENET, token_schedule=(32, 64)),
     "imagenet-128": dict(IMAGENET, token_schedule=(32, 64, 128)),
@@ -205,33 +241,43 @@ def load_preset(name: str) -> tuple[TokenizerConfig, GeneratorConfig, TrainConfi
 
 
 def parse_run(doc: str, argv=None) -> argparse.Namespace:
-    """The command line of train.py -> namespace with .run .preset .stage .device and the configurations .tok .gen .train.
+    """The command line of train.py -> .run .preset .stage .device and .tok .gen .train.
 
-    Later wins: default, preset, flag. A run folder that exists stands for the preset it was made with.
+    Later wins: default, preset, flag. A run folder that exists stands for the preset it was made
+    with, and for the settings that were given then.
     """
-    parser = Parser(prog="train.py", description=doc, epilog=f"Presets: {', '.join(PRESETS)}. "
-                    "Defaults above are those of the imagenet presets; python config.py shows what the others change.")
-    parser.add_argument("--preset", help="named settings to start from (default: those of an existing --run, else tiny)")
-    parser.add_argument("--run", help="folder of this run (default: runs/PRESET)")
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="only this stage (default: all that are not finished yet)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: a GPU if there is one)")
+    parser = Parser(prog="train.py", description=doc, epilog=(
+        f"Presets: {', '.join(PRESETS)}. Defaults above are those of the imagenet presets; "
+        "python config.py shows what the others change."))
+    add = parser.add_argument
+    add("--preset", help="settings to start from (default: those of an existing --run, else tiny)")
+    add("--run", help="folder of this run (default: runs/PRESET)")
+    add("--stage", type=int, choices=(1, 2, 3),
+        help="only this stage (default: all that are not finished yet)")
+    add("--device", choices=DEVICES, default="auto",
+        help="where to compute (default: a GPU if there is one)")
     add_flags(parser, CONFIGS)
     args = vars(parser.parse_args(argv))
     preset, folder = args.pop("preset"), args.pop("run")
     stage, device = args.pop("stage"), args.pop("device")
     folder = folder or os.path.join("runs", preset or "tiny")
-    values = read_run(folder) if preset is None and os.path.exists(os.path.join(folder, "config.json")) else {"preset": preset or "tiny"}
+    values = {"preset": preset or "tiny"}
+    if preset is None and os.path.exists(os.path.join(folder, "config.json")):
+        values = read_run(folder)
     preset = values.pop("preset")
     choose("preset", preset, PRESETS)
     tok, gen, train = build(CONFIGS, {**PRESETS[preset], **values, **args})
-    return argparse.Namespace(run=folder, preset=preset, stage=stage, device=device, tok=tok, gen=gen, train=train)
+    return argparse.Namespace(run=folder, preset=preset, stage=stage, device=device,
+                              tok=tok, gen=gen, train=train)
 
 
 def settings(kind: str, *configs) -> dict:
-    """The fields that must stay the same while a "tokenizer" or a "generator" is trained, as one flat dictionary."""
+    """What must stay the same while a "tokenizer" or a "generator" is trained: {name: value}."""
     def owner(name):
-        return "generator" if name.startswith("generator_") or name in GENERATOR_FIELDS else "tokenizer"
-    return {k: v for k, v in as_dict(*configs).items() if owner(k) == kind and k not in RUN_ONLY}
+        of_generator = name.startswith("generator_") or name in GENERATOR_FIELDS
+        return "generator" if of_generator else "tokenizer"
+    return {name: value for name, value in as_dict(*configs).items()
+            if owner(name) == kind and name not in RUN_ONLY}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -272,5 +318,6 @@ if __name__ == "__main__":
     for field in columns["tiny"]:
         cells = [column[field] for column in columns.values()]
         text = [" ".join(map(str, c)) if isinstance(c, list) else str(c) for c in cells]
-        print(f"{field:28}" + "".join(f"{t:>16}" for t in text) + ("   *" if len(set(text)) > 1 else ""))
+        mark = "   *" if len(set(text)) > 1 else ""
+        print(f"{field:28}" + "".join(f"{t:>16}" for t in text) + mark)
     print("\n* differs between presets; every value's source stands behind its field in this file")

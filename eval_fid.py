@@ -24,6 +24,8 @@ Each is compared with the run's held-out images, with --data, or with --referenc
 and sigma (ADM's files: what they say of the whole data set is used, never their arr_0, which is a
 part of it). Small n makes every distance too large.
 """
+from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
+
 import argparse
 import itertools
 import json
@@ -57,7 +59,7 @@ from generator import GENERATORS, Generator
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
 from plumbing.datasets import ImageSet, open_images
-from plumbing.flags import Parser, UserError, main_with_user_errors, need, number
+from plumbing.flags import Parser, UserError, need, number
 from plumbing.processes import Processes, provenance
 from plumbing.run import OpenRun, open_run
 

@@ -15,6 +15,8 @@ What the page shows:
   order            bits per position under the AR model beside the marginal entropy
   training         curves out of log.jsonl
 """
+from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
+
 import json
 import math
 import os
@@ -29,7 +31,7 @@ from generator import Generator
 from nativetok import NativeTok, doubling, from_checkpoint
 from plumbing import checkpoint
 from plumbing.batches import eval_batches
-from plumbing.flags import Parser, main_with_user_errors, need, number
+from plumbing.flags import Parser, need, number
 from plumbing.images import to_float, to_uint8
 from plumbing.page import Page
 from plumbing.plot import COLORS, Curve, svg

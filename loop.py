@@ -1,9 +1,23 @@
-"""The training loop, and the run folder that it writes: the same for tokenizers and generators.
+"""The training loop, once for everything that learns here: rates, micro-batches, log, signals.
 
-In       a Job: model, averaged copy, optimizer, batches, loss, and what to do after a step
-Out      trained weights in place; RUN/log.jsonl, checkpoints and pictures on the way
-Log      one line of log.jsonl per log_every steps: phase, step, mean of each loss term, grad_norm before clipping,
-         learning_rate, per_second (images or sequences over all processes)
+In       a model, its averaged copy, an optimizer, endless batches
+Out      trained weights in place; one line of RUN/log.jsonl per log_every steps: phase, step, the
+         mean of each loss term, grad_norm before clipping, learning_rate, per_second (images or
+         sequences over all processes), skipped, if steps were not finite, and peak_mb in
+         the last line of a phase
+Differs  From nanoGPT's loop only in what a long run needs: it can stop and go on at any step, on
+         any number of processes, and a step that is not finite on one of them is skipped by all
+
+    loop = Loop(run, "base", model, ema, optimizer, stream, steps, batch_size, rates)
+    for images, labels in loop:     # one micro-batch a turn, on the device, under autocast
+        loss = mse(loop.model(images), images)
+        loop.backward(loss, {"pixels": loss})
+        if loop.stepped:            # False within an accumulation, and when a step was skipped
+            ...                     # what has to happen after each optimizer step
+        if loop.time_to_save:
+            save(loop.step)         # steps done, this one included
+
+Try      python loop.py      (prints how the learning rate rises and falls)
 """
 import contextlib
 import math
@@ -11,52 +25,42 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from plumbing.flags import need
+from plumbing.processes import peak_memory, reset_peak_memory
 from plumbing.run import Run
+from plumbing.start import output_gone
 
 INTERRUPTED = 3  # exit code after a signal, when all is saved
 
 
-# ------------------------------------------------------------------------------------------------
-# the loop
-
-@dataclass
-class Job:
-    name: str
-    steps: int
-    batch_size: int                                                           # over all processes
-    rates: tuple[float, float, int]  # learning rate: peak, end, warm-up steps
-    model: nn.Module
-    ema: nn.Module  # averaged weights, the ones that are used later
-    optimizer: torch.optim.Optimizer
-    stream: Callable[[int], Iterator]  # step -> batches of this rank from there on
-    loss: Callable  # (wrapped model, batch) -> scalar, {name: scalar}
-    after_step: Callable[[int], None]  # called with the number of steps done
-    save: Callable[[int], None]
-    picture: Callable[[str], None]
-    step: int = 0                                                             # steps done
-
-
 def new_optimizer(model: nn.Module, weight_decay: float, beta2: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: not biases, norms, positions, queries and codes, which map nothing."""
+    """AdamW that decays matrices only.
+
+    Not biases, norms, positions, queries and codes: they map nothing onto anything.
+    """
     learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
     def is_matrix(name, p):
         # experts' matrices are stacked: (n, out, in)
         return p.ndim == 3 or (p.ndim == 2 and name.endswith("weight"))
-    return torch.optim.AdamW([dict(params=[p for n, p in learning if is_matrix(n, p)], weight_decay=weight_decay),
-                              dict(params=[p for n, p in learning if not is_matrix(n, p)], weight_decay=0.0)],
-                             lr=0.0, betas=(0.9, beta2), fused=True)
+    matrices = [p for name, p in learning if is_matrix(name, p)]
+    others = [p for name, p in learning if not is_matrix(name, p)]
+    groups = [dict(params=matrices, weight_decay=weight_decay),
+              dict(params=others, weight_decay=0.0)]
+    # The rate is set before every step, see Loop.
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, end: float, warmup: int) -> float:
-    """Linear up to the peak, then half a cosine down to the end. A short phase gets a short warm-up."""
+    """Linear up to the peak, then half a cosine down to the end.
+
+    The warm-up takes a tenth of the phase at most, or a short phase would be nothing else.
+    """
     warmup = min(warmup, max(1, steps // 10))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -65,61 +69,168 @@ def learning_rate(step: int, steps: int, peak: float, end: float, warmup: int) -
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the averaged weights towards the model's, faster at the start of a phase so that it is soon forgotten."""
+    """Move the averaged weights towards the model's.
+
+    Faster at the start of a phase, (1 + step) / (10 + step), so that the weights it began with are
+    soon forgotten.
+    """
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def fit(job: Job, run: Run) -> None:
-    """Train from job.step to job.steps. Saves every save_every steps and when interrupted, then exits with 3."""
-    train, procs = run.train, run.procs
-    model, learning = procs.wrap(job.model, train.compile), [p for p in job.model.parameters() if p.requires_grad]
-    batches, sums, broken_in_a_row, since = job.stream(job.step), defaultdict(list), 0, (time.time(), job.step)
-    bar = tqdm(total=job.steps, initial=job.step, desc=f"{job.name:10}", disable=not procs.main, mininterval=1)
-    job.model.train()
-    while job.step < job.steps:
-        # 1. The learning rate of this step.
-        rate = learning_rate(job.step, job.steps, *job.rates)
-        for group in job.optimizer.param_groups:
-            group["lr"] = rate
+class Loop:
+    """Iterate for the micro-batches of steps `start` to `steps`; see the top of this file for how
+    to use it.
 
-        # 2. Gradients, summed over micro-batches; processes exchange them with the last one.
-        micro_batches = list(zip(*(part.to(procs.device, non_blocking=True).chunk(train.accumulate) for part in next(batches))))
-        for batch in micro_batches:
-            silent = procs.world > 1 and batch is not micro_batches[-1]
-            with model.no_sync() if silent else contextlib.nullcontext():
-                with procs.autocast(train.precision):
-                    loss, logs = job.loss(model, batch)
-                (loss / len(micro_batches)).backward()
-        norm = nn.utils.clip_grad_norm_(learning, train.grad_clip)
+    model      to call: the given model, compiled if asked, with gradients averaged over processes
+    step       steps done
+    stepped    the last backward() ended a step, and the weights were changed by it
+    time_to_save   every save_every steps, and when a signal has come: after that save the loop ends
+               the program with exit code 3
 
-        # 3. The step, unless any process met a number that is not finite: then all of them skip it.
-        broken, stop = procs.any(not (math.isfinite(norm) and math.isfinite(loss.detach())), procs.stop)
-        broken_in_a_row = broken_in_a_row + 1 if broken else 0
-        need(broken_in_a_row < 10, f"{job.name}: the loss was not finite in 10 steps in a row; lower the learning rate or use --precision fp32")
-        if not broken:
-            job.optimizer.step()
-            update_ema(job.ema, job.model, train.ema_decay, job.step)
-            job.after_step(job.step + 1)
-        job.optimizer.zero_grad(set_to_none=True)
-        job.step += 1
-        bar.update()
+    stream     step -> batches of this process from that step on, tuples of tensors with equal first
+    dimensions batch_size   over all processes; rates: peak, end, warm-up steps of the learning rate
+    Raises UserError when a batch cannot be cut into train.accumulate equal pieces, and after ten
+    steps in a row that were not finite.
+    """
 
-        # 4. Tell, draw, save. Logged values are means over the steps since the last line, on this process.
-        for name, value in {"loss": loss.detach(), "grad_norm": norm, **logs}.items():
-            sums[name].append(value)  # float() would wait for the GPU at every step
-        if job.step % train.log_every == 0 or job.step == job.steps:
-            means = {name: round(torch.stack(values).mean().item(), 6) for name, values in sums.items()}
-            speed = job.batch_size * (job.step - since[1]) / (time.time() - since[0])
-            run.log(phase=job.name, step=job.step, **means, learning_rate=rate, per_second=round(speed, 1))
-            bar.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.0f}/s")
-            sums, since = defaultdict(list), (time.time(), job.step)
-        if job.step % train.sample_every == 0 and job.step < job.steps:
-            job.picture(f"{job.name}-{job.step:07}")
-        if stop or (job.step % train.save_every == 0 and job.step < job.steps):
-            job.save(job.step)
-        if stop:
-            bar.close()
-            run.say(f"interrupted: step {job.step} of {job.name} is saved; repeat the command to go on")
-            sys.exit(INTERRUPTED)
-    bar.close()
+    def __init__(self, run: Run, name: str, model: nn.Module, ema: nn.Module,
+                 optimizer: torch.optim.Optimizer, stream: Callable[[int], Iterator], steps: int,
+                 batch_size: int, rates: tuple[float, float, int], start: int = 0):
+        self.run, self.name, self.ema, self.optimizer = run, name, ema, optimizer
+        self.stream, self.steps, self.batch_size, self.rates = stream, steps, batch_size, rates
+        self.step = start
+        self.bare = model
+        self.model = run.procs.wrap(model, run.train.compile)
+        self.learning = [p for p in model.parameters() if p.requires_grad]
+        self.stepped = self.stop = False
+        self.pieces_left = self.skipped_in_a_row = 0
+        need_equal_pieces(name, batch_size, run.procs.world, run.train.accumulate)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        train, procs = self.run.train, self.run.procs
+        batches = self.stream(self.step)
+        reset_peak_memory(procs.device)
+        self.begin_log()
+        self.bar = tqdm(total=self.steps, initial=self.step, desc=f"{self.name:10}", mininterval=1,
+                        disable=not procs.main)
+        self.bare.train()
+        while self.step < self.steps:
+            # 1. The learning rate of this step.
+            self.rate = learning_rate(self.step, self.steps, *self.rates)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate
+
+            # 2. The batch, cut into micro-batches of equal size. Processes exchange gradients with
+            # the last one.
+            batch = [part.to(procs.device, non_blocking=True) for part in next(batches)]
+            size = len(batch[0]) // train.accumulate
+            self.terms, self.pieces_left = defaultdict(float), train.accumulate
+            for first in range(0, len(batch[0]), size):
+                alone = procs.world == 1 or self.pieces_left == 1
+                with contextlib.nullcontext() if alone else self.model.no_sync():
+                    with procs.autocast(train.precision):
+                        yield tuple(part[first:first + size] for part in batch)
+
+            # 3. Whoever iterates has called backward(), and saved if it was time to.
+            if self.stop:
+                self.bar.close()
+                self.run.say(f"interrupted: step {self.step} of {self.name} is saved; "
+                             "repeat the command to go on")
+                sys.exit(INTERRUPTED)
+        self.bar.close()
+
+    def backward(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
+        """Add the gradients of one micro-batch; with the last one of a step, take the step.
+
+        terms   what to log beside the loss; scalars, means over the micro-batch
+        """
+        accumulate = self.run.train.accumulate
+        with torch.autocast(loss.device.type, enabled=False):  # backward has its forward's types
+            (loss / accumulate).backward()
+        # What is logged, and looked at for being finite, is the mean over the whole step. detach,
+        # not float(): a number would make the CPU wait for the GPU.
+        for name, value in {"loss": loss, **terms}.items():
+            self.terms[name] += value.detach() / accumulate
+        self.pieces_left -= 1
+        self.stepped = self.pieces_left == 0 and self.take_step()
+
+    def take_step(self) -> bool:
+        """Clip, step, average, log.
+
+        Returns False if any process met a number that is not finite: then all skip the step.
+        """
+        train, procs = self.run.train, self.run.procs
+        # A limit of infinity only measures.
+        norm = nn.utils.clip_grad_norm_(self.learning, train.grad_clip or math.inf)
+        wrong = [name for name, value in {**self.terms, "grad_norm": norm}.items()
+                 if not math.isfinite(value)]
+        skip, self.stop = procs.any(bool(wrong), procs.stop or output_gone())
+        if skip:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            where = ", ".join(wrong) or "a term on another process"
+            need(self.skipped_in_a_row < 10,
+                 f"{self.name}, step {self.step + 1}: {where} was not finite in 10 steps in a row; "
+                 "lower the learning rate or use --precision fp32")
+        else:
+            self.skipped_in_a_row = 0
+            self.optimizer.step()
+            update_ema(self.ema, self.bare, train.ema_decay, self.step)
+            for name, value in {**self.terms, "grad_norm": norm}.items():
+                self.sums[name].append(value)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.bar.update()
+        if self.step % train.log_every == 0 or self.step == self.steps:
+            self.write_log()
+        return not skip
+
+    def begin_log(self) -> None:
+        self.sums, self.skipped, self.since = defaultdict(list), 0, (time.time(), self.step)
+
+    def write_log(self) -> None:
+        """One line: means over the steps that were taken since the last line, on this process."""
+        began, first = self.since
+        row = {name: round(torch.stack(values).mean().item(), 6)
+               for name, values in self.sums.items()}
+        speed = self.batch_size * (self.step - first) / (time.time() - began)
+        if self.skipped:
+            row["skipped"] = self.skipped
+        if self.step == self.steps:
+            row["peak_mb"] = peak_memory(self.run.procs.device) >> 20
+        self.run.log(phase=self.name, step=self.step, **row, learning_rate=self.rate,
+                     per_second=round(speed, 1))
+        shown = f"loss {row['loss']:.4f}" if "loss" in row else f"{self.skipped} steps not finite"
+        self.bar.set_postfix_str(f"{shown}, {speed:.0f}/s")
+        self.begin_log()
+
+    @property
+    def time_to_save(self) -> bool:
+        """Between steps only, and not after the last one: it is saved with the phase's results."""
+        if self.pieces_left:
+            return False
+        return self.stop or (self.step % self.run.train.save_every == 0 and self.step < self.steps)
+
+    @property
+    def time_to_show(self) -> bool:
+        """Every sample_every steps, but not at the last one, which has a picture of its own."""
+        every = self.run.train.sample_every
+        return not self.pieces_left and self.step % every == 0 and self.step < self.steps
+
+
+def need_equal_pieces(name: str, batch_size: int, world: int, accumulate: int) -> None:
+    """Raise UserError unless all micro-batches are of one size: else their mean is another loss."""
+    together = world * accumulate
+    need(batch_size % together == 0,
+         f"{name}: {batch_size} cannot be cut into {world} processes x {accumulate} equal micro-"
+         f"batches; try {max(1, batch_size // together) * together}, or another --accumulate")
+
+
+if __name__ == "__main__":
+    print("learning rate, peak 1, end 0.1, warm-up 5 of 20 steps (cut to a tenth of them, 2):")
+    for step in range(20):
+        rate = learning_rate(step, 20, 1.0, 0.1, 5)
+        print(f"  step {step:2}  {rate:.2f} {'#' * round(40 * rate)}")
+    print("\nA phase starts with a rise because the optimizer's averages know nothing yet.")
+    print("How long is AdamW's first step without it? (As the rate, whatever the gradient.)")

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plumbing import checkpoint
 from plumbing.flags import UserError, need
 
 # of images in [0, 1]: what the classifier was trained with [torchvision]
@@ -215,13 +216,16 @@ class Adversary:
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-4)
         self.seen = None  # (real, fake) of the step that is under way
 
-    def judge(self, images: Tensor, recon: Tensor) -> Tensor:
-        """images, recon (B, 3, H, W) -> the tokenizer's adversarial loss, a scalar."""
+    def see(self, images: Tensor, recon: Tensor) -> None:
+        """images, recon (B, 3, H, W): what the next learn() learns from."""
         self.seen = images, recon.detach()
+
+    def judge(self, recon: Tensor) -> Tensor:
+        """recon (B, 3, H, W) -> the tokenizer's adversarial loss, a scalar."""
         return generator_loss(self.net(recon))
 
     def learn(self) -> None:
-        """One step of the discriminator on what judge() saw last; nothing if it was not asked."""
+        """One step of the discriminator on what it saw last; nothing if it has seen nothing new."""
         if self.seen is None:
             return
         (images, recon), self.seen = self.seen, None
@@ -237,6 +241,16 @@ class Adversary:
 
     def state_dict(self) -> dict:
         return {"net": self.net.state_dict(), "lecam": self.lecam.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, parts: dict, path: str) -> None:
+        """Take over a state_dict() from the checkpoint at `path`. Raises UserError if it is not whole."""
+        missing = [name for name in ("net", "lecam", "optimizer") if name not in parts]
+        need(not missing, f"{path}: adversary has no {', '.join(missing)}")
+        checkpoint.load_strict(self.net, parts["net"], f"{path}: adversary net")
+        checkpoint.load_strict(self.lecam, parts["lecam"], f"{path}: adversary lecam")
+        # Its optimizer is empty until the discriminator has begun to learn.
+        checkpoint.load_optimizer(self.optimizer, parts["optimizer"],
+                                  f"{path}: adversary optimizer", may_be_new=True)
 
 
 if __name__ == "__main__":

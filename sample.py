@@ -15,6 +15,8 @@ Makes    RUN/samples/sample-ar.png or sample-maskgit.png, or with --npz an .npz 
          instead of a CPU, gives other samples
 Exit     0 done, 1 failure, 2 something to mend in the command or the run
 """
+from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
+
 import argparse
 import difflib
 import os
@@ -32,7 +34,7 @@ from generator import GENERATORS, Generator
 from losses import psnr
 from nativetok import NativeTok, doubling, sample_batch
 from plumbing import checkpoint
-from plumbing.flags import Parser, UserError, main_with_user_errors, need, number
+from plumbing.flags import Parser, UserError, need, number
 from plumbing.images import read_image, resize_crop, save_grid, to_float, to_uint8
 from plumbing.processes import Processes, enough_memory, need_room
 

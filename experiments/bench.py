@@ -10,6 +10,8 @@ Run      python -m experiments.bench                             all rows, ten m
 Makes    a line for each value; --json FILE: the same as name, value, unit, target, met (null: no
          target)
 """
+from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
+
 import argparse
 import json
 import os
@@ -39,7 +41,7 @@ from nativetok import NativeTok
 from plumbing import checkpoint
 from plumbing.batches import ImageStream
 from plumbing.datasets import open_images
-from plumbing.flags import Parser, choose, main_with_user_errors, need
+from plumbing.flags import Parser, choose, need
 from plumbing.images import to_float
 from plumbing.processes import peak_memory, provenance
 from plumbing.tokens import TokenStream

@@ -23,6 +23,8 @@ Resume   repeat the command: finished arms are skipped, a broken-off one goes on
 Makes    OUT/ARM-SEED.json, pca.json, tinycnn.pt, the judge; OUT/runs/, the runs; tables and a figure by order_table.py
 Exit     0 finished, 1 failure, 2 something to mend, 3 interrupted and saved
 """
+from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
+
 import argparse
 import contextlib
 import json
@@ -65,7 +67,7 @@ from nativetok import NativeTok, doubling, from_checkpoint
 from plumbing import checkpoint
 from plumbing.batches import eval_batches
 from plumbing.datasets import train_and_val
-from plumbing.flags import Parser, as_flags, build, choose, main_with_user_errors, need
+from plumbing.flags import Parser, as_flags, build, choose, need
 from plumbing.images import to_float, to_uint8
 from plumbing.processes import Processes, provenance
 from plumbing.tokens import cache_tokens

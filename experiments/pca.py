@@ -6,13 +6,14 @@ How      project the images on the principal components of the training images; 
 Run      python -m experiments.pca --data cifar10/train --val_data cifar10/test --bits 36 72 144
 Prints   PSNR of the mean squared error over held-out images, in 8-bit RGB, the measure of train.py
 """
+from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
+
 import argparse
 
 import numpy as np
 
 from plumbing.batches import eval_batches
 from plumbing.datasets import train_and_val
-from plumbing.flags import main_with_user_errors
 
 
 def pixels(dataset, size: int, limit: int) -> np.ndarray:

@@ -4,12 +4,14 @@ Run      python -m experiments.photos --data cifar10/train --classes dog ship --
 How      the first images of each class, enlarged to sizes between 32x32 and 200x150, saved in turn as JPEG, PNG, WebP and GIF, every seventh of
          them gray, with a palette, transparent, CMYK, or turned on its side with an EXIF tag that says so
 """
+from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
+
 import os
 
 from PIL import Image
 
 from plumbing.datasets import open_images
-from plumbing.flags import Parser, choose, main_with_user_errors, need
+from plumbing.flags import Parser, choose, need
 
 SIZES = ((32, 32), (64, 48), (100, 100), (90, 160), (200, 150))
 ENDINGS = ("jpg", "png", "webp", "gif", "JPG", "jpeg")

@@ -5,6 +5,8 @@ Takes    RUN/config.json; of RUN/log.jsonl each phase's last words; RUN/summary.
 Makes    a JSON with command, commit, seed, device and the numbers. The commit is the one that is checked out now, so record
          a run before the next change.
 """
+from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
+
 import json
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import config
 from config import CONFIGS
 from experiments.order_table import costs
 from plumbing import checkpoint
-from plumbing.flags import Parser, build, main_with_user_errors, read_run
+from plumbing.flags import Parser, build, read_run
 from plumbing.processes import Processes, provenance
 
 

@@ -8,6 +8,8 @@ Run      python -m experiments.scaling --out pictures/scaling.png --json scaling
          (needs matplotlib; a few minutes on 2 CPU cores)
 Makes    the picture, and with --json the numbers in it
 """
+from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
+
 import argparse
 import json
 import shlex
@@ -22,7 +24,7 @@ from experiments.bench import GIB, tokenizer_config
 from experiments.timing import Bench, in_child
 from nativetok import NativeTok
 from plumbing import checkpoint
-from plumbing.flags import Parser, UserError, main_with_user_errors
+from plumbing.flags import Parser, UserError
 from plumbing.processes import peak_memory, provenance
 
 TOKENS, PATCHES = (16, 32, 64, 128, 256), (64, 144, 256, 576, 1024)

@@ -10,6 +10,8 @@ Resume   repeat the command: finished trials are only read
 Makes    OUT/trials.json and OUT/trials.md; OUT/runs/, the runs themselves. What was measured is kept in experiments/results/
 Exit     0 finished, 1 failure, 2 something to mend, 3 interrupted and saved
 """
+from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
+
 import contextlib
 import json
 import math
@@ -23,7 +25,7 @@ from unittest import mock
 from experiments.order import train_stages
 from mocet import MoCET
 from plumbing import checkpoint
-from plumbing.flags import Parser, as_flags, choose, main_with_user_errors
+from plumbing.flags import Parser, as_flags, choose
 from plumbing.processes import Processes, provenance
 
 BASE = dict(token_schedule=(16,), expert_width=64, base_steps=800, continuous_steps=150, flip=False, tail_drop=0.0, generators="ar", generator_width=192,

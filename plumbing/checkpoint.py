@@ -275,12 +275,14 @@ def fingerprint(state: dict[str, Tensor], *extra: dict) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_same(saved: dict, now: dict, what: str) -> None:
+def check_same(saved: dict, now: dict, what: str,
+               repair: str = "use another --run folder, or the old values") -> None:
     """Raises UserError that shows each field in which two flat dicts differ, as `name: saved -> now`."""
     names = [*saved, *(name for name in now if name not in saved)]
-    changed = [f"{name}: {saved.get(name, 'absent')} -> {now.get(name, 'absent')}" for name in names
+    changed = [f"{name}: {saved.get(name, 'absent')} -> {now.get(name, 'absent')}"
+               for name in names
                if name not in saved or name not in now or saved[name] != now[name]]
-    need(not changed, f"{what} changed ({', '.join(changed)}); use another --run folder, or the old values")
+    need(not changed, f"{what} changed ({', '.join(changed)}); {repair}")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,9 +9,12 @@ import argparse
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
-import sys
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")  # values of --device
 
 
 class UserError(Exception):
@@ -31,7 +34,14 @@ def at_least_one(cfg, *names: str) -> None:
 
 def shares(cfg, *names: str) -> None:
     for name in names:
-        need(0 <= getattr(cfg, name) <= 1, f"{name} {getattr(cfg, name)} is a share; give a number from 0 to 1")
+        value = getattr(cfg, name)
+        need(0 <= value <= 1, f"{name} {value} is a share; give a number from 0 to 1")
+
+
+def not_negative(cfg, *names: str) -> None:
+    for name in names:
+        value = getattr(cfg, name)
+        need(0 <= value < math.inf, f"{name} {value} must be 0 or above")
 
 
 def choose(name: str, value: str, options) -> None:
@@ -39,7 +49,10 @@ def choose(name: str, value: str, options) -> None:
 
 
 def build(configs: tuple[type, ...], values: dict) -> tuple:
-    """Field values by name, any subset -> one instance of each dataclass. Raises UserError for an unknown name."""
+    """Field values by name, any subset -> one instance of each dataclass.
+
+    Raises UserError for an unknown name or a value of another type.
+    """
     known = {f.name for config in configs for f in dataclasses.fields(config)}
     unknown = sorted(set(values) - known)
     need(not unknown, f"unknown setting {', '.join(unknown)}")
@@ -48,15 +61,23 @@ def build(configs: tuple[type, ...], values: dict) -> tuple:
     for config in configs:
         for f in dataclasses.fields(config):
             given = values.get(f.name, f.default)
-            fits = type(given) is type(f.default) or (type(given) is int and type(f.default) is float)
-            need(fits, f"{f.name} {given!r} is not a {type(f.default).__name__}")
-    return tuple(config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})
-                 for config in configs)
+            kind = type(f.default)
+            fits = type(given) is kind or (type(given) is int and kind is float)
+            need(fits, f"{f.name} {given!r} is not a {kind.__name__}")
+    instances = []
+    for config in configs:
+        names = [f.name for f in dataclasses.fields(config) if f.name in values]
+        instances.append(config(**{name: values[name] for name in names}))
+    return tuple(instances)
 
 
 def as_dict(*configs) -> dict:
-    """Configurations -> one flat dictionary of plain values, as it goes into JSON and checkpoints."""
-    return {k: list(v) if isinstance(v, tuple) else v for c in configs for k, v in dataclasses.asdict(c).items()}
+    """Configurations -> one flat dictionary of plain values, for JSON and checkpoints."""
+    values = {}
+    for config in configs:
+        values.update(dataclasses.asdict(config))
+    return {name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()}
 
 
 def as_flags(values: dict) -> list[str]:
@@ -71,8 +92,15 @@ def as_flags(values: dict) -> list[str]:
 
 
 def help_lines(config) -> dict:
-    """{field name: the comment behind the field, in the file that holds the dataclass}."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), flags=re.M))
+    """{field name: the comment behind the field, or the one right above it where it is long}."""
+    found, above = {}, []
+    for line in inspect.getsource(config).splitlines():
+        field = re.match(r"    (\w+): [^#]*(?:  # (.*))?$", line)
+        comment = re.match(r"    # (.*)$", line)
+        if field:
+            found[field[1]] = field[2] or " ".join(above)
+        above = [*above, comment[1]] if comment else []
+    return found
 
 
 def number(kind: type, low: float = 0, high: float = 1e9):
@@ -89,10 +117,11 @@ def number(kind: type, low: float = 0, high: float = 1e9):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes no shortened flags and answers a wrong one in one line, with exit code 2."""
+    """argparse that takes no shortened flags; a wrong one gets one line and exit code 2."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def error(self, message):
         self.exit(2, f"error: {message} (see --help)\n")
@@ -114,7 +143,10 @@ def add_flags(parser: argparse.ArgumentParser, configs: tuple[type, ...]) -> Non
 
 
 def read_run(folder: str) -> dict:
-    """config.json of a run -> its flat dictionary, "preset" included. Raises UserError when it is missing or torn."""
+    """config.json of a run -> its flat dictionary, "preset" included.
+
+    Raises UserError when it is missing or torn.
+    """
     path = os.path.join(folder, "config.json")
     try:
         with open(path, encoding="utf-8") as file:
@@ -123,15 +155,8 @@ def read_run(folder: str) -> dict:
             raise ValueError("it names no preset")
         return values
     except FileNotFoundError:
-        raise UserError(f"{folder} is not a run: it has no config.json; give a folder that train.py has made") from None
+        raise UserError(f"{folder} is not a run: it has no config.json; "
+                        "give a folder that train.py has made") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; restore it or repeat train.py with --preset") from None
-
-
-def main_with_user_errors(main) -> None:
-    """Call main(); a UserError becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(f"{path} cannot be read: {error}; "
+                        "restore it or repeat train.py with --preset") from None

@@ -1,7 +1,9 @@
-"""A run folder: configurations, processes, images, log, checkpoints and pictures of one training run.
+"""A run folder: who may write there, what belongs to it, its log, checkpoints and pictures.
 
 In       the command line of a training program
-Out      Run: what all stages share
+Out      Run: what all stages of one training run share
+Differs  A checkpoint says what it learned from, config.json only repeats it for people. So a
+         command is compared with the checkpoints first, and config.json is written afterwards
 """
 import os
 from dataclasses import dataclass
@@ -10,39 +12,127 @@ import torch
 from torch import Tensor
 
 from plumbing import checkpoint
+from plumbing.batches import eval_batches
 from plumbing.datasets import ImageSet, train_and_val
-from plumbing.flags import UserError, as_dict, build, need, read_run
+from plumbing.flags import UserError, as_dict, as_flags, build, need, read_run
 from plumbing.images import save_grid, to_uint8
-from plumbing.processes import Processes
+from plumbing.processes import Processes, lock_folder
 
 EVAL_IMAGES = 2000  # held-out images by which a phase is judged
+BUILT_IN = ("", "shapes", "shapes:val")  # values of --data that name no place on a disk
+PLACES = ("data", "val_data")
+# In "settings" of older checkpoints; the fingerprints of images and tokenizer stand beside it now.
+NO_SETTINGS = (*PLACES, "tokenizer")
 
 
 class Run:
-    """What all stages share: the configurations, the processes, the images, the folder and its log."""
+    """The processes, the images, the folder and its log.
 
-    def __init__(self, args):
-        self.tok, self.gen, self.train, self.folder = args.tok, args.gen, args.train, args.run
+    args       .run folder, .preset, .device, and .train: the TrainConfig that says how to run
+    configs    all settings of the run, as config.json shows them
+    data, val  what is learned from, and what is held out; eval_indices: which of val are judged
+    Raises UserError for a folder that cannot be written or that another process writes.
+    """
+
+    def __init__(self, args, configs: tuple):
+        self.folder, self.preset, self.train = args.run, args.preset, args.train
+        self.configs = configs
         self.procs = Processes(args.device, self.train.timeout)
-        need(self.train.data != "shapes" or self.tok.image_size == 32,
-             f"the built-in shapes are 32x32 pixels, not {self.tok.image_size}; give --data or --image_size 32")
-        for turn in (True, False):  # the main process first: it may unpack an archive
-            if self.procs.main == turn:
-                self.data, self.val = train_and_val(self.train.data, self.train.val_data, self.train.holdout, self.train.seed, self.folder)
-            self.procs.barrier()
         if self.procs.main:
-            try:
-                os.makedirs(self.path("samples"), exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot make {self.folder}: {error.strerror}; choose another folder with --run") from error
-            checkpoint.sweep(self.folder)
-            checkpoint.write_json(self.path("config.json"), {"preset": args.preset, **as_dict(self.tok, self.gen, self.train)})
-        self.procs.catch_signals()
+            self.lock = self.take_folder()
+            self.open_data()  # may unpack an archive, which the others then find
+        self.procs.barrier()
+        if not self.procs.main:
+            self.open_data()
         everything = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(0))
         self.eval_indices = everything[:EVAL_IMAGES].sort().values.numpy()
 
+    def take_folder(self):
+        try:
+            os.makedirs(self.path("samples"), exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {self.folder}: {error.strerror}; "
+                            "choose another folder with --run") from error
+        return lock_folder(self.folder)
+
+    def open_data(self) -> None:
+        train = self.train
+        self.data, self.val = train_and_val(train.data, train.val_data, train.holdout, train.seed,
+                                            self.folder)
+
+    def begin(self) -> None:
+        """Write config.json and listen for signals: the command has been found to belong here."""
+        if self.procs.main:
+            checkpoint.sweep(self.folder)
+            values = as_dict(*self.configs)
+            # Another folder may be the working one when somebody reads this.
+            places = {name: os.path.abspath(values[name]) for name in ("data", "val_data")
+                      if values[name] not in BUILT_IN}
+            content = {"preset": self.preset, **values, **places}
+            path = self.path("config.json")
+            if not os.path.exists(path) or checkpoint.read_json(path) != content:
+                checkpoint.write_json(path, content)
+        self.procs.catch_signals()
+
+    def end(self) -> None:
+        self.procs.end()
+        if self.procs.main:
+            self.lock.close()
+
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
+
+    # --------------------------------------------------------------------------------------------
+    # checkpoints
+
+    def compare(self, path: str, fixed: dict) -> dict | None:
+        """The checkpoint at `path`, None if there is none.
+
+        Raises UserError unless it was trained with these settings, as far as `fixed` names them,
+        and on these images.
+        """
+        if not checkpoint.exists(path):
+            return None
+        saved = checkpoint.load(path, needs=("settings", "data"))
+        was = {name: value for name, value in saved["settings"].items()
+               if name in fixed or name not in NO_SETTINGS}
+        old = as_flags({name: tuple(value) if isinstance(value, list) else value
+                        for name, value in was.items() if fixed.get(name) != value})
+        checkpoint.check_same(was, fixed, f"{path}: settings", "start anew in another --run "
+                              f"folder, or go on with {' '.join(old) or 'the version of then'}")
+        need_same_images(path, saved, self.data)
+        return saved
+
+    def resume(self, path: str, fixed: dict, needs: tuple[str, ...] = ()) -> dict | None:
+        """compare(), and what it takes to go on: the log is cut where the checkpoint ends."""
+        saved = self.compare(path, fixed)
+        if saved is None:
+            return None
+        expected = ("settings", "data", "phase", "step", "model", "ema", "optimizer", "random")
+        missing = [name for name in (*expected, *needs) if name not in saved]
+        need(not missing, f"{path} has no {', '.join(missing)}")
+        if self.procs.main:  # rows after the checkpoint will be written again
+            checkpoint.trim_jsonl(self.path("log.jsonl"), lambda row: row["phase"] != saved["phase"]
+                                  or row["step"] <= saved["step"])
+        return saved
+
+    def seed(self, states: list | None, number: int) -> None:
+        """Go on with saved random numbers; with none, or those of another world, seed anew."""
+        if states and len(states) == self.procs.world:
+            checkpoint.set_random_state(states[self.procs.rank])
+        else:
+            torch.manual_seed(self.train.seed * 1_000_003 + number * 1009 + self.procs.rank)
+
+    def save(self, path: str, **content) -> None:
+        random = self.procs.gather(checkpoint.random_state())
+        if self.procs.main:
+            images = {"data": self.data.fingerprint, "images": len(self.data),
+                      "classes": self.data.classes}
+            checkpoint.save(path, {"random": random, **images, **content})
+        self.procs.barrier()  # or another process would look for it too early
+
+    # --------------------------------------------------------------------------------------------
+    # what a person sees
 
     def say(self, text: str) -> None:
         if self.procs.main:
@@ -52,34 +142,26 @@ class Run:
         if self.procs.main:
             checkpoint.append_jsonl(self.path("log.jsonl"), row)
 
-    def resume(self, path: str, fixed: dict, data: str, needs: tuple[str, ...] = ()) -> dict | None:
-        """The checkpoint at `path` if there is one; it must belong to these settings and images and hold what is needed."""
-        if not checkpoint.exists(path):
-            return None
-        saved = checkpoint.load(path, needs=("settings", "data", "phase", "step", "model", "ema", "optimizer", "random", *needs))
-        checkpoint.check_same(saved["settings"], fixed, f"{path}: settings")
-        checkpoint.check_same({"images": saved["data"]}, {"images": data}, f"{path}: data")
-        if self.procs.main:  # rows after the checkpoint will be written again
-            checkpoint.trim_jsonl(self.path("log.jsonl"), lambda row: row["phase"] != saved["phase"] or row["step"] <= saved["step"])
-        return saved
-
-    def seed(self, states: list | None, number: int) -> None:
-        """Go on with the saved random numbers; with none, or those of another number of processes, seed anew."""
-        if states and len(states) == self.procs.world:
-            checkpoint.set_random_state(states[self.procs.rank])
-        else:
-            torch.manual_seed(self.train.seed * 1_000_003 + number * 1009 + self.procs.rank)
-
-    def save(self, path: str, **content) -> None:
-        random = self.procs.gather(checkpoint.random_state())
-        if self.procs.main:
-            checkpoint.save(path, {"random": random, "data": self.data.fingerprint, "classes": self.data.classes, **content})
-        self.procs.barrier()  # or another process would look for it too early
+    def some_held_out(self, n: int) -> Tensor:
+        """n held-out images, spread over all of them: uint8 (n, S, S, 3)."""
+        chosen = self.eval_indices[::max(1, len(self.eval_indices) // n)]
+        size = self.configs[0].image_size
+        batches = eval_batches(self.val, size, n, chosen, skip_bad=self.train.skip_bad)
+        return next(batches)[0]
 
     def grid(self, name: str, rows: list[Tensor]) -> None:
         """Write samples/NAME.png from rows of float images (n, 3, H, W), all with the same n."""
         images = torch.cat([to_uint8(row.cpu()) for row in rows])
-        save_grid(images, self.path(f"samples/{name}.png"), columns=len(rows[0]), scale=max(1, 64 // self.tok.image_size))
+        save_grid(images, self.path(f"samples/{name}.png"), columns=len(rows[0]),
+                  scale=max(1, 64 // images.shape[1]))
+
+
+def need_same_images(path: str, saved: dict, data: ImageSet) -> None:
+    """Raise UserError unless the checkpoint `saved` has learned from these very images."""
+    need(saved["data"] == data.fingerprint,
+         f"{path}: data changed: it learned from {saved.get('images', 'other')} images, and "
+         f"{data.name} has {len(data)} to learn from, not the same; give train.py --data as "
+         "it was (it may lie elsewhere), or start anew in another --run folder")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -87,7 +169,7 @@ class Run:
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run as its tokenizer's checkpoint knows it: configurations, images, the checkpoint itself."""
+    """A run as its checkpoint knows it: configurations, images, the checkpoint itself."""
     folder: str
     configs: tuple     # one instance of each dataclass that open_run was given
     data: ImageSet     # what the tokenizer has learned from
@@ -108,12 +190,11 @@ def open_run(folder: str, configs: tuple[type, ...]) -> OpenRun:
          f"{folder} has no tokenizer.pt; train one: python train.py --run {folder}")
     saved = checkpoint.load(path, needs=("settings", "data"))
     del values["preset"]
-    learned = {k: v for k, v in saved["settings"].items() if k not in ("data", "val_data")}
-    values |= learned
+    values |= {name: value for name, value in saved["settings"].items() if name not in PLACES}
     try:
         data, val = train_and_val(values["data"], values["val_data"], values["holdout"],
                                   values["seed"], folder)
     except UserError as error:
         raise UserError(f"{error} (data and val_data of {folder}/config.json)") from error
-    checkpoint.check_same({"images": saved["data"]}, {"images": data.fingerprint}, f"{path}: data")
+    need_same_images(path, saved, data)
     return OpenRun(folder, build(configs, values), data, val, saved)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import config
 import train
 from plumbing import run, tokens
-from plumbing.flags import main_with_user_errors
+from plumbing.start import main_with_user_errors
 
 kind, rank, step = os.environ["FAULT"].split(":")
 once, count = os.environ.get("FAULT_ONCE"), 0

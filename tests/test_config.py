@@ -1,9 +1,8 @@
 """Promises of config.py: one list of settings, and a wrong one is answered with the repair."""
 import dataclasses
 import inspect
-import io
+import re
 import json
-import tokenize
 
 import pytest
 
@@ -18,7 +17,8 @@ from config import (
     load_preset,
     parse_run,
 )
-from plumbing.flags import UserError, as_dict, build, main_with_user_errors, need, read_run
+from plumbing.flags import UserError, as_dict, build, need, read_run
+from plumbing.start import main_with_user_errors
 
 FIELDS = {f.name: cls for cls in CONFIGS for f in dataclasses.fields(cls)}
 
@@ -73,11 +73,13 @@ def test_the_comment_behind_each_field_is_its_help(capsys, monkeypatch):
         parse_run("What it does.", ["--help"])
     assert stopped.value.code == 0
     text = "".join(capsys.readouterr().out.split())           # argparse breaks lines where it likes
-    comments = {}
+    comments, above = {}, []  # behind the field, or right above it
     for cls in CONFIGS:
-        for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline):
-            if token.type == tokenize.COMMENT:
-                comments[token.line.split(":")[0].strip()] = token.string.removeprefix("# ")
+        for line in inspect.getsource(cls).splitlines():
+            code, _, comment = line.strip().partition("# ")
+            if re.match(r"\w+: ", code):
+                comments[code.split(":")[0]] = comment or " ".join(above)
+            above = [*above, comment] if comment and not code else []
     for name in FIELDS:
         assert len(comments[name]) > 10
         assert "".join(comments[name].split()) in text, name
@@ -253,5 +255,11 @@ def test_settings_puts_each_field_on_one_side_and_those_of_the_run_on_neither():
     assert {**tokenizer, **generator} == {k: v for k, v in everything.items() if k not in RUN_ONLY}
     assert set(RUN_ONLY) <= everything.keys(), "no misspelt name"
     # A finished tokenizer must not be refused because a generator's setting changed, nor the other way round.
-    assert {"codebook_size", "batch_size", "learning_rate", "data", "seed"} <= tokenizer.keys()
+    assert {"codebook_size", "batch_size", "learning_rate", "seed"} <= tokenizer.keys()
     assert {"generator_width", "label_dropout", "unmasked_weight", "generator_steps"} <= generator.keys()
+
+
+@pytest.mark.parametrize("name", ["beta2", "generator_beta2"])
+def test_a_decay_of_one_is_refused_as_the_average_would_never_move(name):
+    with pytest.raises(UserError, match=f"{name} 1.0 must be"):
+        build(CONFIGS, {name: 1.0})

@@ -17,8 +17,8 @@ import sample
 from evaluation import judging
 from evaluation.judging import Batching, FeatureNet, FeatureStats, Reference, extract
 from evaluation.tinycnn import random_twin
+from plumbing.start import main_with_user_errors
 from plumbing.datasets import open_images
-from plumbing.flags import main_with_user_errors
 from plumbing.processes import Processes
 
 ROOT = Path(__file__).parent.parent

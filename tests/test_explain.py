@@ -14,7 +14,7 @@ import explain
 from config import CONFIGS
 from generator import Generator
 from nativetok import NativeTok, doubling
-from plumbing.flags import main_with_user_errors
+from plumbing.start import main_with_user_errors
 from plumbing.images import to_float
 from plumbing.processes import Processes
 from plumbing.run import open_run

@@ -15,7 +15,8 @@ from config import CONFIGS
 from experiments import order, order_table
 from helpers import some_shapes
 from nativetok import NativeTok
-from plumbing.flags import as_dict, build, main_with_user_errors
+from plumbing.flags import as_dict, build
+from plumbing.start import main_with_user_errors
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,7 +18,8 @@ from helpers import encoded, noise, put
 from losses import psnr
 from nativetok import NativeTok
 from plumbing import checkpoint
-from plumbing.flags import as_dict, main_with_user_errors
+from plumbing.flags import as_dict
+from plumbing.start import main_with_user_errors
 from plumbing.images import read_image, to_float, to_uint8
 
 CLASSES = ["cat", "dog", "tabby, tabby cat"]

@@ -1,5 +1,7 @@
 """train.py and loop.py: phases, exact resume, several processes, and one line for each wrong command."""
+import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,6 +174,112 @@ def test_two_processes_go_on_where_one_stopped(data, tmp_path):
     assert list(checkpoint.load(tmp_path / "tokenizer.pt")["results"]) == ["base", "grow-4", "grow-6", "finetune"]
 
 
+def strict_rows(folder):
+    """The log as a program reads it that takes JSON at its word."""
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_quantization_begins_even_if_the_very_step_was_skipped(data, tmp_path, monkeypatch):
+    """SMALL quantizes after step 3; that step is not finite here."""
+    steps = iter(range(1, 100))
+
+    def broken_once(recon, images, original=train.reconstruction):
+        return original(recon, images) * (float("nan") if next(steps) == 3 else 1)
+    monkeypatch.setattr(train, "reconstruction", broken_once)
+    run(tmp_path, data, "--stage", "1", "--log_every", "1")
+    logged = [row for row in strict_rows(tmp_path) if "learning_rate" in row]
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
+    assert logged[2]["skipped"] == 1 and "loss" not in logged[2]
+    assert logged[1]["commitment"] == 0 == logged[3]["commitment"]
+    assert all(row["commitment"] > 0 for row in logged[4:])
+
+
+def test_accumulated_micro_batches_are_one_batch(data, tmp_path):
+    """Up to rounding, and where nothing looks at the batch as a whole: entropy, redrawn codes."""
+    flags = ("--stage", "1", "--entropy_weight", "0", "--tail_drop", "0", "--reseed_every", "0",
+             "--continuous_steps", "0", "--base_steps", "3", "--log_every", "3", "--no-flip")
+    for pieces in ("1", "4"):
+        run(tmp_path / pieces, data, *flags, "--accumulate", pieces)
+    whole, cut = (rows(tmp_path / pieces)[0] for pieces in ("1", "4"))
+    for name in ("loss", "pixels", "commitment", "grad_norm"):
+        assert cut[name] == pytest.approx(whole[name], rel=1e-4), name
+    weights = [checkpoint.load(tmp_path / pieces / "tokenizer.pt")["model"] for pieces in ("1", "4")]
+    # AdamW makes a whole step of a gradient that is nothing but rounding, as that of keys' biases is.
+    differ = [(p - weights[1][name]).abs() > 1e-4 for name, p in weights[0].items() if p.ndim]
+    assert sum(d.sum() for d in differ) < 0.01 * sum(d.numel() for d in differ)
+
+
+@pytest.mark.parametrize("flag", ["--batch_size", "--generator_batch_size"])
+def test_a_batch_that_cannot_be_cut_into_equal_micro_batches_is_refused(data, tmp_path, flag):
+    with pytest.raises(UserError, match="try 8"):
+        run(tmp_path, data, "--accumulate", "4", flag, "10")
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_grad_clip_0_is_no_limit(data, tmp_path):
+    for limit in ("0", "1e9"):
+        run(tmp_path / limit, data, "--stage", "1", "--grad_clip", limit)
+    weights = [checkpoint.load(tmp_path / limit / "tokenizer.pt")["model"] for limit in ("0", "1e9")]
+    assert same_content(*weights)
+
+
+def test_the_discriminator_learns_before_it_judges(data, tmp_path):
+    run(tmp_path, data, "--stage", "1", "--adversarial_weight", "0.1", "--adversarial_start", "5",
+        "--adversarial_warmup", "3", "--base_steps", "6", "--log_every", "1")
+    logged = [row for row in rows(tmp_path) if "learning_rate" in row]
+    assert ["adversarial" in row for row in logged] == [False] * 5 + [True]
+    state = checkpoint.load(tmp_path / "tokenizer.pt")["adversary"]["optimizer"]["state"]
+    assert {int(part["step"]) for part in state.values()} == {4}  # after steps 2, 3, 4 and 5
+
+
+# ------------------------------------------------------------------------------------------------
+# what belongs to a run
+
+def test_a_refused_command_changes_nothing(finished, data):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    for flags in (("--seed", "5"), ("--generator_width", "48"), ("--holdout", "3")):
+        with pytest.raises(UserError, match="changed"):
+            run(finished, data, *flags)
+    after = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_moved_images_are_the_same_images(finished, data, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    moved = shutil.copy(data, tmp_path / "elsewhere.npz")
+    run(tmp_path / "run", str(moved))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(moved)
+
+
+def test_a_folder_has_one_writer(data, tmp_path):
+    """The second program is turned away at its start; what the first writes stays its own."""
+    command = [sys.executable, "train.py", *SMALL, "--run", str(tmp_path), "--data", data]
+    first = subprocess.Popen([*command, "--base_steps", "2000"], cwd=ROOT, stderr=subprocess.DEVNULL,
+                             stdout=subprocess.PIPE, text=True)
+    try:
+        assert "base: 2 tokens" in "".join(itertools.islice(first.stdout, 7))
+        second = subprocess.run([*command, "--seed", "1"], cwd=ROOT, capture_output=True, text=True)
+        assert second.returncode == 2 and str(first.pid) in second.stderr, second.stderr
+        assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_a_closed_pipe_saves_and_stops(data, tmp_path):
+    command = [sys.executable, "train.py", *SMALL, "--run", str(tmp_path), "--data", data,
+               "--base_steps", "2000", "--save_every", "100000"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=100) == loop.INTERRUPTED
+    assert checkpoint.load(tmp_path / "tokenizer.pt")["step"] >= 1
+
+
 # ------------------------------------------------------------------------------------------------
 # wrong use
 
@@ -202,7 +310,7 @@ def test_a_wrong_command_ends_with_code_2_and_one_line(tmp_path, flags, message)
 def test_changed_settings_and_changed_images_are_refused_with_the_difference(finished, data):
     with pytest.raises(UserError, match="base_steps: 6 -> 7"):
         run(finished, data, "--base_steps", "7")
-    with pytest.raises(UserError, match="data"):
+    with pytest.raises(UserError, match="data changed"):
         run(finished, "shapes")
     whole = Path(data).read_bytes()
     some_shapes(data, 59)  # other images under the same name
