@@ -1,0 +1,188 @@
+"""The Dynamic Content Transformer: a rough guess for every cell, a better one where it is fine.
+
+    z_t ─► cells ─► DiT blocks over n² cells ─► h ─┬─► coarse head: one code, copied  ─┐
+           (B, n², 4C)                             ├─► fine head: four codes           ├─► noise
+                                                   └─► RefineNet, fine codes only ─► + ┘
+
+Paper    "rough prediction of noise with detailed regions correction": DiT blocks, a routing by
+         grain, RefineNet; 10 + 2 blocks are best of the ways to share DiT-B's 12. Learned positions
+In       z_t (B, C, 2n, 2n), t (B,) in 0..T, labels (B,) with `classes` for "none", grain (B, n, n)
+Out      what target() of diffusion.py asks for, (B, C, 2n, 2n); constant in coarse blocks
+Differs  router and inputs of RefineNet are known by name only; what stands here is our reading:
+         the grain chooses the head, RefineNet sees a cell's h, its own noisy codes and their places
+Try      python -m d2it.content      (CPU, a second)
+"""
+import math
+
+import torch
+from torch import Tensor, nn
+
+from d2it.grain import pack, unpack
+from d2it.presets import ContentConfig, load_preset
+from layers import MLP, Attention, count_parameters, init_vit, patchify, sincos_2d, unpatchify
+
+
+class TimeEmbedding(nn.Module):
+    """t (B,) -> (B, D): waves of 128 lengths, then an MLP [DiT]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        omega = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+        self.register_buffer("omega", omega, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = t.float()[:, None] * self.omega               # (B, 128)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, T, D) moved and stretched as the condition says; shift, scale (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def adaptive(width: int, count: int) -> nn.Sequential:
+    """c (B, D) -> `count` vectors (B, D) in one, all zero at first [DiT's adaLN-zero]."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
+
+
+class DiTBlock(nn.Module):
+    """x (B, T, D), c (B, D) -> (B, T, D). Gates start at zero, so at first it changes nothing."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attention, self.mlp = Attention(width, heads), MLP(width)
+        self.condition = adaptive(width, 6)
+
+    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None = None) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1), mask)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class LastNorm(nn.Module):
+    """What DiT does before its head."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.condition = adaptive(width, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return modulate(self.norm(x), *self.condition(c).chunk(2, dim=1))
+
+
+class RefineNet(nn.Module):
+    """Corrections of fine codes: h (B, n², D), cells (B, n², 4C) -> (B, n², 4C), 0 where coarse.
+
+    Fine cells are packed side by side first, so an image pays for the detail that it has.
+    """
+
+    def __init__(self, cfg: ContentConfig, channels: int, side: int):
+        super().__init__()
+        D = cfg.content_width
+        self.split = nn.Linear(D, 4 * D)                      # a cell's h -> one h for each code
+        self.code = nn.Linear(channels, D)
+        # One position for each slot, in the order of cells: (n², 4, D).
+        slots = sincos_2d(2 * side, D).T.reshape(1, D, 2 * side, 2 * side)
+        self.position = nn.Parameter(patchify(slots, 2).view(side * side, 4, D))
+        self.blocks = nn.ModuleList(DiTBlock(D, cfg.content_heads) for _ in range(cfg.refine_depth))
+        self.last, self.head = LastNorm(D), nn.Linear(D, channels)
+
+    def forward(self, h: Tensor, cells: Tensor, c: Tensor, grain: Tensor) -> Tensor:
+        (B, N, D), C = h.shape, self.code.in_features
+        h, keep, index = pack(h, grain)                       # (B, M, D), M the most of any image
+        codes = pack(cells, grain)[0].view(B, -1, 4, C)       # (B, M, 4, C)
+        x = self.split(h).view(B, -1, 4, D) + self.code(codes) + self.position[index]
+        x = x.flatten(1, 2)                                   # (B, 4M, D)
+
+        # Filled-up places are seen by none. TRAP: an image without any fine cell would attend to
+        # nothing, and a softmax over nothing is NaN; so the first place is always seen.
+        seen = keep.repeat_interleave(4, dim=1)
+        seen = seen | (torch.arange(seen.shape[1], device=seen.device) == 0)
+        for block in self.blocks:
+            x = block(x, c, seen[:, None, None])              # mask (B, 1, 1, 4M)
+        out = self.head(self.last(x, c)).view(B, -1, 4 * C)   # (B, M, 4C)
+        return unpack(out, keep, index, N)
+
+
+class Content(nn.Module):
+    """The whole network. side: n cells on a side; channels: C numbers in a code."""
+
+    def __init__(self, cfg: ContentConfig, channels: int, side: int, classes: int):
+        super().__init__()
+        self.cfg, self.channels, self.side, self.classes = cfg, channels, side, classes
+        D = cfg.content_width
+        self.time, self.label = TimeEmbedding(D), nn.Embedding(classes + 1, D)  # the last: none
+        self.enter = nn.Linear(4 * channels, D)
+        self.position = nn.Parameter(sincos_2d(side, D))      # (n², D), learned from there on
+        self.grain = nn.Embedding(2, D)
+        blocks = [DiTBlock(D, cfg.content_heads) for _ in range(cfg.content_depth)]
+        self.blocks, self.last = nn.ModuleList(blocks), LastNorm(D)
+        self.coarse, self.fine = nn.Linear(D, channels), nn.Linear(D, 4 * channels)
+        self.refine = RefineNet(cfg, channels, side) if cfg.refine_depth else None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As in DiT: Xavier for matrices; conditions and heads zero, so the first output is zero.
+
+        The first loss is then the mean square of the noise, 1: a check that costs nothing.
+        """
+        self.apply(init_vit)
+        for embedding in (self.label, self.grain, self.time.mlp[0], self.time.mlp[2]):
+            nn.init.normal_(embedding.weight, std=0.02)
+        heads = [self.coarse, self.fine] + ([self.refine.head] if self.refine else [])
+        for zero in heads + [m.condition[1] for m in self.modules() if hasattr(m, "condition")]:
+            nn.init.zeros_(zero.weight)
+
+    def hide_labels(self, labels: Tensor) -> Tensor:
+        """In training a share of the labels becomes "none", so that guidance has its other side."""
+        if not self.training:
+            return labels
+        hidden = torch.rand(labels.shape, device=labels.device) < self.cfg.label_dropout
+        return labels.masked_fill(hidden, self.classes)
+
+    def forward(self, z_t: Tensor, t: Tensor, labels: Tensor, grain: Tensor,
+                refine: bool = True) -> Tensor:
+        """refine=False gives the rough prediction alone."""
+        c = self.time(t) + self.label(self.hide_labels(labels))       # (B, D)
+        cells, flat = patchify(z_t, 2), grain.flatten(1)              # (B, n², 4C), (B, n²)
+
+        # 1. Rough, everywhere.
+        h = self.enter(cells) + self.position + self.grain(flat.long())   # (B, n², D)
+        for block in self.blocks:
+            h = block(h, c)
+
+        # 2. Routing: a coarse cell owns one code, a fine one four.
+        last = self.last(h, c)
+        coarse, fine = self.coarse(last).repeat(1, 1, 4), self.fine(last)     # (B, n², 4C) each
+
+        # 3. Correction, where it is fine. Coarse cells are the same bits with and without it.
+        if self.refine is not None and refine:
+            fine = fine + self.refine(h, cells, c, grain)
+        return unpatchify(torch.where(flat[..., None], fine, coarse), 2, 2 * self.side)
+
+
+if __name__ == "__main__":
+    print("Parameters in millions        ours   paper")
+    for name, width, depth, refine, heads, paper in (
+            ("B", 768, 10, 2, 12, "-"), ("L", 1024, 20, 4, 16, "467"),
+            ("XL", 1152, 24, 4, 16, "687")):
+        cfg = ContentConfig(content_width=width, content_depth=depth, refine_depth=refine,
+                            content_heads=heads)
+        with torch.device("meta"):
+            count = count_parameters(Content(cfg, channels=4, side=16, classes=1000))
+        print(f"  D²iT-{name:3} {depth:3} + {refine} blocks  {count / 1e6:7.1f}   {paper}")
+
+    dvae, cfg, _ = load_preset("d2it-256")
+    n = dvae.side
+    print("\nTokens times blocks for one image at 256 pixels, by the share of fine cells:")
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        rough, refined = n * n * cfg.content_depth, round(4 * n * n * share) * cfg.refine_depth
+        print(f"  {share:4.0%}  {rough + refined:6,}")
+    depth = cfg.content_depth + cfg.refine_depth
+    print(f"  a DiT of {depth} blocks on 2x2 patches: {n * n * depth:,}, on single codes: "
+          f"{4 * n * n * depth:,}")
+    print("\nAgainst patches nothing is saved. So what does the map buy, if it buys anything?")

@@ -1,0 +1,236 @@
+"""Settings of D²iT: three dataclasses, which become the flags of d2it/train.py, and their presets.
+
+In       the command line
+Out      DVAEConfig, ContentConfig, TrainConfig; later wins: default, preset, flag
+Differs  the paper's settings of training are not published where we could read them. What stands
+         here is DiT's or ours, and every field says which. The defaults are those of d2it-256
+Try      python -m d2it.presets
+"""
+import argparse
+import math
+import os
+from dataclasses import dataclass
+
+from config import GeneratorConfig
+from d2it.grain import POLICIES
+from plumbing.flags import (
+    Parser,
+    add_flags,
+    as_dict,
+    at_least_one,
+    build,
+    choose,
+    need,
+    read_run,
+    shares,
+)
+
+
+def not_negative(cfg, *names: str) -> None:
+    for name in names:
+        need(0 <= getattr(cfg, name) < math.inf, f"{name} {getattr(cfg, name)} must be 0 or above")
+
+
+@dataclass(frozen=True)
+class DVAEConfig:
+    image_size: int = 256  # side of the square images, in pixels
+    cell_size: int = 16  # side of a cell, in pixels; a fine code stands for a quarter of it [paper]
+    grain_ratio: float = 0.5  # share of the training images' cells that are to be fine [DQ-VAE]
+    grain_policy: str = "entropy"  # entropy, or a control: coarse fine random inverted static
+    code_dim: int = 4  # numbers in a code [LDM]
+    dvae_width: int = 128  # channels at full resolution [DQ-VAE]
+    dvae_mults: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels / dvae_width, by halving [DQ-VAE]
+    dvae_blocks: int = 2  # residual blocks a level; the decoder has one more [DQ-VAE]
+    kl_weight: float = 1e-4  # weight of the KL divergence, in nats per number of a code [ours]
+
+    def __post_init__(self):
+        choose("grain_policy", self.grain_policy, POLICIES)
+        at_least_one(self, "image_size", "cell_size", "code_dim", "dvae_width", "dvae_blocks")
+        shares(self, "grain_ratio")
+        not_negative(self, "kl_weight")
+        cell, mults = self.cell_size, " ".join(map(str, self.dvae_mults))
+        need(min(self.dvae_mults, default=0) >= 1, f"dvae_mults {mults} must be 1 or above")
+        halved = 2 ** (len(self.dvae_mults) - 1)
+        need(cell == halved >= 4, f"cell_size {cell} does not fit dvae_mults {mults}, whose "
+             f"halvings make cells of {halved}; try --cell_size {max(4, halved)}")
+        need(self.dvae_width % 4 == 0, f"dvae_width {self.dvae_width} is not a multiple of 4")
+        below = self.image_size // cell * cell
+        options = " or ".join(str(s) for s in (below, below + cell) if s)
+        need(self.image_size % cell == 0,
+             f"image_size {self.image_size} is not a multiple of cell_size {cell}; try {options}")
+
+    @property
+    def side(self) -> int:  # n, cells on a side
+        return self.image_size // self.cell_size
+
+
+@dataclass(frozen=True)
+class ContentConfig:
+    content_width: int = 768  # channels of the content transformer [DiT-B]
+    content_depth: int = 10  # blocks of the rough network, over the cells [paper]
+    refine_depth: int = 2  # blocks of RefineNet, over fine codes only; 0 for none [paper]
+    content_heads: int = 12  # attention heads [DiT-B]
+    label_dropout: float = 0.1  # share of labels hidden in training, for guidance [DiT]
+    path: str = "noise"  # noise: the net predicts the noise [DiT]; flow: a direction [SiT]
+    grain_loss: str = "code"  # what counts once: a code, or a slot, so a coarse code four times
+    grain_width: int = 384  # channels of the grain transformer [ours: DiT-S's size]
+    grain_depth: int = 12  # blocks of the grain transformer [ours]
+    grain_heads: int = 6  # attention heads of the grain transformer [ours]
+
+    def __post_init__(self):
+        choose("path", self.path, ("noise", "flow"))
+        choose("grain_loss", self.grain_loss, ("code", "slot"))
+        at_least_one(self, "content_width", "content_depth", "content_heads")
+        at_least_one(self, "grain_width", "grain_depth", "grain_heads")
+        shares(self, "label_dropout")
+        not_negative(self, "refine_depth")
+        width, heads = self.content_width, self.content_heads
+        both = math.lcm(4, heads)
+        need(width % both == 0, f"content_width {width} is not a multiple of 4 and of "
+             f"content_heads {heads}; try {width // both * both + both}")
+        need(self.grain_width % (2 * self.grain_heads) == 0, f"grain_width {self.grain_width} must "
+             f"be grain_heads {self.grain_heads} times an even number")
+
+    def generator(self) -> GeneratorConfig:
+        """The grain transformer's settings, as generator.py calls them."""
+        return GeneratorConfig(generator_width=self.grain_width, generator_depth=self.grain_depth,
+                               generator_heads=self.grain_heads, generator_dropout=0.0,
+                               label_dropout=self.label_dropout)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    data: str = "shapes"  # folder, .tar, .zip, .npz, or the built-in "shapes", as for train.py
+    val_data: str = ""  # held-out images; empty: some of --data are set aside
+    holdout: int = 1000  # images set aside when there is no --val_data (at most a tenth)
+    seed: int = 0  # seed of weights, order, augmentation and noise
+    flip: bool = True  # mirror half of the images; never frozen, as a cache of latents would
+    random_crop: bool = False  # take a random crop instead of the centre
+    skip_bad: bool = False  # pass over unreadable images, up to 1%
+    batch_size: int = 256  # images per step over all processes [DiT]
+    dvae_steps: int = 300000  # steps of stage 1 [ours]
+    dvae_learning_rate: float = 1e-4  # its peak learning rate [ours]
+    perceptual_weight: float = 0.0  # stage 1: weight of the ConvNeXt-S loss; needs torchvision
+    adversarial_weight: float = 0.0  # stage 1: weight of the adversarial loss [TiTok: 0.01]
+    adversarial_start: int = 20000  # stage 1: the step at which it begins [TiTok]
+    grain_steps: int = 100000  # steps of stage 2 [ours]
+    grain_learning_rate: float = 1e-4  # its peak learning rate [LlamaGen]
+    content_steps: int = 400000  # steps of stage 3 [DiT]
+    content_learning_rate: float = 1e-4  # its peak learning rate [DiT, where it stays constant]
+    min_learning_rate: float = 1e-5  # learning rate at the end of each stage [ours]
+    warmup_steps: int = 1000  # steps to the peak [ours]
+    weight_decay: float = 0.0  # of matrices, in all stages [DiT]
+    beta2: float = 0.99  # AdamW's second decay; the first is 0.9 [ours]
+    grad_clip: float = 1.0  # largest gradient norm [ours]
+    ema_decay: float = 0.9999  # decay of the averaged weights, which are the ones used [DiT]
+    accumulate: int = 1  # micro-batches per step and process
+    # how to run: these may differ when a run is resumed
+    precision: str = "auto"  # auto (bf16 where the GPU has it), fp32 or bf16
+    compile: bool = False  # torch.compile the model
+    workers: int = 0  # data-loading processes per training process
+    timeout: int = 600  # seconds that a process waits for the others
+    log_every: int = 50  # steps between lines of log.jsonl
+    save_every: int = 1000  # steps between checkpoints
+    sample_every: int = 10000  # steps between pictures in samples/
+
+    def __post_init__(self):
+        choose("precision", self.precision, ("auto", "fp32", "bf16"))
+        at_least_one(self, "batch_size", "accumulate", "holdout", "timeout", "log_every",
+                     "save_every", "sample_every", "dvae_steps", "grain_steps", "content_steps")
+        shares(self, "beta2", "ema_decay")
+        not_negative(self, "seed", "workers", "dvae_learning_rate", "grain_learning_rate",
+                     "content_learning_rate", "min_learning_rate", "warmup_steps", "weight_decay",
+                     "grad_clip", "perceptual_weight", "adversarial_weight", "adversarial_start")
+
+
+CONFIGS = (DVAEConfig, ContentConfig, TrainConfig)
+# May differ when a run is resumed.
+RUN_ONLY = ("precision", "compile", "workers", "timeout", "log_every", "save_every",
+            "sample_every", "skip_bad")
+
+SMALL = dict(  # 32x32 images in cells of 8: 4x4 cells, 16 to 64 codes
+    image_size=32, cell_size=8, dvae_width=16, dvae_mults=(1, 2, 2, 4), dvae_blocks=1,
+    content_width=128, content_depth=4, refine_depth=2, content_heads=4,
+    grain_width=96, grain_depth=3, grain_heads=6,
+    batch_size=64, warmup_steps=50, ema_decay=0.995,
+    dvae_learning_rate=2e-3, grain_learning_rate=1e-3, content_learning_rate=1e-3,
+    log_every=20, save_every=100, sample_every=300)
+PRESETS = {
+    # the built-in shapes, minutes on a CPU
+    "d2it-tiny": dict(SMALL, flip=False, dvae_steps=600, grain_steps=300, content_steps=900),
+    # your own images at 32x32, --data needed
+    "d2it-cifar": dict(SMALL, dvae_width=32, content_width=192, content_heads=6,
+                       dvae_steps=6000, grain_steps=2000, content_steps=20000,
+                       save_every=500, sample_every=2000, ema_decay=0.999),
+    # your own images at 64x64: 8x8 cells, the smallest size at which a map is worth predicting
+    "d2it-64": dict(SMALL, image_size=64, dvae_width=32, dvae_blocks=2, content_width=384,
+                    content_depth=10, content_heads=6, grain_width=192, grain_depth=6,
+                    batch_size=128, dvae_steps=40000, grain_steps=20000, content_steps=100000,
+                    dvae_learning_rate=5e-4, grain_learning_rate=3e-4,
+                    content_learning_rate=3e-4, warmup_steps=500, ema_decay=0.9995,
+                    log_every=50, save_every=1000, sample_every=5000, workers=4),
+    # the paper's size, D²iT-B: DiT-B's width, 10 + 2 blocks
+    "d2it-256": dict(workers=8),
+}
+
+
+def load_preset(name: str) -> tuple[DVAEConfig, ContentConfig, TrainConfig]:
+    """A preset's three configurations. Raises UserError for an unknown name."""
+    choose("preset", name, PRESETS)
+    return build(CONFIGS, PRESETS[name])
+
+
+def parse_run(doc: str, argv=None) -> argparse.Namespace:
+    """The command line of d2it.train -> .run .preset .stage .device and .dvae .content .train.
+
+    Later wins: default, preset, flag. A run folder that exists stands for the preset it had.
+    """
+    parser = Parser(prog="python -m d2it.train", description=doc,
+                    epilog=f"Presets: {', '.join(PRESETS)}. Defaults above are those of d2it-256.")
+    parser.add_argument("--preset",
+                        help="settings to start from (default: the run's, else d2it-tiny)")
+    parser.add_argument("--run", help="folder of this run (default: runs/PRESET)")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3),
+                        help="1 the DVAE, 2 maps, 3 content (default: all that are not finished)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="where to compute (default: a GPU if there is one)")
+    add_flags(parser, CONFIGS)
+    flags = vars(parser.parse_args(argv))
+    words = {name: flags.pop(name) for name in ("preset", "run", "stage", "device")}
+    folder = words["run"] or os.path.join("runs", words["preset"] or "d2it-tiny")
+    values = {"preset": words["preset"] or "d2it-tiny"}
+    if words["preset"] is None and os.path.exists(os.path.join(folder, "config.json")):
+        values = read_run(folder)
+        need(values["preset"] in PRESETS, f"{folder} is a run of train.py, not of d2it.train; "
+             "give another folder with --run")
+    preset = values.pop("preset")
+    choose("preset", preset, PRESETS)
+    dvae, content, train = build(CONFIGS, {**PRESETS[preset], **values, **flags})
+    return argparse.Namespace(**{**words, "run": folder, "preset": preset},
+                              dvae=dvae, content=content, train=train)
+
+
+def settings(stage: int, dvae: DVAEConfig, content: ContentConfig, train: TrainConfig) -> dict:
+    """The fields that must stay the same while this stage is trained, as one flat dictionary.
+
+    Later stages may be trained anew with other settings on the same DVAE.
+    """
+    prefix = {1: "dvae_", 2: "grain_", 3: "content_"}
+    own = {1: as_dict(dvae), 2: as_dict(content.generator()), 3: as_dict(content)}[stage]
+    stage_1_only = ("perceptual_weight", "adversarial_weight", "adversarial_start")
+    others = tuple(p for s, p in prefix.items() if s != stage)
+    shared = {k: v for k, v in as_dict(train).items() if k not in RUN_ONLY
+              and not k.startswith(others) and (stage == 1 or k not in stage_1_only)}
+    return {**own, **shared}
+
+
+if __name__ == "__main__":
+    columns = {name: as_dict(*load_preset(name)) for name in PRESETS}
+    print(f"{'':24}" + "".join(f"{name:>14}" for name in columns))
+    for field in columns["d2it-tiny"]:
+        text = [str(column[field]).strip("[]").replace(",", "") for column in columns.values()]
+        print(f"{field:24}" + "".join(f"{t:>14}" for t in text))
+    for name in PRESETS:
+        n = load_preset(name)[0].side
+        print(f"{name}: {n} x {n} cells, {n * n} to {4 * n * n} codes, 2^{n * n} possible maps")
+    print("\nHow many of those maps will ever be seen in training?")
