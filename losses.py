@@ -2,10 +2,10 @@
 
 In       recon, images (B, 3, H, W) in [-1, 1]
 Out      scalars without weights; train.py multiplies and adds them in one line
-Source   [TiTok] 1d-tokenizer, stage 2: squared error 1.0 + ConvNeXt-S logits 0.1
-         + hinge 0.01 (from step 20,000 on), with LeCam 0.001 on the discriminator
-Differs  the discriminator is the 70x70 PatchGAN of pix2pix and taming-transformers, the one most readers
-         know; TiTok's own is a wider relative that blurs as it down-samples
+Paper    nothing is known to us; [TiTok] 1d-tokenizer, stage 2: squared error 1.0 + ConvNeXt-S
+         logits 0.1 + hinge 0.01 (from step 20,000 on), with LeCam 0.001 on the discriminator
+Differs  the discriminator is the 70x70 PatchGAN of pix2pix and taming-transformers, the one most
+         readers know; TiTok's own is a wider relative that blurs as it down-samples
 Try      python losses.py      (CPU, about a second)
 """
 import pickle
@@ -27,7 +27,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # pixels
 
 def reconstruction(recon: Tensor, images: Tensor) -> Tensor:
-    """Mean squared error, a scalar; float32 whatever autocast does, since bf16 keeps two to three digits."""
+    """Mean squared error, a scalar, the loss; float32 whatever autocast does.
+
+    bf16 would keep two to three digits of it.
+    """
     return F.mse_loss(recon.float(), images.float())
 
 
@@ -59,12 +62,12 @@ def psnr(recon: Tensor, images: Tensor) -> Tensor:
 # perception
 
 class Perceptual(nn.Module):
-    """Squared error between the logits that a frozen ImageNet classifier gives to two images [TiTok].
+    """Squared error between a frozen ImageNet classifier's logits of two images [TiTok].
 
-    network   normalised images (B, 3, 224, 224) -> logits (B, classes); None is torchvision's ConvNeXt-S
+    network   normalised images (B, 3, 224, 224) -> logits (B, classes);
+              None is torchvision's ConvNeXt-S
 
-    The gradient reaches `recon` only. Raises UserError when torchvision or its weights cannot be
-    had.
+    The gradient reaches `recon` only. Raises UserError when torchvision or its weights are missing.
     """
 
     def __init__(self, network: nn.Module | None = None):
@@ -98,8 +101,9 @@ def pretrained_convnext() -> nn.Module:
     try:
         from torchvision.models import ConvNeXt_Small_Weights, convnext_small
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another version of torch
-        raise UserError(f"the perceptual loss needs a torchvision that fits torch {torch.__version__}: "
-                        "pip install torchvision, or run with --perceptual_weight 0") from error
+        raise UserError(
+            f"the perceptual loss needs a torchvision that fits torch {torch.__version__}: "
+            "pip install torchvision, or run with --perceptual_weight 0") from error
     weights = ConvNeXt_Small_Weights.IMAGENET1K_V1
     try:
         return convnext_small(weights=weights)
@@ -115,10 +119,10 @@ def pretrained_convnext() -> nn.Module:
 # adversary
 
 class Discriminator(nn.Module):
-    """PatchGAN: images (B, 3, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2), one verdict per 70x70 patch.
+    """PatchGAN: images (B, 3, H, W) -> logits (B, 1, H/8 - 2, W/8 - 2).
 
-    Positive means "real". At 32x32 each of the 2x2 verdicts sees the whole image; 24x24 is the
-    least.
+    One verdict per 70x70 patch, positive means "real". At 32x32 each of the 2x2 verdicts sees the
+    whole image; 24x24 is the least.
 
     Widths, kernels and initialisation as in pix2pix and taming-transformers. They normalise over
     the batch; we normalise each image by itself, in groups of channels, so there are no running
@@ -145,16 +149,17 @@ class Discriminator(nn.Module):
             nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        need(min(images.shape[-2:]) >= 24, f"the adversarial loss needs images of 24 pixels or more, not "
-                                           f"{min(images.shape[-2:])}; run with --adversarial_weight 0")
+        side = min(images.shape[-2:])
+        need(side >= 24, f"the adversarial loss needs images of 24 pixels or more, not {side}; "
+                         "run with --adversarial_weight 0")
         return self.layers(images)
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Hinge loss of the discriminator, a scalar: half the sum of the two sides [taming-transformers, TiTok].
+    """Hinge loss of the discriminator, a scalar [taming-transformers, TiTok].
 
-    Anchors: 0 when all real logits are above 1 and all fake ones below -1; 1 when all are 0
-    (undecided).
+    It is half the sum of the two sides. Anchors: 0 when all real logits are above 1 and all fake
+    ones below -1; 1 when all are 0 (undecided).
     """
     real = F.relu(1 - real_logits.float()).mean()
     fake = F.relu(1 + fake_logits.float()).mean()
@@ -171,7 +176,7 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 class LeCam(nn.Module):
-    """LeCam regularisation: holds the discriminator back where it has pulled real and fake far apart.
+    """LeCam regularisation: holds the discriminator back where real and fake are far apart.
 
         relu(mean(real) - fake anchor)^2 + relu(real anchor - mean(fake))^2
 
@@ -206,14 +211,16 @@ class LeCam(nn.Module):
 
 
 class Adversary:
-    """The discriminator with its optimizer: judge() for the tokenizer's loss, learn() for its own step.
+    """The discriminator with its optimizer.
 
+    judge() gives the tokenizer's loss, learn() takes the discriminator's own step.
     Hinge loss plus 0.001 x LeCam, AdamW at the tokenizer's learning rate [TiTok].
     """
 
     def __init__(self, learning_rate: float, device: torch.device):
         self.net, self.lecam = Discriminator().to(device), LeCam().to(device)
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=learning_rate,
+                                           betas=(0.9, 0.999), weight_decay=1e-4)
         self.seen = None  # (real, fake) of the step that is under way
 
     def see(self, images: Tensor, recon: Tensor) -> None:
@@ -240,7 +247,8 @@ class Adversary:
         self.lecam.update(real.detach(), fake.detach())
 
     def state_dict(self) -> dict:
-        return {"net": self.net.state_dict(), "lecam": self.lecam.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"net": self.net.state_dict(), "lecam": self.lecam.state_dict(),
+                "optimizer": self.optimizer.state_dict()}
 
     def load(self, parts: dict, path: str) -> None:
         """Take over a state_dict() from the checkpoint at `path`. Raises UserError if it is not whole."""
@@ -259,17 +267,20 @@ if __name__ == "__main__":
     print("Gaussian noise on an image in [-1, 1]    halving it gains 6 dB")
     for sigma in (0.4, 0.2, 0.1, 0.05, 0.025):
         recon = images + sigma * torch.randn_like(images)
-        print(f"  sigma {sigma:<6} loss {reconstruction(recon, images):.5f}   PSNR {psnr(recon, images).mean():.1f} dB")
+        print(f"  sigma {sigma:<6} loss {reconstruction(recon, images):.5f}   "
+              f"PSNR {psnr(recon, images).mean():.1f} dB")
 
     print("\nhinge losses at some logits               discriminator   tokenizer")
-    for what, real, fake in (("undecided", 0., 0.), ("right, by a margin", 1., -1.), ("right, far beyond it", 5., -5.),
-                             ("wrong", -1., 1.)):
-        real_logits, fake_logits = torch.tensor(real), torch.tensor(fake)
-        print(f"  {what:21} real {real:4g}  fake {fake:4g}   {discriminator_loss(real_logits, fake_logits):12g} "
-              f"{generator_loss(fake_logits) + 0:12g}")    # + 0 turns -0 into 0
+    cases = (("undecided", 0., 0.), ("right, by a margin", 1., -1.),
+             ("right, far beyond it", 5., -5.), ("wrong", -1., 1.))
+    for what, real, fake in cases:
+        theirs = discriminator_loss(torch.tensor(real), torch.tensor(fake))
+        ours = generator_loss(torch.tensor(fake)) + 0  # + 0 turns -0 into 0
+        print(f"  {what:21} real {real:4g}  fake {fake:4g}   {theirs:12g} {ours:12g}")
 
     discriminator = Discriminator()
-    print(f"\nPatchGAN of {sum(p.numel() for p in discriminator.parameters()) / 1e6:.1f}M parameters, its verdicts:")
+    millions = sum(p.numel() for p in discriminator.parameters()) / 1e6
+    print(f"\nPatchGAN of {millions:.1f}M parameters, its verdicts:")
     for size in (32, 64, 256):
         with torch.no_grad():
             logits = discriminator(torch.zeros(1, 3, size, size))
