@@ -1,0 +1,285 @@
+"""Folders and archives: which images lie there, and how one of them is read. Nothing is unpacked.
+
+In       a folder, a .tar, a .zip, or a .tar.gz .tar.xz .tar.bz2, of which a plain .tar is made once
+Out      list_folder, list_tar, list_zip   a Listing: names, places and sizes of the images
+         read_from_folder, ..._tar, ..._zip   one of them, uint8 (H, W, 3)
+Differs  the paper says nothing of files. Names are only compared, never used as paths; what an
+         archive is, its first bytes say and not its name; what is passed over is counted
+"""
+import bz2
+import functools
+import glob
+import gzip
+import hashlib
+import lzma
+import math
+import os
+import re
+import sys
+import tarfile
+import zipfile
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from plumbing import checkpoint
+from plumbing.flags import need
+from plumbing.images import ENDINGS, MEND_IMAGE, decode, explained, read_image
+
+MEND_ARCHIVE = "is it complete? copy it again"
+# No archive of photographs comes near these; a bomb, kilobytes that unpack to terabytes, is
+# stopped at them.
+MAX_RATIO, ALWAYS_ALLOWED = 200, 1 << 30  # unpacked bytes: a GiB, and 200 for each packed one
+MAX_FILE = 1 << 28  # bytes of one image file in an archive
+# What operating systems and programs leave in any folder, compared in lower case.
+NOT_DATA = ("__macosx", "lost+found", "system volume information", "$recycle.bin", "@eadir",
+            "__pycache__", "thumbs.db", "desktop.ini")
+
+KINDS = {b"PK\3\4": "zip", b"PK\5\6": "zip", b"\x1f\x8b": "gz", b"\xfd7zXZ\0": "xz", b"BZh": "bz2",
+         b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar", b"\x28\xb5\x2f\xfd": "zstd",
+         b"\x93NUMPY": "npy"}
+KINDS_BY_ENDING = {".zip": "zip", ".npz": "npz", ".tar": "tar", ".tar.gz": "gz", ".tgz": "gz",
+                   ".tar.xz": "xz", ".txz": "xz", ".tar.bz2": "bz2", ".tbz2": "bz2"}
+OPENERS = {"gz": gzip.open, "xz": lzma.open, "bz2": bz2.open}
+
+
+def note(text: str) -> None:
+    """One line on stderr, from one of the processes."""
+    if os.environ.get("RANK", "0") in ("", "0"):
+        print(f"note: {text}", file=sys.stderr)
+
+
+def digest(*parts: str | bytes) -> str:
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape"))
+    return h.hexdigest()[:32]
+
+
+# ------------------------------------------------------------------------------------------------
+# names and kinds
+
+def split(name: str, separator: str = "/") -> tuple[str, ...]:
+    """./a/b.jpg -> a, b.jpg"""
+    return tuple(part for part in name.split(separator) if part not in ("", "."))
+
+
+def separator_of(names) -> str:
+    """What stands between folders: a zip from Windows may have only backslashes."""
+    names = list(names)
+    only_backslashes = any("\\" in name for name in names) and not any("/" in n for n in names)
+    return "\\" if only_backslashes else "/"
+
+
+def hidden(name: str) -> bool:
+    """.ipynb_checkpoints, ._x.jpg, a Mac's __MACOSX, lost+found, and whatever lies below"""
+    return any(part.startswith(".") or part.lower() in NOT_DATA for part in split(name))
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(ENDINGS)
+
+
+def kind_of(path: str) -> str:
+    """zip, npz, tar, gz or another name of KINDS, by the first bytes, or else by the ending; or "".
+    """
+    with explained(path, "make it readable"), open(path, "rb") as file:
+        head = file.read(512)
+    kind = next((kind for start, kind in KINDS.items() if head.startswith(start)), "")
+    if head[257:262] == b"ustar":
+        kind = "tar"
+    if kind == "zip" and is_npz(path):
+        kind = "npz"
+    ending = re.search(r"(\.tar)?\.\w+$", path.lower())
+    return kind or (KINDS_BY_ENDING.get(ending[0], "") if ending else "")
+
+
+def is_npz(path: str) -> bool:
+    """NumPy's .npz is a zip of .npy files."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except Exception:  # torn, and whoever reads it will say so
+        return path.lower().endswith(".npz")
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+@dataclass
+class Listing:
+    """What was found in a folder or an archive."""
+    files: dict = field(default_factory=dict)  # of images: name -> (offset, size)
+    folders: list = field(default_factory=list)
+    shards: list = field(default_factory=list)  # in a folder: names of its .tar files
+    texts: dict = field(default_factory=dict)  # in a tar: name of a .cls file -> what it says
+    passed: Counter = field(default_factory=Counter)  # other files: ending -> how many
+
+    def pass_over(self, name: str) -> None:
+        self.passed[os.path.splitext(name)[1].lower() or "without an ending"] += 1
+
+    def passed_over(self) -> str:
+        """"3 files passed over: 2 .heic, 1 .txt", or nothing."""
+        if not self.passed:
+            return ""
+        kinds = [f"{n:,} {ending}" for ending, n in self.passed.most_common(5)]
+        kinds += [f"{len(self.passed) - 5} more kinds"] if len(self.passed) > 5 else []
+        total = self.passed.total()
+        return f"{total:,} file{'s' if total > 1 else ''} passed over: {', '.join(kinds)}"
+
+
+# ------------------------------------------------------------------------------------------------
+# folders
+
+def list_folder(root: str) -> Listing:
+    found, todo = Listing(), [""]
+    with explained(root, "make it readable"):
+        while todo:
+            above = todo.pop()
+            need(above.count("/") <= 8,
+                 f"{root}: {above} lies deeper than 8 folders; does a link lead back up?")
+            for entry in os.scandir(os.path.join(root, above)):
+                name = above + entry.name
+                if hidden(entry.name):
+                    continue
+                need(not entry.is_symlink() or os.path.exists(entry.path),
+                     f"{entry.path}: a link that leads nowhere; mend or remove it")
+                if entry.is_dir():
+                    found.folders.append(name)
+                    todo.append(name + "/")
+                elif entry.is_file() and is_image(name):
+                    found.files[name] = (0, entry.stat().st_size)
+                elif entry.is_file():
+                    found.pass_over(name)
+                    if name.lower().endswith(".tar"):
+                        found.shards.append(name)
+    return found
+
+
+def read_from_folder(root: str, key: np.void) -> np.ndarray:
+    return read_image(os.path.join(root, key["name"]), MEND_IMAGE)
+
+
+# ------------------------------------------------------------------------------------------------
+# tar
+
+def list_tar(path: str, shown: str) -> Listing:
+    """`shown` is the name for error messages."""
+    found, end = Listing(), 0
+    with explained(shown, MEND_ARCHIVE), tarfile.open(path, "r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # or it keeps a kilobyte for every one of a million images
+            end = member.offset_data + math.ceil(member.size / 512) * 512
+            if hidden(member.name):
+                continue
+            if member.isdir():
+                found.folders.append(member.name)
+            elif is_image(member.name):
+                need(member.isreg() and not member.issparse(), f"{shown}: {member.name} is a link "
+                     "or a sparse file; pack it again with tar --dereference --hard-dereference")
+                need_small(shown, member.name, member.size)
+                found.files[member.name] = (member.offset_data, member.size)
+            elif member.isreg() and member.name.endswith(".cls") and member.size < 1000:
+                text = tar.extractfile(member).read()
+                found.texts[member.name] = text.decode("utf-8", "backslashreplace").strip()
+            elif member.isreg():
+                found.pass_over(member.name)
+        # TRAP: tarfile takes a damaged header for the end of the archive; a true end is marked by
+        # a block of zeros.
+        with open(path, "rb") as file:
+            file.seek(end)
+            need(file.read(512) == bytes(512),
+                 f"{shown}: torn after {len(found.files)} images; {MEND_ARCHIVE}")
+    return found
+
+
+def need_small(path: str, name: str, size: int) -> None:
+    need(size <= MAX_FILE, f"{path}: {name} has {size:,} bytes, and an image may have "
+         f"{MAX_FILE:,}; remove it")
+
+
+def read_from_tar(path: str, key: np.void) -> np.ndarray:
+    name = f"{path}: {key['name']}"
+    with explained(name, MEND_IMAGE), open(path, "rb") as file:
+        file.seek(key["offset"])
+        data = file.read(key["size"])
+    return decode(data, name)
+
+
+def read_from_shard(root: str, key: np.void) -> np.ndarray:
+    return read_from_tar(os.path.join(root, key["shard"]) if key["shard"] else root, key)
+
+
+def decompressed(path: str, kind: str, cache: str | None) -> str:
+    """A compressed tar -> path of the plain one in `cache`, made once: it has no random access.
+
+    A copy belongs to what the archive holds, not to its date. That of an older content goes.
+    """
+    with open(path, "rb") as file:  # the last bytes hold checksums or sizes of all that is packed
+        size = os.stat(path).st_size
+        first, _, last = file.read(1 << 20), file.seek(max(0, size - (1 << 20))), file.read()
+    content = digest(str(size), first, last)[:12]
+    folder, base = cache or os.path.dirname(path), os.path.basename(path)
+    start = os.path.join(glob.escape(folder), glob.escape(base))
+    made = glob.glob(f"{start}.*.{content}.tar")
+    if made:
+        return made[0]
+    place = digest(os.path.abspath(path))[:6]
+    target = os.path.join(folder, f"{base}.{place}.{content}.tar")
+    print(f"unpacking {path} once into {target}", file=sys.stderr)
+    repair = f"is it complete, and is there room in {folder or '.'}?"
+    with explained(path, repair):
+        os.makedirs(folder or ".", exist_ok=True)
+    checkpoint.sweep(folder or ".")  # a killed run may have left as much as it had unpacked
+    with (checkpoint.replacing(target) as plain, explained(path, repair),
+          OPENERS[kind](path) as packed):
+        while chunk := packed.read(1 << 20):
+            plain.write(chunk)
+            need_sane(path, size, plain.tell())
+        plain.flush()
+        list_tar(plain.name, path)  # only what can be read to its end gets the lasting name
+    for stale in glob.glob(f"{start}.{place}.*.tar"):
+        if stale != target:
+            os.unlink(stale)
+    return target
+
+
+def need_sane(path: str, packed: int, unpacked: int) -> None:
+    """Raise UserError for an archive that unpacks to far more bytes than pictures do."""
+    need(unpacked <= ALWAYS_ALLOWED + MAX_RATIO * packed, f"{path}: its {packed:,} bytes unpack to "
+         f"more than {ALWAYS_ALLOWED:,} and {MAX_RATIO} for each of them, as no archive of "
+         "pictures does; unpack it yourself if you trust it")
+
+
+# ------------------------------------------------------------------------------------------------
+# zip
+
+def list_zip(path: str) -> Listing:
+    found = Listing()
+    with explained(path, MEND_ARCHIVE), zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+    separator = separator_of(info.filename for info in infos)
+    for info in infos:
+        if hidden(info.filename.replace(separator, "/")):
+            continue
+        if info.filename.endswith(separator):
+            found.folders.append(info.filename)
+        elif is_image(info.filename):
+            # zipfile reads no more of a member than its size says
+            need_small(path, info.filename, info.file_size)
+            found.files[info.filename] = (info.header_offset, info.file_size)
+        else:
+            found.pass_over(info.filename)
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def zip_handle(path: str, pid: int) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+def read_from_zip(path: str, key: np.void) -> np.ndarray:
+    name = f"{path}: {key['name']}"
+    with explained(name, MEND_IMAGE):
+        # TRAP: processes that share a handle share its position, so each one opens its own.
+        data = zip_handle(path, os.getpid()).read(str(key["name"]))
+    return decode(data, name)
