@@ -12,12 +12,11 @@ Try      python config.py      (prints the presets side by side)
 import argparse
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 
 from plumbing.flags import (
-    DEVICES, Parser, UserError, add_flags, as_dict, at_least_one, build, choose, need, not_negative,
-    number, read_run, shares)
+    Parser, UserError, as_dict, at_least_one, build, choose, need, not_negative, number,
+    parse_command, shares)
 
 
 @dataclass(frozen=True)
@@ -249,26 +248,8 @@ def parse_run(doc: str, argv=None) -> argparse.Namespace:
     parser = Parser(prog="train.py", description=doc, epilog=(
         f"Presets: {', '.join(PRESETS)}. Defaults above are those of the imagenet presets; "
         "python config.py shows what the others change."))
-    add = parser.add_argument
-    add("--preset", help="settings to start from (default: those of an existing --run, else tiny)")
-    add("--run", help="folder of this run (default: runs/PRESET)")
-    add("--stage", type=int, choices=(1, 2, 3),
-        help="only this stage (default: all that are not finished yet)")
-    add("--device", choices=DEVICES, default="auto",
-        help="where to compute (default: a GPU if there is one)")
-    add_flags(parser, CONFIGS)
-    args = vars(parser.parse_args(argv))
-    preset, folder = args.pop("preset"), args.pop("run")
-    stage, device = args.pop("stage"), args.pop("device")
-    folder = folder or os.path.join("runs", preset or "tiny")
-    values = {"preset": preset or "tiny"}
-    if preset is None and os.path.exists(os.path.join(folder, "config.json")):
-        values = read_run(folder)
-    preset = values.pop("preset")
-    choose("preset", preset, PRESETS)
-    tok, gen, train = build(CONFIGS, {**PRESETS[preset], **values, **args})
-    return argparse.Namespace(run=folder, preset=preset, stage=stage, device=device,
-                              tok=tok, gen=gen, train=train)
+    args, (tok, gen, train) = parse_command(parser, PRESETS, "tiny", CONFIGS, argv)
+    return argparse.Namespace(**vars(args), tok=tok, gen=gen, train=train)
 
 
 def settings(kind: str, *configs) -> dict:

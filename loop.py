@@ -20,6 +20,7 @@ Differs  From nanoGPT's loop only in what a long run needs: it can stop and go o
 Try      python loop.py      (prints how the learning rate rises and falls)
 """
 import contextlib
+import copy
 import math
 import sys
 import time
@@ -76,6 +77,22 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     """
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """The averaged weights to be: in eval mode, and no optimizer's business."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+class LossOf(nn.Module):
+    """A generator whose forward is its loss: DDP and torch.compile look at forward only."""
+
+    def __init__(self, generator: nn.Module):
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, ids: Tensor, labels: Tensor):
+        return self.generator.loss(ids, labels)
 
 
 class Loop:

@@ -18,7 +18,6 @@ Exit     0 done, 1 failure, 2 something to mend in the command or the run
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
 import argparse
-import difflib
 import os
 import re
 import time
@@ -37,6 +36,7 @@ from plumbing import checkpoint
 from plumbing.flags import Parser, UserError, need, number
 from plumbing.images import read_image, resize_crop, save_grid, to_float, to_uint8
 from plumbing.processes import Processes, enough_memory, need_room
+from plumbing.samples import class_number, write_npz
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -109,25 +109,6 @@ def parse(argv=None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------
 # samples
 
-def class_number(text: str, names: list[str]) -> int:
-    """A name or a number as text -> the class's number. What is both is taken as a name.
-
-    Raises UserError that says which names are close.
-    """
-    if text in names:
-        return names.index(text)
-    if text.isdecimal() and int(text) < len(names):
-        return int(text)
-    close = [name for name in names if text.lower() in name.lower()]
-    close = close or difflib.get_close_matches(text, names)
-    if close:
-        hint = f"did you mean {' or '.join(map(repr, close[:3]))}?"
-    else:
-        few = ", ".join(f"{k} {name}" for k, name in enumerate(names[:5]))
-        hint = f"the run has {len(names)} classes: {few}" + (", ..." if len(names) > 5 else "")
-    raise UserError(f"class {text!r} is unknown; {hint}")
-
-
 def draw_samples(model: Generator, tokenizer: NativeTok, labels: Tensor, options: dict, seed: int,
                  batch_size: int) -> np.ndarray:
     """labels (n,) -> uint8 (n, H, W, 3).
@@ -179,14 +160,6 @@ def samples(args, tokenizer: NativeTok, device: torch.device) -> None:
     print(f"{len(images):,} samples, {len(images) / seconds:.1f} images per second "
           f"on {device.type}")
     print("\n".join(made))
-
-
-def write_npz(path: str, images: np.ndarray, labels: Tensor) -> list[str]:
-    """Write the samples -> what to say of them."""
-    with checkpoint.replacing(path) as file:
-        np.savez(file, arr_0=images, arr_1=labels.numpy())
-    return [f"{path}: arr_0 {images.dtype} {images.shape}, arr_1 their labels, "
-            f"{len(labels.unique())} classes"]
 
 
 def write_pictures(args, images: np.ndarray, labels: Tensor, names: list[str]) -> list[str]:

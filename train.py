@@ -17,7 +17,6 @@ Exit      0 finished, 1 failure, 2 something to mend in the command or the data,
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
-import copy
 import os
 import time
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from config import TokenizerConfig, TrainConfig, settings
 from evaluation.progress import evaluate, held_out_loss, show_reconstructions, show_samples
 from generator import GENERATORS
 from layers import count_parameters
-from loop import Loop, need_equal_pieces, new_optimizer
+from loop import Loop, LossOf, frozen_copy, need_equal_pieces, new_optimizer
 from losses import Adversary, Perceptual, reconstruction
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
@@ -140,10 +139,6 @@ class Tokenizer:
                       adversary=self.adversary and self.adversary.state_dict())
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).requires_grad_(False).eval()
-
-
 def train_tokenizer(run: Run, stage: int | None, change: Callable = lambda model: model) -> None:
     """The phases of stages 1 and 2 that are not finished yet; of one stage if it is given."""
     plan = phases(run.tok, run.train)
@@ -250,17 +245,6 @@ def tend_codebook(quantizer: nn.Module, ema: nn.Module, step: int, phase: Phase,
 
 # ------------------------------------------------------------------------------------------------
 # stage 3: the generators
-
-class LossOf(nn.Module):
-    """A generator whose forward is its loss: DDP and torch.compile look at forward only."""
-
-    def __init__(self, generator: nn.Module):
-        super().__init__()
-        self.generator = generator
-
-    def forward(self, ids: Tensor, labels: Tensor):
-        return self.generator.loss(ids, labels)
-
 
 def finished_tokenizer(run: Run) -> NativeTok:
     """The tokenizer of this run. Raises UserError while a phase of stages 1 and 2 is missing."""

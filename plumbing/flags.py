@@ -160,3 +160,33 @@ def read_run(folder: str) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}; "
                         "restore it or repeat train.py with --preset") from None
+
+
+def parse_command(parser: Parser, presets: dict, default: str, configs: tuple[type, ...],
+                  argv=None) -> tuple[argparse.Namespace, tuple]:
+    """The command line of a training program -> .run .preset .stage .device, and its settings.
+
+    Later wins: default, preset, flag. A run folder that exists stands for the preset it was made
+    with, and for the settings that were given then.
+    """
+    add = parser.add_argument
+    add("--preset",
+        help=f"settings to start from (default: those of an existing --run, else {default})")
+    add("--run", help="folder of this run (default: runs/PRESET)")
+    add("--stage", type=int, choices=(1, 2, 3),
+        help="only this stage (default: all that are not finished yet)")
+    add("--device", choices=DEVICES, default="auto",
+        help="where to compute (default: a GPU if there is one)")
+    add_flags(parser, configs)
+    flags = vars(parser.parse_args(argv))
+    args = argparse.Namespace(**{name: flags.pop(name)
+                                 for name in ("run", "preset", "stage", "device")})
+    args.run = args.run or os.path.join("runs", args.preset or default)
+    values = {"preset": args.preset or default}
+    if args.preset is None and os.path.exists(os.path.join(args.run, "config.json")):
+        values = read_run(args.run)
+        need(values["preset"] in presets, f"{args.run} has preset {values['preset']}, which this "
+             f"program does not know ({', '.join(presets)}); give another folder with --run")
+    args.preset = values.pop("preset")
+    choose("preset", args.preset, presets)
+    return args, build(configs, {**presets[args.preset], **values, **flags})

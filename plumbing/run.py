@@ -172,22 +172,23 @@ class OpenRun:
     """A run as its checkpoint knows it: configurations, images, the checkpoint itself."""
     folder: str
     configs: tuple     # one instance of each dataclass that open_run was given
-    data: ImageSet     # what the tokenizer has learned from
+    data: ImageSet     # what it has learned from
     val: ImageSet      # what was held out
-    saved: dict        # the content of tokenizer.pt
+    saved: dict        # the content of the checkpoint
 
 
-def open_run(folder: str, configs: tuple[type, ...]) -> OpenRun:
-    """Open a run to look at it: the settings are those that the checkpoint was made with.
+def open_run(folder: str, configs: tuple[type, ...], name: str = "tokenizer.pt",
+             program: str = "train.py") -> OpenRun:
+    """Open a run to look at it: the settings are those that the checkpoint `name` was made with.
 
     config.json tells only where the images lie now and what may differ (workers, skip_bad ...).
     Raises UserError when there is no checkpoint, and when the images are no longer those that it
     has learned from: a folder that grew would hold out others, which may have been trained on.
     """
-    path = os.path.join(folder, "tokenizer.pt")
+    path = os.path.join(folder, name)
     values = read_run(folder)
     need(checkpoint.exists(path),
-         f"{folder} has no tokenizer.pt; train one: python train.py --run {folder}")
+         f"{folder} has no {name}; train one: python {program} --run {folder}")
     saved = checkpoint.load(path, needs=("settings", "data"))
     del values["preset"]
     values |= {name: value for name, value in saved["settings"].items() if name not in PLACES}
