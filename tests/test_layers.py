@@ -1,4 +1,5 @@
-"""Promises of layers.py: patches lie where they should, and attention sees what it may, as its formula says."""
+"""Promises of layers.py: patches lie where they should, and attention is what its formula says."""
+import itertools
 import math
 
 import pytest
@@ -30,7 +31,7 @@ def some(*shape, seed=0):
 
 
 def attention(bias=True) -> Attention:
-    """With weights so large that every visible token makes a difference, and with biases that do."""
+    """With weights so large that every visible token makes a difference, and biases that do."""
     torch.manual_seed(0)
     module = Attention(D, HEADS, bias)
     for p in module.parameters():
@@ -55,7 +56,8 @@ def test_patches_are_in_reading_order_and_hold_row_column_channel():
     assert patches.shape == (6, 12)
     for n in range(6):
         top, left = n // 3 * P, n % 3 * P
-        expected = [100 * c + 10 * (top + y) + left + x for y in range(P) for x in range(P) for c in range(3)]
+        pixels = itertools.product(range(P), range(P), range(3))
+        expected = [100 * c + 10 * (top + y) + left + x for y, x, c in pixels]
         assert patches[n].tolist() == expected
 
 
@@ -68,21 +70,27 @@ def test_sincos_rows_have_one_norm_and_are_all_different(side, width):
     assert rows.shape == (side * side, width) and rows.dtype == torch.float32
     norms = rows.norm(dim=1)
     torch.testing.assert_close(norms, norms[:1].expand_as(norms))
-    assert norms[0] > 0.1 * math.sqrt(width), "unit scale, so that attention can tell patches apart from the start"
+    assert norms[0] > 0.1 * math.sqrt(width), (
+        "unit scale, so that attention can tell patches apart from the start"
+    )
     apart = torch.cdist(rows, rows) + 1e9 * torch.eye(len(rows))
     assert apart.min() > 0.05 * norms[0]
 
 
 def test_half_of_a_sincos_row_tells_the_row_and_half_the_column():
     grid = sincos_2d(4, 16).view(4, 4, 16)  # (row, column, channel)
-    assert torch.equal(grid[:, :, :8], grid[:, :1, :8].expand(-1, 4, -1)), "first half: the same along a row"
-    assert torch.equal(grid[:, :, 8:], grid[:1, :, 8:].expand(4, -1, -1)), "second half: the same along a column"
+    assert torch.equal(grid[:, :, :8], grid[:, :1, :8].expand(-1, 4, -1)), (
+        "first half: the same along a row"
+    )
+    assert torch.equal(grid[:, :, 8:], grid[:1, :, 8:].expand(4, -1, -1)), (
+        "second half: the same along a column"
+    )
     assert torch.equal(grid[2, 1, :8], grid[1, 2, 8:]), "both axes count alike"
 
 
 def test_the_nearest_sincos_rows_are_the_neighbouring_patches():
     rows = F.normalize(sincos_2d(4, 64), dim=1)
-    place = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"), dim=-1).view(16, 2)
+    place = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))  # (16, 2)
     distance, alike = torch.cdist(place, place), rows @ rows.T
     for n in range(16):
         assert alike[n][distance[n] == 1].min() > alike[n][distance[n] > 1].max()
@@ -104,7 +112,8 @@ def test_rotation_keeps_lengths_types_and_position_0():
     x = some(B, HEADS, T, D)
     turned = rotate(x, rotary_table(T, D))
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-    assert torch.equal(turned[:, :, 0], x[:, :, 0]) and not torch.allclose(turned[:, :, 1], x[:, :, 1], atol=0.1)
+    assert torch.equal(turned[:, :, 0], x[:, :, 0])
+    assert not torch.allclose(turned[:, :, 1], x[:, :, 1], atol=0.1)
     assert rotate(x.bfloat16(), rotary_table(T, D)).dtype == torch.bfloat16
 
 
@@ -115,7 +124,8 @@ def naive(module: Attention, x, visible, table=None):
     """Attention as its formula, one head and one row at a time; visible (T, T) bool."""
     D, size = x.shape[-1], x.shape[-1] // module.heads
     bias = module.qkv.bias if module.qkv.bias is not None else torch.zeros(3 * D)
-    q, k, v = (x @ module.qkv.weight[part * D:(part + 1) * D].T + bias[part * D:(part + 1) * D] for part in range(3))
+    weights = module.qkv.weight.chunk(3)
+    q, k, v = (x @ w.T + b for w, b in zip(weights, bias.chunk(3)))
     mixed = torch.zeros_like(x)
     for b in range(len(x)):
         for head in range(module.heads):
@@ -133,14 +143,22 @@ EVERYTHING, PAST = torch.ones(T, T, dtype=torch.bool), torch.ones(T, T, dtype=to
 ODD = (some(T, T) > 0) | torch.eye(T, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("settings, visible", [(dict(), EVERYTHING), (dict(causal=True), PAST), (dict(mask=ODD), ODD),
-                                               (dict(rotary=rotary_table(T, D // HEADS)), EVERYTHING),
-                                               (dict(rotary=rotary_table(T, D // HEADS), causal=True), PAST)])
+@pytest.mark.parametrize(
+    "settings, visible",
+    [
+        (dict(), EVERYTHING),
+        (dict(causal=True), PAST),
+        (dict(mask=ODD), ODD),
+        (dict(rotary=rotary_table(T, D // HEADS)), EVERYTHING),
+        (dict(rotary=rotary_table(T, D // HEADS), causal=True), PAST),
+    ],
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_attention_equals_its_formula(settings, visible, bias):
     module, x = attention(bias), some(B, T, D)
     with torch.no_grad():
-        torch.testing.assert_close(module(x, **settings), naive(module, x, visible, settings.get("rotary")), rtol=1e-4, atol=1e-4)
+        expected = naive(module, x, visible, settings.get("rotary"))
+        torch.testing.assert_close(module(x, **settings), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_sees_the_columns_where_its_mask_is_true_and_no_others():
@@ -165,7 +183,10 @@ def test_cached_attention_equals_the_whole_sequence_at_once(prefix):
     with torch.no_grad():
         cache = KVCache(B, HEADS, T, D // HEADS)
         rows = [module(x[:, :prefix], causal=True, rotary=table[:prefix], cache=cache)]
-        rows += [module(x[:, t:t + 1], causal=True, rotary=table[t:t + 1], cache=cache) for t in range(prefix, T)]
+        rows += [
+            module(x[:, t : t + 1], causal=True, rotary=table[t : t + 1], cache=cache)
+            for t in range(prefix, T)
+        ]
         assert cache.length == T
         torch.testing.assert_close(torch.cat(rows, dim=1), module(x, causal=True, rotary=table))
 
@@ -200,7 +221,9 @@ def test_swiglu_equals_its_formula_at_the_cost_of_an_mlp():
 
 
 def run(block, x):
-    return block(x) if isinstance(block, ViTBlock) else block(x, rotary_table(x.shape[1], D // HEADS), causal=True)
+    if isinstance(block, ViTBlock):
+        return block(x)
+    return block(x, rotary_table(x.shape[1], D // HEADS), causal=True)
 
 
 @pytest.mark.parametrize("Block", [ViTBlock, LlamaBlock])
@@ -233,7 +256,7 @@ def test_eval_mode_has_no_dropout_and_no_gradient_and_restores_the_mode_even_aft
         with eval_mode(block):
             assert torch.equal(run(block, x), run(block, x)) and not run(block, x).requires_grad
         with pytest.raises(ZeroDivisionError), eval_mode(block):
-            1 / 0
+            raise ZeroDivisionError
         assert all(module.training == training for module in block.modules())
         assert run(block, x).requires_grad
 

@@ -1,4 +1,4 @@
-"""Promises of losses.py: every loss equals its formula, and each gradient reaches only whom it should."""
+"""Promises of losses.py: every loss equals its formula, each gradient reaches whom it should."""
 import math
 import os
 import subprocess
@@ -55,7 +55,10 @@ def test_psnr_of_8_bit_rounding_is_59_dB():
 def test_psnr_is_per_image_and_float32():
     recon, images = (x.bfloat16() for x in pair(batch=3))
     together = losses.psnr(recon, images)
-    assert together.shape == (3,) and torch.equal(together, losses.psnr(recon.float(), images.float()))
+    assert together.shape == (3,)
+    assert torch.equal(
+        together, losses.psnr(recon.float(), images.float())
+    )
     for i in range(3):
         assert together[i] == losses.psnr(recon[i:i + 1], images[i:i + 1])[0]
 
@@ -118,7 +121,9 @@ def test_the_classifier_sees_224_pixels_normalised_as_for_imagenet():
         losses.Perceptual(spy)(images, images)
         for x in spy.seen:
             assert x.shape == (1, 3, 224, 224) and x.dtype == torch.float32
-            for channel, (mean, std) in enumerate(zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))):
+            for channel, (mean, std) in enumerate(
+                zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            ):
                 expected = torch.full((224, 224), ((value + 1) / 2 - mean) / std)
                 torch.testing.assert_close(x[0, channel], expected)
 
@@ -140,7 +145,10 @@ def test_perceptual_is_float32_under_autocast():
 
 
 def test_perceptual_adds_nothing_to_a_checkpoint_but_the_network():
-    assert set(losses.Perceptual(Spy()).state_dict()) == {"network.linear.weight", "network.linear.bias"}
+    assert set(losses.Perceptual(Spy()).state_dict()) == {
+        "network.linear.weight",
+        "network.linear.bias",
+    }
 
 
 def test_missing_torchvision_is_one_line_that_says_what_to_install(monkeypatch):
@@ -151,14 +159,18 @@ def test_missing_torchvision_is_one_line_that_says_what_to_install(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("failure", [URLError("no network"), RuntimeError("invalid hash value"), EOFError()])
+@pytest.mark.parametrize(
+    "failure", [URLError("no network"), RuntimeError("invalid hash value"), EOFError()]
+)
 def test_unreachable_weights_are_one_line_that_says_what_to_put_where(monkeypatch, failure):
     def convnext_small(weights):
         raise failure
     url = "https://example.org/convnext_small.pth"
     models = types.ModuleType("torchvision.models")
     models.convnext_small = convnext_small
-    models.ConvNeXt_Small_Weights = types.SimpleNamespace(IMAGENET1K_V1=types.SimpleNamespace(url=url))
+    models.ConvNeXt_Small_Weights = types.SimpleNamespace(
+        IMAGENET1K_V1=types.SimpleNamespace(url=url)
+    )
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "torchvision.models", models)
     with pytest.raises(UserError, match=f"put {url} into .*checkpoints") as error:
@@ -212,10 +224,15 @@ def test_the_discriminator_learns_to_tell_two_kinds_of_images_apart():
     assert loss < 0.1
 
 
-@pytest.mark.parametrize("real, fake, expected",
-                         [(0., 0., 1.), (1., -1., 0.), (9., -9., 0.), (-1., 1., 2.), (0.5, -1., 0.25)])
+@pytest.mark.parametrize(
+    "real, fake, expected",
+    [(0.0, 0.0, 1.0), (1.0, -1.0, 0.0), (9.0, -9.0, 0.0), (-1.0, 1.0, 2.0), (0.5, -1.0, 0.25)],
+)
 def test_hinge_anchors_of_the_discriminator(real, fake, expected):
-    assert losses.discriminator_loss(torch.full((2, 1, 2, 2), real), torch.full((2, 1, 2, 2), fake)) == expected
+    assert (
+        losses.discriminator_loss(torch.full((2, 1, 2, 2), real), torch.full((2, 1, 2, 2), fake))
+        == expected
+    )
 
 
 def test_hinge_is_taken_per_verdict_and_not_of_the_mean():
@@ -279,8 +296,15 @@ dist.destroy_process_group()
 
 def test_lecam_anchors_are_averaged_over_ranks(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "meeting")],
-                              stdout=subprocess.PIPE, text=True, env=environment) for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "meeting")],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
     try:
         assert [rank.communicate(timeout=60)[0].split() for rank in ranks] == [["0.75", "-1.0"]] * 2
     finally:

@@ -4,7 +4,15 @@ import torch
 from config import TokenizerConfig
 from mit import MIT
 
-CFG = TokenizerConfig(image_size=16, patch_size=4, encoder_width=32, encoder_depth=2, encoder_heads=2, expert_width=8, expert_heads=2)
+CFG = TokenizerConfig(
+    image_size=16,
+    patch_size=4,
+    encoder_width=32,
+    encoder_depth=2,
+    encoder_heads=2,
+    expert_width=8,
+    expert_heads=2,
+)
 N = CFG.num_patches
 
 

@@ -1,4 +1,4 @@
-"""Promises of nativetok.py: the parts fit together, encode and decode leave no trace, growth and files keep every id."""
+"""Promises of nativetok.py: parts fit together, nothing leaves a trace, growth keeps every id."""
 import dataclasses
 
 import pytest
@@ -11,10 +11,16 @@ from nativetok import NativeTok, from_checkpoint, sample_batch
 from plumbing import checkpoint
 from plumbing.flags import UserError, as_dict
 
-CFG = TokenizerConfig(image_size=16, patch_size=4, encoder_width=32, encoder_depth=1, encoder_heads=2, expert_width=32, expert_depth=1,
-                      expert_heads=2, token_schedule=(2, 4, 6), codebook_size=32, code_dim=4, decoder_width=32, decoder_depth=1, decoder_heads=2)
-KINDS = {"native-query": dict(), "native-block": dict(expert="block", expert_depth=2), "titok": dict(tokenizer="titok", token_schedule=(6,)),
-         "titok-causal": dict(tokenizer="titok-causal", token_schedule=(6,))}
+CFG = TokenizerConfig(
+    image_size=16, patch_size=4, encoder_width=32, encoder_depth=1, encoder_heads=2,
+    expert_width=32, expert_depth=1, expert_heads=2, token_schedule=(2, 4, 6), codebook_size=32,
+    code_dim=4, decoder_width=32, decoder_depth=1, decoder_heads=2)
+KINDS = {
+    "native-query": dict(),
+    "native-block": dict(expert="block", expert_depth=2),
+    "titok": dict(tokenizer="titok", token_schedule=(6,)),
+    "titok-causal": dict(tokenizer="titok-causal", token_schedule=(6,)),
+}
 KIND = pytest.mark.parametrize("kind", KINDS)
 FORMS = pytest.mark.parametrize("kind", ["native-query", "native-block"])
 
@@ -50,12 +56,14 @@ def test_one_batch_overfits_through_its_ids(kind):
     mean_image = psnr(images.mean(dim=0).expand_as(images), images).mean()
     ids = model.encode(images)
     assert psnr(model.decode(ids), images).mean() > mean_image + 6
-    assert psnr(model.decode(ids.roll(1, dims=0)), images).mean() < mean_image, "the ids of another image give another image"
+    assert psnr(model.decode(ids.roll(1, dims=0)), images).mean() < mean_image, (
+        "the ids of another image give another image"
+    )
 
 
 @KIND
 def test_every_parameter_gets_a_gradient_at_every_step(kind):
-    """DistributedDataParallel waits for each of them, with continuous codes and with dropped tails too."""
+    """DistributedDataParallel waits for each, with continuous codes and with dropped tails too."""
     model = small(kind, tail_drop=1.0).train()
     for continuous in (True, False):
         model.quantizer.continuous = continuous
@@ -69,8 +77,10 @@ def test_every_parameter_gets_a_gradient_at_every_step(kind):
 def test_what_forward_returns_is_what_encode_and_decode_give(kind):
     model, images = small(kind), some_images()
     recon, ids, losses = model(images)
-    assert recon.shape == images.shape and recon.dtype == torch.float32 and all(loss.ndim == 0 for loss in losses.values())
-    assert torch.equal(model.encode(images), ids) and ids.dtype == torch.int64 and ids.shape == (8, model.num_tokens)
+    assert recon.shape == images.shape and recon.dtype == torch.float32
+    assert all(loss.ndim == 0 for loss in losses.values())
+    assert torch.equal(model.encode(images), ids)
+    assert ids.dtype == torch.int64 and ids.shape == (8, model.num_tokens)
     torch.testing.assert_close(model.decode(ids), recon, rtol=1e-4, atol=1e-4)
     assert recon.requires_grad and not model.decode(ids).requires_grad
 
@@ -79,7 +89,8 @@ def test_what_forward_returns_is_what_encode_and_decode_give(kind):
 def test_images_are_float32_under_bf16_autocast(kind):
     model = small(kind)
     with torch.autocast("cpu", torch.bfloat16):
-        assert model(some_images())[0].dtype == torch.float32 and model.decode(model.encode(some_images())).dtype == torch.float32
+        assert model(some_images())[0].dtype == torch.float32
+        assert model.decode(model.encode(some_images())).dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------------------------
@@ -90,10 +101,13 @@ def test_encode_and_decode_ignore_the_mode_and_leave_it_and_all_else_as_it_was(k
     model, images = small(kind, tail_drop=1.0), some_images()
     ids, pictures = model.encode(images), model.decode(model.encode(images))
     model.train().quantizer.continuous = True
-    state, random = {name: t.clone() for name, t in model.state_dict().items()}, torch.get_rng_state()
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    random = torch.get_rng_state()
     assert torch.equal(model.encode(images), ids) and torch.equal(model.decode(ids), pictures)
     assert all(module.training for module in model.modules()) and model.quantizer.continuous
-    assert all(torch.equal(model.state_dict()[name], t) for name, t in state.items()), "nothing was counted"
+    assert all(torch.equal(model.state_dict()[name], t) for name, t in state.items()), (
+        "nothing was counted"
+    )
     assert torch.equal(torch.get_rng_state(), random)
     model.eval().quantizer.continuous = False
     model.encode(images)
@@ -111,7 +125,9 @@ def test_an_error_while_encoding_leaves_the_mode_as_it_was():
 def kept(model, times):
     """How many codes the decoder got, in each of so many forward passes."""
     lengths = []
-    hook = model.decoder.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    hook = model.decoder.register_forward_pre_hook(
+        lambda module, args: lengths.append(args[0].shape[1])
+    )
     with torch.no_grad():
         for _ in range(times):
             model(some_images(1))
@@ -160,10 +176,12 @@ class Remembers(torch.nn.Module):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_the_noise_of_samples_comes_from_the_cpu_whatever_the_model_runs_on(device):
     generator, tokenizer = Remembers(), small()
-    images = sample_batch(generator, tokenizer, torch.zeros(3, dtype=torch.int64, device=device), {}, seed=5, b=7)
+    labels = torch.zeros(3, dtype=torch.int64, device=device)
+    images = sample_batch(generator, tokenizer, labels, {}, seed=5, b=7)
     assert images.shape == (3, 16, 16, 3) and images.dtype == torch.uint8
     assert generator.noise.device.type == "cpu"
-    assert torch.equal(generator.noise.get_state(), torch.Generator().manual_seed(5 * 1_000_003 + 7).get_state())
+    expected = torch.Generator().manual_seed(5 * 1_000_003 + 7)
+    assert torch.equal(generator.noise.get_state(), expected.get_state())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,16 +191,20 @@ def grow_phase(model, learning=("mocet.groups.1.", "decoder.")):
     """What learns in a grow phase: the new experts and the decoder."""
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith(learning))
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1
+    )
 
 
 @FORMS
 def test_through_a_grow_phase_old_ids_and_frozen_parameters_stay_identical_to_the_bit(kind):
     model, images = small(kind), some_images()
     ids, pictures = model.encode(images), model.decode(model.encode(images))
-    frozen = {name: t.clone() for name, t in model.state_dict().items() if not name.startswith("decoder.") and name != "quantizer.count"}
+    frozen = {name: t.clone() for name, t in model.state_dict().items()
+              if not name.startswith("decoder.") and name != "quantizer.count"}
     model.grow(4)
-    assert torch.equal(model.encode(images)[:, :2], ids) and torch.equal(model.decode(ids), pictures)
+    assert torch.equal(model.encode(images)[:, :2], ids)
+    assert torch.equal(model.decode(ids), pictures)
     optimizer = grow_phase(model)
     for _ in range(3):
         recon, _, losses = model.train()(images)
@@ -206,7 +228,8 @@ def test_the_frozen_part_of_a_grow_phase_builds_no_graph_and_holds_no_gradient(k
     (recon.square().mean() + losses["codebook"] + losses["commitment"]).backward()
     assert seen == [False]
     for name, p in model.named_parameters():
-        assert (p.grad is not None) == p.requires_grad == name.startswith(("mocet.groups.1.", "decoder.")), name
+        learns = name.startswith(("mocet.groups.1.", "decoder."))
+        assert (p.grad is not None) == p.requires_grad == learns, name
 
 
 def test_growth_to_the_same_or_a_smaller_length_is_refused_and_changes_nothing():
@@ -216,7 +239,8 @@ def test_growth_to_the_same_or_a_smaller_length_is_refused_and_changes_nothing()
     for length in (4, 3, 0, -1):
         with pytest.raises(UserError, match=f"cannot grow from 4 to {length} tokens"):
             model.grow(length)
-    assert model.num_tokens == model.mocet.num_tokens == 4 and list(model.state_dict()) == list(state)
+    assert model.num_tokens == model.mocet.num_tokens == 4
+    assert list(model.state_dict()) == list(state)
 
 
 @pytest.mark.parametrize("kind", ["titok", "titok-causal"])
@@ -236,18 +260,30 @@ def test_grow_to_repeats_the_steps_of_the_schedule():
 
 def save(model, path, **changes):
     """The part of a tokenizer checkpoint that rebuilds the model, as train.py writes it."""
-    checkpoint.save(path, {"tokenizer_config": as_dict(model.cfg), "num_tokens": model.num_tokens, "ema": model.state_dict(), "step": 7, **changes})
+    saved = {"tokenizer_config": as_dict(model.cfg), "num_tokens": model.num_tokens,
+             "ema": model.state_dict(), "step": 7}
+    checkpoint.save(path, {**saved, **changes})
 
 
-@pytest.mark.parametrize("kind, length", [("native-query", 2), ("native-query", 4), ("native-query", 6), ("native-block", 4),
-                                          ("titok", 6), ("titok-causal", 6)])
-def test_a_checkpoint_alone_gives_the_same_ids_and_pictures_at_the_length_it_had_reached(kind, length, tmp_path):
+@pytest.mark.parametrize(
+    "kind, length",
+    [
+        ("native-query", 2),
+        ("native-query", 4),
+        ("native-query", 6),
+        ("native-block", 4),
+        ("titok", 6),
+        ("titok-causal", 6),
+    ],
+)
+def test_a_checkpoint_alone_gives_the_same_ids_and_pictures_at_its_length(kind, length, tmp_path):
     model = small(kind).grow_to(length)
     save(model, tmp_path / "tokenizer.pt")
     torch.manual_seed(99)
     loaded = NativeTok.load(tmp_path / "tokenizer.pt")
     ids = model.encode(some_images())
-    assert loaded.num_tokens == ids.shape[1] == length and loaded.cfg == model.cfg and not loaded.training
+    assert loaded.num_tokens == ids.shape[1] == length
+    assert loaded.cfg == model.cfg and not loaded.training
     assert torch.equal(loaded.encode(some_images()), ids)
     assert torch.equal(loaded.decode(ids), model.decode(ids))
 
@@ -281,7 +317,8 @@ def test_another_kind_of_checkpoint_and_weights_of_another_size_are_refused(tmp_
     save(model, tmp_path / "tokenizer.pt", num_tokens=6)
     with pytest.raises(UserError, match="missing: mocet.groups.2"):
         NativeTok.load(tmp_path / "tokenizer.pt")
-    save(model, tmp_path / "tokenizer.pt", tokenizer_config=as_dict(dataclasses.replace(model.cfg, codebook_size=64)))
+    larger = as_dict(dataclasses.replace(model.cfg, codebook_size=64))
+    save(model, tmp_path / "tokenizer.pt", tokenizer_config=larger)
     with pytest.raises(UserError, match="wrong shape: quantizer.codebook"):
         NativeTok.load(tmp_path / "tokenizer.pt")
 
@@ -290,4 +327,5 @@ def test_rebuilding_from_a_read_checkpoint_equals_loading_the_file(tmp_path):
     save(small(), tmp_path / "tokenizer.pt")
     saved = checkpoint.load(tmp_path / "tokenizer.pt")
     one, two = from_checkpoint(saved, "tokenizer.pt"), NativeTok.load(tmp_path / "tokenizer.pt")
-    assert one.fingerprint == two.fingerprint and torch.equal(one.encode(some_images()), two.encode(some_images()))
+    assert one.fingerprint == two.fingerprint
+    assert torch.equal(one.encode(some_images()), two.encode(some_images()))

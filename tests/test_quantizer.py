@@ -1,4 +1,4 @@
-"""Promises of quantizer.py: the nearest code, gradients that reach exactly whom they should, codes that do not stay dead."""
+"""Promises of quantizer.py: the nearest code, gradients for whom they are, no code stays dead."""
 import os
 import subprocess
 import sys
@@ -65,13 +65,17 @@ def test_a_code_is_its_own_nearest():
 def test_under_bf16_autocast_codes_are_compared_in_float32():
     quantizer, z = small(codebook_size=1000), some_z(500, d)
     expected = quantizer(z)
-    assert not torch.equal((F.normalize(z, dim=1).bfloat16() @ quantizer.codes().bfloat16().T).argmax(dim=1), expected[1]), "it matters here"
+    in_bf16 = (F.normalize(z, dim=1).bfloat16() @ quantizer.codes().bfloat16().T).argmax(dim=1)
+    assert not torch.equal(in_bf16, expected[1]), "it matters here"
     with torch.autocast("cpu", torch.bfloat16):
         z_q, ids, losses = quantizer(z)
         half = quantizer(z.bfloat16())  # what a linear layer hands over under autocast
         assert quantizer.lookup(ids).dtype == torch.float32
     assert torch.equal(ids, expected[1]) and torch.equal(z_q, expected[0]) and losses == expected[2]
-    assert half[0].dtype == torch.float32 and torch.equal(half[1], quantizer(z.bfloat16().float())[1])
+    assert half[0].dtype == torch.float32
+    assert torch.equal(
+        half[1], quantizer(z.bfloat16().float())[1]
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -109,7 +113,9 @@ def test_the_codebook_loss_moves_chosen_codes_alone_and_the_commitment_loss_vect
 def test_both_losses_are_the_mean_squared_distance_to_the_code():
     quantizer, z = small(), some_z(6, 5, d)
     _, ids, losses = quantizer(z)
-    expected = (F.normalize(z, dim=-1) - F.normalize(quantizer.codebook[ids], dim=-1)).square().mean()
+    expected = (
+        (F.normalize(z, dim=-1) - F.normalize(quantizer.codebook[ids], dim=-1)).square().mean()
+    )
     assert set(losses) == {"codebook", "commitment", "entropy"}
     for name in ("codebook", "commitment"):
         torch.testing.assert_close(losses[name], expected)
@@ -168,7 +174,8 @@ def test_without_a_weight_the_entropy_loss_is_not_computed():
 # usage
 
 def test_usage_anchors_uniform_is_K_and_constant_is_1():
-    ids = torch.stack([torch.arange(K), torch.zeros(K, dtype=torch.int64), torch.arange(K) % 4], dim=1)     # (K, 3)
+    uniform, constant = torch.arange(K), torch.zeros(K, dtype=torch.int64)
+    ids = torch.stack([uniform, constant, uniform % 4], dim=1)  # (K, 3)
     used, perplexity = usage(ids, K)
     assert used == 1.0
     torch.testing.assert_close(perplexity, torch.tensor([K, 1, 4], dtype=torch.float64))
@@ -200,7 +207,10 @@ def test_reseed_moves_exactly_the_unused_codes_and_onto_recent_vectors():
     after = quantizer.codebook.detach()
     assert torch.equal(moved, ~used)
     assert torch.equal(after[used], before[used]), "bit for bit"
-    assert rows_in(after[moved], quantizer.recent).all() and not rows_in(before[moved], quantizer.recent).any()
+    assert (
+        rows_in(after[moved], quantizer.recent).all()
+        and not rows_in(before[moved], quantizer.recent).any()
+    )
     assert torch.pdist(after).min() > 0, "no two of them equal"
     assert not quantizer.count.any(), "counting starts anew"
     quantizer(after[moved])
@@ -223,7 +233,9 @@ def test_fewer_vectors_than_codes_still_give_different_codes_near_them():
     assert torch.pdist(codes).min() > 1e-4
     nearest = torch.cdist(codes, z)
     assert nearest.min(dim=1).values.max() < 0.1
-    assert torch.bincount(nearest.argmin(dim=1)).tolist() in ([5, 5, 6], [5, 6, 5], [6, 5, 5]), "each vector its share"
+    assert torch.bincount(nearest.argmin(dim=1)).tolist() in ([5, 5, 6], [5, 6, 5], [6, 5, 5]), (
+        "each vector its share"
+    )
 
 
 def test_a_sample_takes_no_vector_twice_while_there_are_others():
@@ -256,7 +268,9 @@ dist.destroy_process_group()
 
 def test_two_processes_reseed_the_same_codes_onto_the_same_vectors_of_both(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "meeting")], env=environment) for rank in range(2)]
+    command = [sys.executable, "-c", TWO_RANKS]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "meeting")], env=environment)
+             for rank in range(2)]
     try:
         assert [process.wait(timeout=60) for process in ranks] == [0, 0]
     finally:

@@ -12,8 +12,9 @@ KINDS = pytest.mark.parametrize("kind", ["titok", "titok-causal"])
 
 
 def small(kind, schedule=(L,)) -> tuple[TiTok, VectorQuantizer]:
-    cfg = TokenizerConfig(tokenizer=kind, image_size=16, patch_size=4, encoder_width=32, encoder_depth=2, encoder_heads=2,
-                          token_schedule=schedule, codebook_size=64, code_dim=4)
+    cfg = TokenizerConfig(tokenizer=kind, image_size=16, patch_size=4, encoder_width=32,
+                          encoder_depth=2, encoder_heads=2, token_schedule=schedule,
+                          codebook_size=64, code_dim=4)
     torch.manual_seed(0)
     return TiTok(cfg).eval(), VectorQuantizer(cfg).eval()
 
@@ -24,9 +25,11 @@ def some_images(batch=3):
 
 @torch.no_grad()
 def look_inside(titok, quantizer, images):
-    """-> z (B, L, d) normalised, before quantization, and the patches behind the last block (B, N, D)."""
+    """-> z (B, L, d) before quantization, and the patches behind the last block (B, N, D)."""
     patches = []
-    hook = titok.blocks[-1].register_forward_hook(lambda module, args, out: patches.append(out[:, :N]))
+    hook = titok.blocks[-1].register_forward_hook(
+        lambda module, args, out: patches.append(out[:, :N])
+    )
     quantizer.train().continuous = True
     z = titok(images, quantizer)[0]
     hook.remove()
@@ -35,7 +38,7 @@ def look_inside(titok, quantizer, images):
 
 
 def change_each_latent(kind):
-    """For each latent j that is replaced: j, (L,) bool which z changed at all, bool whether patches did."""
+    """For each latent j that is replaced: j, (L,) bool which z changed, bool did patches."""
     titok, quantizer = small(kind)
     z, patches = look_inside(titok, quantizer, some_images())
     for j in range(L):
@@ -43,7 +46,8 @@ def change_each_latent(kind):
         titok.latents.data[j] = torch.randn(32)
         other, other_patches = look_inside(titok, quantizer, some_images())
         titok.latents.data[j] = kept
-        yield j, (other != z).flatten(2).any(dim=2).any(dim=0).tolist(), not torch.equal(other_patches, patches)
+        changed = (other != z).flatten(2).any(dim=2).any(dim=0).tolist()
+        yield j, changed, not torch.equal(other_patches, patches)
 
 
 def test_unordered_every_latent_influences_every_other_and_all_patches():
@@ -93,7 +97,8 @@ def test_every_patch_reaches_every_token(kind):
 def test_the_place_of_a_patch_matters(kind):
     titok, quantizer = small(kind)
     turned = some_images().flip(2)
-    assert (look_inside(titok, quantizer, turned)[0] - look_inside(titok, quantizer, some_images())[0]).abs().max() > 0.1
+    upright = look_inside(titok, quantizer, some_images())[0]
+    assert (look_inside(titok, quantizer, turned)[0] - upright).abs().max() > 0.1
 
 
 @KINDS
@@ -110,7 +115,8 @@ def test_every_parameter_learns(kind):
     titok, quantizer = small(kind)
     z_q, _, losses = titok(some_images(), quantizer)
     (z_q.square().sum() + z_q.sum() + losses["codebook"] + losses["commitment"]).backward()
-    assert all(p.grad is not None and p.grad.any() for p in (*titok.parameters(), *quantizer.parameters()))
+    everything = (*titok.parameters(), *quantizer.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in everything)
 
 
 @KINDS
