@@ -251,7 +251,7 @@ class Adversary:
                 "optimizer": self.optimizer.state_dict()}
 
     def load(self, parts: dict, path: str) -> None:
-        """Take over a state_dict() from the checkpoint at `path`. Raises UserError if it is not whole."""
+        """Take over a state_dict() of the checkpoint at `path`. Raises UserError if parts miss."""
         missing = [name for name in ("net", "lecam", "optimizer") if name not in parts]
         need(not missing, f"{path}: adversary has no {', '.join(missing)}")
         checkpoint.load_strict(self.net, parts["net"], f"{path}: adversary net")
