@@ -1,12 +1,13 @@
-# make demo    everything from nothing: packages, training on the built-in shapes, samples, pictures, a summary
-# make test    packages and the test suite
-# make test-faults    the slow tests: kill, tear and fill things
-# make lint    ruff, with the rules in pyproject.toml
-# make clean   remove the packages, the demo's run and caches
+# make demo          everything from nothing: packages, training on shapes, samples, pictures
+# make test          packages and the test suite
+# make test-faults   the slow tests: kill, tear and fill things
+# make lint          ruff, with the rules in pyproject.toml
+# make clean         remove the packages, the demo's run and caches
 
 PYTHON ?= python3
 BIN    := .venv/bin
 RUN    := runs/demo
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-faults lint clean
 
@@ -23,14 +24,19 @@ test: .venv/ready
 test-faults: .venv/ready
 	$(BIN)/python -m pytest -q -m faults
 
-lint: .venv/ready
-	$(BIN)/python -m ruff --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check ruff
+lint: .venv/ready-dev
 	$(BIN)/python -m ruff check .
 
+# Made again when the list of packages changes.
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
+	touch $@
+
+.venv/ready-dev: requirements-dev.txt .venv/ready
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf .venv $(RUN) .pytest_cache __pycache__ tests/__pycache__
+	rm -rf .venv $(RUN) .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
