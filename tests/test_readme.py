@@ -1,4 +1,7 @@
-"""The pages say what is true: links lead somewhere, quoted code is in its file, commands run. Their numbers: test_numbers.py."""
+"""The pages say what is true: links lead somewhere, quoted code is in its file, commands run.
+
+Their tables of numbers: test_numbers.py.
+"""
 import os
 import re
 import shlex
@@ -12,55 +15,147 @@ import pytest
 from PIL import Image
 
 import config
+import train
 from helpers import SMALL, some_shapes
 from plumbing.flags import UserError
 
 ROOT = Path(__file__).parent.parent
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "experiments/README.md", "CONTRIBUTING.md", "tests/README.md")}
+NAMES = ("README.md", "EXERCISES.md", "experiments/README.md", "CONTRIBUTING.md", "tests/README.md")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = PAGES["README.md"]
+HOUSE = [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("evaluation/*.py")]
+HOUSE = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(HOUSE)}
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def plain(line: str) -> str:
+    """A line of code without the spaces that only align it."""
+    return re.sub(r"\s+", " ", line.strip())
+
+
+def lines_of(file: str) -> set[str]:
+    return {plain(line) for line in (ROOT / file).read_text(encoding="utf-8").splitlines()}
+
+
+# ------------------------------------------------------------------------------------------------
+# links, files, sections
+
+def anchors(page: str) -> set[str]:
+    """The headings of a page as GitHub spells them in links."""
+    headings = re.findall(r"^#+ (.*)$", page, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_relative_link_leads_to_a_file(name):
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[name]) if not link.startswith("http")]
-    assert links or name == "tests/README.md"
+def test_every_relative_link_leads_to_a_file_and_a_section_in_it(name):
+    links = re.findall(r"\]\(([^)\s]+)\)", PAGES[name])
     for link in links:
-        assert ((ROOT / name).parent / link.split("#")[0]).exists(), link
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        assert path.exists(), link
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), link
+    assert links or name == "tests/README.md"
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_file_that_is_named_exists(name):
-    """`like_this.py` is a file of ours, in the root or beside the page; evaluator.py is ADM's, photo.jpg the reader's."""
-    for file in re.findall(r"`([\w/.-]+\.(?:py|md|toml))`", PAGES[name]):
+    """`like_this.py` is a file of ours, in the root or beside the page; evaluator.py is ADM's."""
+    for file in re.findall(r"`([\w/.-]+\.(?:py|md|toml|txt))`", PAGES[name]):
         assert (ROOT / file).exists() or (ROOT / name).parent.joinpath(file).exists(), file
 
 
 def test_sections_that_the_code_refers_to_exist():
-    named = [(path.name, page, title) for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
-             for page, title in re.findall(r'((?:experiments/)?README)(?:\.md)?, "([^"]+)"', path.read_text(encoding="utf-8"))]
-    assert named
-    for file, page, title in named:
-        assert any(title in heading for heading in re.findall(r"^#+ (.*)$", PAGES[f"{page}.md"], flags=re.M)), f"{file} sends its reader to {page}, {title!r}"
-
-
-def test_the_lines_of_the_tour_are_in_their_files():
-    tour = README.split("## Ten minutes with one image")[1].split("\n## ")[0]
-    steps = re.findall(r"\[(\w+\.py)\].*?```python\n(.*?)```", tour, flags=re.S)
-    assert len(steps) == 6
-    for file, code in steps:
-        source = [line.strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
-        for line in code.splitlines():
-            assert line.strip() in source, f"{file} no longer holds: {line}"
+    pattern = r'((?:experiments/)?README)(?:\.md)?, "([^"]+)"'
+    found = 0
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
+        for page, title in re.findall(pattern, path.read_text(encoding="utf-8")):
+            headings, found = re.findall(r"^#+ (.*)$", PAGES[f"{page}.md"], flags=re.M), found + 1
+            known = any(title in heading for heading in headings)
+            assert known, f"{path.name} sends its reader to {page}, {title!r}"
+    assert found
 
 
 def test_every_flag_that_is_named_exists():
     """`--flags` anywhere in the pages, against the source that reads them."""
-    sources = " ".join(path.read_text(encoding="utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
-    torchrun = {"nproc_per_node", "nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "max-restarts"}
-    fields = {f for part in config.load_preset("tiny") for f in vars(part)}
-    for page in PAGES.values():
-        for flag in set(re.findall(r"--([a-z][\w-]+)", page)) - torchrun:
-            assert flag in fields or flag.removeprefix("no-") in fields or f'"--{flag}"' in sources or f'flag("{flag}"' in sources, f"--{flag}"
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
+    sources = " ".join(path.read_text(encoding="utf-8") for path in sources)
+    others = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max-restarts"}
+    fields = {field for part in config.load_preset("tiny") for field in vars(part)}
+    for name, page in PAGES.items():
+        for flag in set(re.findall(r"--([a-z][\w-]+)", page)) - others:
+            known = {flag, flag.removeprefix("no-")} & fields
+            assert known or f'"--{flag}"' in sources or f'"{flag}"' in sources, f"{name}: --{flag}"
+
+
+# ------------------------------------------------------------------------------------------------
+# the front page
+
+def test_the_front_page_is_at_most_ten_thousand_bytes():
+    assert len(README.encode()) <= 10_000
+
+
+def test_the_files_of_the_root_are_all_in_the_table_with_their_lengths():
+    """A length is told in tens and may be a tenth off, so that not every commit has to mend it."""
+    told = {}
+    table = section("The files, in reading order")
+    for row in re.findall(r"^\| (\[\w+\.py\].*)$", table, flags=re.M):
+        files, lengths = row.split(" | ")[:2]
+        names = re.findall(r"\[(\w+\.py)\]\(\1\)", files)
+        told |= dict(zip(names, map(int, lengths.split(", ")), strict=True))
+    lengths = {file: len(text.splitlines()) for file, text in HOUSE.items() if "/" not in file}
+    assert set(told) == set(lengths)
+    wrong = {file: n for file, n in lengths.items() if abs(n - told[file]) > max(10, n / 10)}
+    assert not wrong, f"the right lengths: {wrong}"
+
+
+def test_the_lines_of_the_tour_are_in_their_files():
+    tour = section("Ten minutes with one image")
+    steps = re.findall(r"\*\*\d\..*?`(\w+\.py)`.*?```python\n(.*?)```", tour, flags=re.S)
+    assert len(steps) == 6
+    for file, code in steps:
+        for line in code.splitlines():
+            assert plain(line) in lines_of(file), f"{file} does not hold: {line}"
+
+
+def test_the_lines_that_exercises_change_are_in_their_files():
+    """Each ```python block of EXERCISES.md quotes the file that was named last before it."""
+    quoted = 0
+    for part in re.split(r"^## ", PAGES["EXERCISES.md"], flags=re.M):
+        for before, code in re.findall(r"((?:(?!```).)*)```python\n(.*?)```", part, flags=re.S):
+            file, quoted = re.findall(r"`(\w+\.py)`", before)[-1], quoted + 1
+            for line in code.splitlines():
+                assert plain(line) in lines_of(file), f"{file} does not hold: {line}"
+    assert quoted
+
+
+def test_the_table_of_phases_is_the_plan_of_the_program():
+    tok, _, settings = config.load_preset("tiny")
+    plan = {phase.name: phase for phase in train.phases(tok, settings)}
+    row = r"^\| (base|grow|finetune).*?\| (\d) \| (.*) \|$"
+    rows = re.findall(row, section("Stages and commands"), flags=re.M)
+    assert len(rows) == 3
+    for name, stage, cells in rows:
+        phase = next(phase for key, phase in plan.items() if key.startswith(name))
+        learns = ["learns" if part in phase.learns else "frozen" for part in train.PARTS]
+        assert int(stage) == phase.stage and cells.split(" | ") == learns, name
+
+
+def test_the_python_of_the_front_page_runs(small_run, tmp_path, monkeypatch):
+    code, = re.findall(r"```python\n(import torch.*?)```", README, flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code.replace("runs/demo", str(small_run)), names)
+    length = names["tokenizer"].num_tokens
+    assert names["ids"].shape == (1, length) and names["new"].shape == (3, length)
+    assert names["rough"].shape == names["images"].shape == (1, 3, 32, 32)
+    written, = tmp_path.iterdir()
+    assert Image.open(written).width > 3 * 32
 
 
 # ------------------------------------------------------------------------------------------------
@@ -70,21 +165,25 @@ ELSEWHERE = ("python evaluator.py",)  # other people's programs
 
 
 def commands() -> list[str]:
-    """Every command of the pages that starts a file of ours, once: of indented lines, code spans and fences; comments left out."""
-    found = []
+    """Every command of the pages that starts a file of ours: indented lines and code spans."""
+    found = set()
     for page in PAGES.values():
-        lines = re.findall(r"^    (\S.*)$", page, flags=re.M) + re.findall(r"`((?:OMP|python|torchrun)[^`\n]*)`", page.replace("\n   ", " ")) + re.findall(r"^(python .*)$", page, flags=re.M)
+        lines = re.findall(r"^    (\S.*)$", page, flags=re.M)
+        lines += re.findall(r"`((?:OMP|python|torchrun)[^`\n]*)`", page.replace("\n   ", " "))
         for line in lines:
             line = re.split(r"\s{2,}[#(]|\s#|\.\.\.", line.strip())[0].strip()
-            if re.match(r"(OMP_NUM_THREADS=1 )?(python|torchrun) (.*\.py|-m \w+\.)", line) and not line.startswith(ELSEWHERE):
-                found.append(line)
-    return sorted(set(found))
+            ours = re.match(r"(OMP_NUM_THREADS=1 )?(python|torchrun) (.*\.py|-m \w+\.)", line)
+            if ours and not line.startswith(ELSEWHERE):
+                found.add(line)
+    return sorted(found)
 
 
 def test_make_targets_exist():
-    targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), flags=re.M))
-    named = {name for page in PAGES.values() for name in re.findall(r"(?:^    |`)make ([\w-]+)", page, flags=re.M)}
-    assert named and named <= targets
+    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), flags=re.M)
+    named = set()
+    for page in PAGES.values():
+        named |= set(re.findall(r"(?:^    |`)make ([\w-]+)", page, flags=re.M))
+    assert named and named <= set(targets)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +194,7 @@ def seen():
 
 @pytest.fixture(scope="module")
 def place(small_run, tmp_path_factory):
-    """A folder in which the commands find what they name: images under every name used, and the small run."""
+    """A folder in which commands find what they name: images of every name used, the small run."""
     folder = tmp_path_factory.mktemp("reader")
     some_shapes(folder / "shapes.npz", 60)
     Image.fromarray(np.full((40, 30, 3), 90, np.uint8)).save(folder / "photo.jpg")
@@ -103,12 +202,20 @@ def place(small_run, tmp_path_factory):
     return folder
 
 
-def arguments(line: str, place: Path) -> tuple[str, list[str]]:
-    """A command of the pages -> its file and its flags, with data and run of `place`."""
-    words = [word for word in shlex.split(line) if "=" not in word or word.startswith("--")]
+def program_and_flags(line: str) -> tuple[str, list[str]]:
+    """A command -> the file that it starts and its words; `python -m a.b` starts a file too."""
+    words = shlex.split(line)
+    while re.match(r"\w+=", words[0]):  # OMP_NUM_THREADS=1
+        words = words[1:]
     words = words[words.index("--") + 1:] if words[0] == "torchrun" else words[1:]
-    # python -m plumbing.batches names a file too
-    file, flags = (words[1].replace(".", "/") + ".py", words[2:]) if words[0] == "-m" else (words[0], words[1:])
+    if words[0] == "-m":
+        return words[1].replace(".", "/") + ".py", words[2:]
+    return words[0], words[1:]
+
+
+def arguments(line: str, place: Path) -> tuple[str, list[str]]:
+    """The same, with data and run of `place`."""
+    file, flags = program_and_flags(line)
     for i, word in enumerate(flags):
         before = flags[i - 1] if i else ""
         if before in ("--data", "--val_data", "--images") and file != "train.py":
@@ -128,9 +235,19 @@ def arguments(line: str, place: Path) -> tuple[str, list[str]]:
     return file, flags
 
 
+def start(file: str, flags: list[str], folder: Path) -> None:
+    """Run a file of ours as its user does, but in a folder of the test."""
+    module = file.removesuffix(".py").replace("/", ".")
+    program = ["-m", module] if "/" in file else [str(ROOT / file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *program, *flags], cwd=folder, env=environment,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{file} {shlex.join(flags)}\n{done.stderr[-2000:]}"
+
+
 @pytest.mark.parametrize("line", commands())
 def test_commands_run(line, place, seen):
-    """Training commands are parsed with their own settings; the others run on a small run. Long ones only parse."""
+    """Training commands are parsed, others run on a small run; long ones only print their help."""
     file, flags = arguments(line, place)
     assert (ROOT / file).exists(), line
     if file == "train.py" and "--help" not in flags:
@@ -143,20 +260,46 @@ def test_commands_run(line, place, seen):
         flags = ["--help"]  # minutes or hours, or files of others
     elif file == "eval_fid.py":
         flags += ["5"] * (flags[-1] == "--train_features") + ["--num_samples", "20"]
-    if (file, *flags) in seen:
-        return
-    seen.add((file, *flags))
-    program = ["-m", file.removesuffix(".py").replace("/", ".")] if "/" in file else [str(ROOT / file)]
-    done = subprocess.run([sys.executable, *program, *flags], cwd=place, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+    tried = not flags and f"python {file}" in " ".join(tries().values())  # runs below
+    if not tried and (file, *flags) not in seen:
+        seen.add((file, *flags))
+        start(file, flags, place)
 
 
 def test_the_list_of_commands_is_not_empty():
-    files = {arguments(line, Path("."))[0] for line in commands()}
-    assert {"train.py", "sample.py", "eval_fid.py", "explain.py", "experiments/bench.py", "mocet.py"} <= files and len(commands()) > 15
+    files = {program_and_flags(line)[0] for line in commands()}
+    assert {"train.py", "sample.py", "eval_fid.py", "explain.py", "mocet.py"} <= files
+    assert {"experiments/bench.py", "plumbing/images.py"} <= files and len(commands()) > 15
 
 
 def test_a_training_command_with_a_wrong_flag_would_be_noticed():
     with pytest.raises((SystemExit, UserError)):
         config.parse_run("", [*SMALL, "--run", "x", "--no_such_flag", "1"])
+
+
+# ------------------------------------------------------------------------------------------------
+# what the files themselves say
+
+def tries() -> dict[str, str]:
+    """{file: the command of its Try line}"""
+    found = {}
+    for file, text in HOUSE.items():
+        if match := re.search(r"^Try +(python .*?)(?:  .*)?$", text, flags=re.M):
+            found[file] = match[1]
+    return found
+
+
+def test_a_file_that_runs_says_how():
+    for file, text in HOUSE.items():
+        if 'if __name__ == "__main__":' in text:
+            head = text.split('"""')[1]
+            said = re.search(r"^(Try|Run) ", head, flags=re.M) or f"python {file}" in head
+            assert said, f"{file} has a main and neither Try nor Run in its head"
+    assert len(tries()) > 12
+
+
+@pytest.mark.parametrize("file", tries())
+def test_try_lines_run(file, tmp_path):
+    named, flags = program_and_flags(tries()[file])
+    assert named == file, "a Try line starts its own file"
+    start(file, flags, tmp_path)
