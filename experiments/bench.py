@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from config import TokenizerConfig, load_preset
+from config import DEVICES, TokenizerConfig, load_preset
 from experiments.timing import Bench, in_child
 from generator import ARGenerator, Generator, MaskGITGenerator
 from layers import count_parameters
@@ -348,7 +348,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: 3)")
     parser.add_argument("--threads", type=int, default=0,
                         help="CPU threads (default: torch's choice)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+    parser.add_argument("--device", choices=DEVICES, default="auto",
                         help="where to compute")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     # what growth() measures in a process of its own, for its peak memory

@@ -1,8 +1,11 @@
-"""A folder of pictures like one's own: mixed sizes, formats and modes, one folder per class. To try "Your own pictures" of the README with.
+"""A folder of pictures like one's own: mixed sizes, formats and modes, one folder per class.
+
+To try the README's "Your own pictures" with. The first images of each class are enlarged to sizes
+between 32x32 and 200x150 and saved in turn as JPEG, PNG, WebP and GIF, every seventh of them gray,
+with a palette, transparent, CMYK, or turned on its side with an EXIF tag that says so.
 
 Run      python -m experiments.photos --data cifar10/train --classes dog ship --out photos
-How      the first images of each class, enlarged to sizes between 32x32 and 200x150, saved in turn as JPEG, PNG, WebP and GIF, every seventh of
-         them gray, with a palette, transparent, CMYK, or turned on its side with an EXIF tag that says so
+Makes    the folder photos/
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
@@ -20,7 +23,7 @@ ORIENTATION, TURNED = 0x0112, 6  # EXIF: show it turned a quarter clockwise
 
 def save(image: Image.Image, number: int, stem: str) -> None:
     """One picture, its size, format and mode chosen by its number."""
-    ending, special, exif = ENDINGS[number % len(ENDINGS)], number // 7 % 5, Image.Exif()
+    ending, special, options = ENDINGS[number % len(ENDINGS)], number // 7 % 5, {}
     image = image.resize(SIZES[number % len(SIZES)], Image.Resampling.BICUBIC)
     if number % 7 == 0:
         if special == 0:
@@ -33,27 +36,37 @@ def save(image: Image.Image, number: int, stem: str) -> None:
         elif special == 3:
             image, ending = image.convert("CMYK"), "jpg"
         else:
-            exif[ORIENTATION], ending = TURNED, "jpg"
-            image = image.transpose(Image.Transpose.ROTATE_90)
-    image.save(f"{stem}.{ending}", exif=exif) if len(exif) else image.save(f"{stem}.{ending}")
+            image, ending = image.transpose(Image.Transpose.ROTATE_90), "jpg"
+            options["exif"] = Image.Exif()
+            options["exif"][ORIENTATION] = TURNED
+    image.save(f"{stem}.{ending}", **options)
 
 
 def main() -> None:
     parser = Parser(prog="photos.py", description=__doc__)
-    parser.add_argument("--data", default="shapes", help="images to take, in any form that train.py takes (default: the built-in shapes)")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names of classes (default: all)")
-    parser.add_argument("--per_class", type=int, default=400, metavar="N", help="pictures of each class (default: 400)")
+    parser.add_argument("--data", default="shapes", help="images to take, in any form that "
+                        "train.py takes (default: the built-in shapes)")
+    parser.add_argument("--classes", nargs="+", metavar="CLASS",
+                        help="names of classes (default: all)")
+    parser.add_argument("--per_class", type=int, default=400, metavar="N",
+                        help="pictures of each class (default: 400)")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new folder")
     args = parser.parse_args()
     images = open_images(args.data)
     need(not os.path.exists(args.out), f"{args.out} is there already; give --out a new folder")
-    for name in args.classes or images.classes:
+    classes = args.classes or images.classes
+    for name in classes:
         choose("class", name, images.classes)
-        members = [i for i, label in enumerate(images.labels) if label == images.classes.index(name)][:args.per_class]
+    count = 0
+    for name in classes:
+        label = images.classes.index(name)
+        members = [i for i, l in enumerate(images.labels) if l == label][:args.per_class]
         os.makedirs(os.path.join(args.out, name))
         for number, i in enumerate(members):
-            save(Image.fromarray(images.load(i)), number, os.path.join(args.out, name, f"IMG {number:04}"))
-    print(f"{args.out}: {sum(len(files) for *_, files in os.walk(args.out))} pictures")
+            stem = os.path.join(args.out, name, f"IMG {number:04}")
+            save(Image.fromarray(images.load(i)), number, stem)
+            count += 1
+    print(f"{args.out}: {count} pictures")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,45 @@
-"""What a run came to, as one small file to keep: the README's numbers are held against these by tests/test_numbers.py.
+"""What a run came to, as one small file to keep.
 
-Run      python -m experiments.record --run runs/demo --by "make demo" --out experiments/results/demo.json
-Takes    RUN/config.json; of RUN/log.jsonl each phase's last words; RUN/summary.json, if eval_fid.py has been there
-Makes    a JSON with command, commit, seed, device and the numbers. The commit is the one that is checked out now, so record
-         a run before the next change.
+The pages' numbers are held against such files by tests/test_numbers.py. The commit in it is the one
+that is checked out now, so record a run before the next change.
+
+In       a finished run of train.py: its settings, of RUN/log.jsonl each phase's last words, and
+         RUN/summary.json, if eval_fid.py has been there
+Run      python -m experiments.record --run runs/demo --by "make demo" --out demo.json
+Makes    a JSON with command, commit, seed, device and the numbers
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
-import json
+import os
 from pathlib import Path
 
-import config
 from config import CONFIGS
-from experiments.order_table import costs
+from experiments.order_table import costs, read_log
 from plumbing import checkpoint
-from plumbing.flags import Parser, build, read_run
+from plumbing.flags import Parser, as_dict, read_run
 from plumbing.processes import Processes, provenance
+from plumbing.run import PLACES, OpenRun, open_run
 
 
-def phases(folder: str) -> list[dict]:
-    """log.jsonl of a run -> one row per finished phase: quality on held-out images, seconds, loss over its tenths."""
-    values = read_run(folder)
-    preset = values.pop("preset")
-    cost = costs(folder, build(CONFIGS, {**config.PRESETS[preset], **values})[2])
-    rows = [json.loads(line) for line in Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{"steps": row.pop("step"), **row, "loss_by_tenth": cost[row["phase"]]["loss_by_tenth"]} for row in rows if "seconds" in row]
+def settings(run: OpenRun) -> dict:
+    """All settings of a run; where its images lie, as seen from here and not from the root."""
+    values = {"preset": read_run(run.folder)["preset"], **as_dict(*run.configs)}
+    for name in PLACES:
+        if os.path.isabs(values[name]):
+            values[name] = os.path.relpath(values[name])
+    return values
+
+
+def phases(run: OpenRun) -> list[dict]:
+    """One row per finished phase: quality on held-out images, seconds, loss over its tenths."""
+    _, _, train_config = run.configs
+    cost, rows = costs(run.folder, train_config), []
+    for row in read_log(run.folder):
+        if "seconds" in row:
+            steps = row.pop("step")
+            by_tenth = cost[row["phase"]]["loss_by_tenth"]
+            rows.append({"steps": steps, **row, "loss_by_tenth": by_tenth})
+    return rows
 
 
 def main() -> None:
@@ -33,12 +48,16 @@ def main() -> None:
     parser.add_argument("--by", required=True, metavar="COMMAND", help="what was typed to make it")
     parser.add_argument("--out", required=True, metavar="FILE", help="the JSON to write")
     args = parser.parse_args()
-    values, summary = read_run(args.run), Path(args.run, "summary.json")
-    made = {**provenance(args.by, Processes("auto").device), "seed": values["seed"], "settings": values, "phases": phases(args.run)}
+    run, summary = open_run(args.run, CONFIGS), Path(args.run, "summary.json")
+    values = settings(run)
+    record = {**provenance(args.by, Processes("auto").device), "seed": values["seed"],
+              "settings": values, "phases": phases(run)}
+    contents = [row["phase"] for row in record["phases"]]
     if summary.exists():
-        made["evaluation"] = checkpoint.read_json(summary)
-    checkpoint.write_json(args.out, made)
-    print(f"{args.out}: {', '.join(row['phase'] for row in made['phases'])}" + (", evaluation" if summary.exists() else ""))
+        record["evaluation"] = checkpoint.read_json(summary)
+        contents.append("evaluation")
+    checkpoint.write_json(args.out, record)
+    print(f"{args.out}: {', '.join(contents)}")
 
 
 if __name__ == "__main__":

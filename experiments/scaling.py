@@ -20,6 +20,7 @@ import time
 import numpy as np
 import torch
 
+from config import DEVICES
 from experiments.bench import GIB, tokenizer_config
 from experiments.timing import Bench, in_child
 from nativetok import NativeTok
@@ -90,7 +91,7 @@ def parse() -> argparse.Namespace:
     parser = Parser(prog="scaling.py", description=__doc__)
     parser.add_argument("--out", default="scaling.png", help="the picture")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+    parser.add_argument("--device", choices=DEVICES, default="auto",
                         help="where to compute")
     parser.add_argument("--threads", type=int, default=0,
                         help="CPU threads (default: torch's choice)")
