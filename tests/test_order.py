@@ -234,6 +234,7 @@ def test_a_second_call_trains_nothing_and_changes_nothing(flags, out, monkeypatc
 def test_the_yardstick_gets_an_eighth_to_all_of_the_tokens_bits(tmp_path):
     """8 tokens of 5 bits; more bits, more decibels; and a file that is there is not made anew."""
     args = order.parse(["--quick", "--out", str(tmp_path)])
+    args.sizes = {**args.sizes, "image_size": 8}  # sooner
     images = open_images(some_shapes(tmp_path / "shapes.npz", 300))
     order.make_pca(args, images, images)
     written = (tmp_path / "pca.json").read_bytes()
