@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from config import DEVICES, TokenizerConfig, load_preset
+from config import TokenizerConfig, load_preset
 from experiments.timing import Bench, in_child
 from generator import ARGenerator, Generator, MaskGITGenerator
 from layers import count_parameters
@@ -41,7 +41,7 @@ from nativetok import NativeTok
 from plumbing import checkpoint
 from plumbing.batches import ImageStream
 from plumbing.datasets import open_images
-from plumbing.flags import Parser, choose, need
+from plumbing.flags import DEVICES, Parser, choose, need
 from plumbing.images import to_float
 from plumbing.processes import peak_memory, provenance
 from plumbing.tokens import TokenStream

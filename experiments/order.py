@@ -41,14 +41,14 @@ import torch
 
 import config
 import train
-from config import CONFIGS, DEVICES, PRESETS
+from config import CONFIGS, PRESETS
 from experiments.order_arms import ARMS, EXTRA, HNT, PLANS, in_order_of, settings_of
 from experiments.order_measure import measure
 from experiments.order_table import draw_figure, read_results, write_tables
 from experiments.pca import transform_code
 from plumbing import checkpoint
 from plumbing.datasets import ImageSet, train_and_val
-from plumbing.flags import Parser, as_flags, build, choose, need
+from plumbing.flags import DEVICES, Parser, as_flags, build, choose, need
 from plumbing.processes import Processes, provenance
 
 
@@ -124,13 +124,15 @@ def train_stages(flags: list[str], *stages: int, **changes: Callable) -> None:
     changes   change_model, change_tokenizer of train.main
     Exits with 3 when interrupted, as train.py does.
     """
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         for stage in stages:
             stage_args = config.parse_run("", [*flags, "--stage", str(stage)])
             train.main(stage_args, **changes)
     finally:  # nobody listens to train.py's handlers any more
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in before.items():
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
 
 
 def train_arm(arm: str, seed: int, source_flags: list[str], flags: list[str]) -> None:

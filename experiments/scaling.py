@@ -20,12 +20,11 @@ import time
 import numpy as np
 import torch
 
-from config import DEVICES
 from experiments.bench import GIB, tokenizer_config
 from experiments.timing import Bench, in_child
 from nativetok import NativeTok
 from plumbing import checkpoint
-from plumbing.flags import Parser, UserError
+from plumbing.flags import DEVICES, Parser, UserError
 from plumbing.processes import peak_memory, provenance
 
 TOKENS, PATCHES = (16, 32, 64, 128, 256), (64, 144, 256, 576, 1024)

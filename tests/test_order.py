@@ -42,15 +42,13 @@ def flags(tmp_path_factory):
     """A quick run of three arms on 60 shapes with hardly any steps: bad, but complete."""
     folder = tmp_path_factory.mktemp("order")
     data = some_shapes(folder / "shapes.npz", 60)
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     flags = ["--quick", "--data", data, "--val_data", data, "--budget", 20, "--generator_steps", 4,
              "--num_samples", 20, "--out", folder / "out", "--arms", *TRIED]
-    try:
-        code, _, err = command(*flags)
-    finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
-            signal.signal(number, handler)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    code, _, err = command(*flags)
     assert code == 0, err
+    after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert after == before, "Ctrl-C and SIGTERM would be answered by a run that is over"
     return flags
 
 
