@@ -43,12 +43,17 @@ class TokenizerConfig:
     decoder_width: int = 768  # channels of the decoder [TiTok-B]
     decoder_depth: int = 12  # transformer blocks of the decoder [TiTok-B]
     decoder_heads: int = 12  # attention heads of the decoder [TiTok-B]
+    # how patches read codes: attention [TiTok], or linear, one map of its own for each code [ours]
+    decoder_reads: str = "attention"
+    # pixels that a patch paints of its neighbours, faded in and out, so that no seam shows [ours]
+    decoder_overlap: int = 0
     # share of training steps that keep only the first k ~ U{1..L} tokens [One-D-Piece]
     tail_drop: float = 0.0
 
     def __post_init__(self):
         choose("tokenizer", self.tokenizer, ("nativetok", "titok", "titok-causal"))
         choose("expert", self.expert, ("query", "block"))
+        choose("decoder_reads", self.decoder_reads, ("attention", "linear"))
         at_least_one(self, "image_size", "patch_size", "encoder_width", "encoder_depth",
                      "encoder_heads", "expert_width", "expert_depth", "expert_heads",
                      "codebook_size", "code_dim", "decoder_width", "decoder_depth",
@@ -75,7 +80,10 @@ class TokenizerConfig:
              f"{self.tokenizer} has no experts to grow; give one length, "
              f"like --token_schedule {steps[-1]}")
         shares(self, "tail_drop")
-        not_negative(self, "commitment_weight", "entropy_weight")
+        not_negative(self, "commitment_weight", "entropy_weight", "decoder_overlap")
+        need(2 * self.decoder_overlap <= self.patch_size,
+             f"decoder_overlap {self.decoder_overlap} is more than half of patch_size "
+             f"{self.patch_size}")
 
     @property
     def num_patches(self) -> int:  # N
@@ -133,6 +141,9 @@ class TrainConfig:
     grow_steps: int = 100000  # steps of each growth step in stage 2 [ours]
     finetune_steps: int = 50000  # steps of the joint fine-tune at the end of stage 2 [ours]
     grow_decoder: bool = True  # the decoder goes on learning while the tokenizer grows [ours]
+    # of hidden matrices, the generators' too: adamw [TiTok] or muon [ours: see muon.py]
+    optimizer: str = "adamw"
+    muon_learning_rate: float = 0.02  # Muon's peak; it rises and falls like learning_rate [Jordan]
     beta2: float = 0.999  # AdamW's second decay; the first is 0.9 [TiTok]
     weight_decay: float = 1e-4  # AdamW's weight decay, on matrices only [TiTok]
     grad_clip: float = 1.0  # largest gradient norm, 0 for no limit [TiTok]
@@ -172,13 +183,14 @@ class TrainConfig:
 
     def __post_init__(self):
         choose("generators", self.generators, ("ar", "maskgit", "both"))
+        choose("optimizer", self.optimizer, ("adamw", "muon"))
         choose("precision", self.precision, ("auto", "fp32", "bf16"))
         at_least_one(self, "batch_size", "generator_batch_size", "accumulate", "log_every",
                      "save_every", "sample_every", "holdout", "timeout", "base_steps", "grow_steps",
                      "finetune_steps", "generator_steps")
         shares(self, "ema_decay")
         not_negative(self, "learning_rate", "min_learning_rate", "finetune_learning_rate",
-                     "weight_decay", "grad_clip", "generator_learning_rate",
+                     "weight_decay", "grad_clip", "muon_learning_rate", "generator_learning_rate",
                      "generator_min_learning_rate", "generator_weight_decay", "perceptual_weight",
                      "adversarial_weight", "warmup_steps", "generator_warmup_steps", "reseed_every",
                      "adversarial_start", "adversarial_warmup", "workers", "seed")
@@ -208,25 +220,26 @@ CONFIGS = (TokenizerConfig, GeneratorConfig, TrainConfig)
 GENERATOR_FIELDS = tuple(f.name for f in dataclasses.fields(GeneratorConfig))
 
 IMAGENET = dict(random_crop=True, workers=8)  # the defaults above are these presets' own
-# 32x32 images; sizes and rates measured on 2 CPU cores [ours]: few wide patches learn most a second
+# 32x32 images. Sizes, rates and shares of the phases: by quality per minute on two CPU cores [ours:
+# experiments/LOG.md]. Small models get more steps, and Muon makes each of them worth about two.
 SMALL = dict(
-    image_size=32, patch_size=8, encoder_width=192, encoder_depth=2, encoder_heads=6,
-    expert_width=128, expert_depth=1, expert_heads=4, token_schedule=(8, 12, 16),
-    decoder_width=192, decoder_depth=2, decoder_heads=6, tail_drop=0.1,
-    batch_size=32, learning_rate=1.5e-3, min_learning_rate=1e-4, finetune_learning_rate=1.5e-3,
-    warmup_steps=50, beta2=0.99, ema_decay=0.99, reseed_every=50, generator_heads=6,
-    generator_learning_rate=1e-3, generator_min_learning_rate=1e-4, generator_warmup_steps=50)
+    image_size=32, patch_size=8, encoder_width=128, encoder_depth=1, encoder_heads=4,
+    expert_width=64, expert_depth=1, expert_heads=16, token_schedule=(4, 8, 16),
+    decoder_width=128, decoder_depth=1, decoder_heads=4, decoder_reads="linear", decoder_overlap=2,
+    optimizer="muon", batch_size=64, learning_rate=3e-3, min_learning_rate=1.5e-4,
+    finetune_learning_rate=3e-3, warmup_steps=20, beta2=0.99, ema_decay=0.99, reseed_every=50,
+    generator_heads=4, generator_learning_rate=1e-3, generator_min_learning_rate=1e-4,
+    generator_warmup_steps=20)
 PRESETS = {
     "tiny": dict(  # the built-in shapes, stages 1 to 3 in minutes on a CPU
-        SMALL, token_schedule=(16, 20, 24), codebook_size=256, flip=False, learning_rate=1e-3,
-        finetune_learning_rate=7e-4, continuous_steps=100, base_steps=800, grow_steps=150,
-        finetune_steps=400, generator_width=192, generator_depth=4, generator_dropout=0.0,
-        generator_batch_size=32, generator_steps=450,
-        log_every=20, save_every=250, sample_every=250),
+        SMALL, codebook_size=256, flip=False, continuous_steps=70, base_steps=420, grow_steps=175,
+        finetune_steps=630, generator_width=128, generator_depth=4, generator_dropout=0.0,
+        generator_batch_size=64, generator_steps=400, log_every=20, save_every=250,
+        sample_every=250),
     "cifar": dict(  # real 32x32 images, --data needed; about an hour on 2 CPU cores
-        SMALL, codebook_size=512, continuous_steps=200, base_steps=4000, grow_steps=1000,
-        finetune_steps=8000, generator_width=288, generator_depth=4, generator_batch_size=64,
-        generator_steps=2500, save_every=500, sample_every=1000),
+        SMALL, codebook_size=512, encoder_depth=2, continuous_steps=200, base_steps=4000,
+        grow_steps=1000, finetune_steps=8000, generator_width=192, generator_depth=4,
+        generator_batch_size=64, generator_steps=2500, save_every=500, sample_every=1000),
     "imagenet-32": dict(IMAGENET, token_schedule=(32,)),
     "imagenet-64": dict(IMAGENET, token_schedule=(32, 64)),
     "imagenet-128": dict(IMAGENET, token_schedule=(32, 64, 128)),

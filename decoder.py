@@ -6,7 +6,12 @@ Paper    TiTok's decoder, as in the first author's earlier public experiments: o
 In       z_q (B, k, d), the first k codes of a sequence, 1 <= k <= L
 Out      images (B, 3, H, W)
 Differs  pixels straight from a linear layer, where TiTok's first stage predicts the tokens of
-         another VQGAN; code positions can grow [ours]
+         another VQGAN; code positions can grow [ours]. Two options for small images [ours]:
+         decoder_reads "linear": code i adds a linear map of its own to all patches at once, and the
+         ViT runs on patches alone: fewer rows, and no attention has to be learned before a code
+         paints. It takes L d N D numbers, so it is for short sequences of few patches.
+         decoder_overlap m: a patch paints m pixels of its neighbours too, and the paintings are
+         blended, so that no seam shows
 Try      python decoder.py      (CPU, a few seconds)
 """
 import torch
@@ -23,38 +28,72 @@ class Decoder(nn.Module):
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
         P, D = cfg.patch_size, cfg.decoder_width
-        self.patch_size, self.image_size = P, cfg.image_size
-        self.embed = nn.Linear(cfg.code_dim, D)
+        self.patch_size, self.image_size, self.overlap = P, cfg.image_size, cfg.decoder_overlap
+        self.code_dim, self.linear = cfg.code_dim, cfg.decoder_reads == "linear"
+        self.embed = None if self.linear else nn.Linear(cfg.code_dim, D)
         # (N, D) a mask token is its position
         self.mask_tokens = nn.Parameter(sincos_2d(cfg.image_size // P, D))
-        self.code_pos = nn.ParameterList()  # one (new tokens, D) table per growth step
+        # One table per growth step: (new tokens, D) positions, or (new tokens, d, N D) maps.
+        self.code_pos = nn.ParameterList()
+        self.paint = nn.ParameterList()
         self.blocks = nn.ModuleList(
             ViTBlock(D, cfg.decoder_heads) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(D)
-        self.to_pixels = nn.Linear(D, 3 * P * P)
-        # Codes have norm 1, so the embedding gets the gain that brings it to the mask tokens'
-        # scale.
+        self.to_pixels = nn.Linear(D, 3 * (P + 2 * self.overlap) ** 2)
+        self.register_buffer("window", blending_window(cfg.image_size, P, self.overlap),
+                             persistent=False)  # (3 (P+2m)^2, N)
         self.apply(init_vit)
-        nn.init.normal_(self.embed.weight)
+        if not self.linear:
+            # Codes have norm 1, so the embedding gets the gain that brings it to the mask tokens'
+            # scale.
+            nn.init.normal_(self.embed.weight)
         self.grow(cfg.token_schedule[0])
 
     def grow(self, num_tokens: int) -> None:
         """Append positions until there are num_tokens; the old ones stay as they are."""
-        new = num_tokens - sum(len(table) for table in self.code_pos)
-        D, device = self.embed.out_features, self.embed.weight.device
-        self.code_pos.append(nn.Parameter(torch.randn(new, D, device=device)))
+        tables, (N, D) = self.paint if self.linear else self.code_pos, self.mask_tokens.shape
+        new = num_tokens - sum(len(table) for table in tables)
+        shape = (new, self.code_dim, N * D) if self.linear else (new, D)
+        table = torch.randn(shape, device=self.mask_tokens.device)
+        if self.linear:
+            # The first maps have unit scale together; later ones start silent, so that a grown
+            # decoder begins where it stopped.
+            table *= 0 if len(tables) else num_tokens ** -0.5
+        tables.append(nn.Parameter(table))
 
     def forward(self, z_q: Tensor) -> Tensor:
         k, N = z_q.shape[1], len(self.mask_tokens)
         # All tables are joined before the cut, so that each of them gets a (maybe zero) gradient at
         # every step.
-        codes = self.embed(z_q) + torch.cat(list(self.code_pos))[:k]  # (B, k, D)
-        masks = self.mask_tokens.expand(len(z_q), -1, -1).to(codes.dtype)  # (B, N, D)
-        x = torch.cat([masks, codes], dim=1)  # (B, N + k, D)
+        table = torch.cat(list(self.paint if self.linear else self.code_pos))[:k]
+        if self.linear:
+            painted = z_q.flatten(1) @ table.flatten(0, 1).to(z_q.dtype)  # (B, N*D)
+            x = self.mask_tokens + painted.unflatten(1, (N, -1))  # (B, N, D)
+        else:
+            codes = self.embed(z_q) + table  # (B, k, D)
+            masks = self.mask_tokens.expand(len(z_q), -1, -1).to(codes.dtype)  # (B, N, D)
+            x = torch.cat([masks, codes], dim=1)  # (B, N + k, D)
         for block in self.blocks:
             x = block(x)
-        pixels = self.to_pixels(self.norm(x[:, :N]))  # (B, N, P*P*3)
-        return unpatchify(pixels, self.patch_size, self.image_size)  # (B, 3, H, W)
+        pixels = self.to_pixels(self.norm(x[:, :N]))  # (B, N, 3*(P+2m)^2)
+        if not self.overlap:
+            return unpatchify(pixels, self.patch_size, self.image_size)  # (B, 3, H, W)
+        # fold adds up what overlaps, and leaves out what lies beyond the image's edge.
+        side = self.patch_size + 2 * self.overlap
+        return F.fold(pixels.float().mT * self.window, (self.image_size, self.image_size), side,
+                      padding=self.overlap, stride=self.patch_size)
+
+
+def blending_window(image_size: int, patch_size: int, overlap: int) -> Tensor:
+    """How much each painted pixel counts: (3 (P+2m)^2, N); what lies on one pixel adds up to 1."""
+    P, m, S = patch_size, overlap, image_size
+    rise = (torch.arange(2 * m) + 0.5) / (2 * m) if m else torch.ones(0)
+    line = torch.cat([rise, torch.ones(P - 2 * m), rise.flip(0)])  # (P+2m,) a roof with a flat top
+    roof = (line[:, None] * line).flatten()  # ((P+2m)^2,)
+    how = dict(kernel_size=P + 2 * m, padding=m, stride=P)
+    tiles = roof[:, None].expand(-1, (S // P) ** 2)
+    total = F.fold(tiles[None].contiguous(), (S, S), **how)  # 1, but less along the image's edge
+    return (tiles * F.unfold(1 / total, **how)[0]).repeat(3, 1)
 
 
 if __name__ == "__main__":

@@ -213,11 +213,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------
 # initialisation
 
-# Queries start larger than keys, which peaks attention a little at the start [ours: no record is
-# kept of what it does; 1 is what everybody else has].
-QUERY_GAIN = 2.0
-
-
 def init_vit(module: nn.Module) -> None:
     """Initialise one Linear of a ViT; use as model.apply(init_vit).
 
@@ -233,7 +228,6 @@ def init_vit(module: nn.Module) -> None:
         q, k, v = module.qkv.weight.data.chunk(3)
         for part in (q, k, v):
             nn.init.xavier_uniform_(part)
-        q.mul_(QUERY_GAIN)
 
 
 def count_parameters(module: nn.Module, learning_only: bool = False) -> int:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from muon import Muon, is_hidden_matrix
 from plumbing.flags import need
 from plumbing.processes import peak_memory, reset_peak_memory
 from plumbing.run import Run
@@ -39,21 +40,28 @@ from plumbing.start import output_gone
 INTERRUPTED = 3  # exit code after a signal, when all is saved
 
 
-def new_optimizer(model: nn.Module, weight_decay: float, beta2: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices only.
+def new_optimizer(model: nn.Module, kind: str, weight_decay: float, beta2: float,
+                  muon_scale: float = 1.0) -> torch.optim.Optimizer:
+    """An optimizer for what learns in `model`: "adamw", or "muon" for its hidden matrices.
 
-    Not biases, norms, positions, queries and codes: they map nothing onto anything.
+    Weight decay touches matrices only: biases, norms, positions, queries and codes map nothing.
+    A group's "scale" is its learning rate as a multiple of the one that Loop sets for each step.
     """
-    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-    def is_matrix(name, p):
-        # experts' matrices are stacked: (n, out, in)
-        return p.ndim == 3 or (p.ndim == 2 and name.endswith("weight"))
-    matrices = [p for name, p in learning if is_matrix(name, p)]
-    others = [p for name, p in learning if not is_matrix(name, p)]
-    groups = [dict(params=matrices, weight_decay=weight_decay),
-              dict(params=others, weight_decay=0.0)]
-    # The rate is set before every step, see Loop.
+    groups = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        # Experts' matrices are stacked: (n, out, in).
+        decay = weight_decay if p.ndim >= 3 or (p.ndim == 2 and name.endswith("weight")) else 0.0
+        matrices, scale = 0, 1.0
+        if kind == "muon" and is_hidden_matrix(name, p):
+            matrices, scale = 3 if "qkv" in name else 1, muon_scale
+        groups.setdefault((matrices, scale, decay), []).append(p)
+    groups = [dict(params=params, scale=scale, weight_decay=decay, **(
+        {"matrices": matrices} if kind == "muon" else {}))
+        for (matrices, scale, decay), params in groups.items()]
+    if kind == "muon":
+        return Muon(groups, betas=(0.9, beta2))
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), fused=True)
 
 
@@ -136,7 +144,7 @@ class Loop:
             # 1. The learning rate of this step.
             self.rate = learning_rate(self.step, self.steps, *self.rates)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate
+                group["lr"] = self.rate * group.get("scale", 1.0)
 
             # 2. The batch, cut into micro-batches of equal size. Processes exchange gradients with
             # the last one.

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import TokenizerConfig
-from layers import QUERY_GAIN, count_parameters
+from layers import count_parameters
 from quantizer import VectorQuantizer
 
 
@@ -63,15 +63,15 @@ class ExpertGroup(nn.Module):
         super().__init__()
         E, d = cfg.expert_width, cfg.code_dim
 
-        def matrices(out, into, gain=1.0):
-            bound = gain * (6 / (out + into)) ** 0.5  # Xavier-uniform, like every ViT here
+        def matrices(out, into):
+            bound = (6 / (out + into)) ** 0.5  # Xavier-uniform, like every ViT here
             return nn.Parameter(torch.empty(n, out, into).uniform_(-bound, bound))
 
         # Unit-scale queries make attention pick other patches for each expert from the first step.
         self.query = nn.Parameter(torch.randn(n, E))
         self.pos = nn.Parameter(torch.randn(n, E))  # the place of token i, for those who read it
         self.layers = nn.ModuleList(nn.ParameterDict(dict(
-            wq=matrices(E, E, QUERY_GAIN), wk=matrices(E, E), wv=matrices(E, E),
+            wq=matrices(E, E), wk=matrices(E, E), wv=matrices(E, E),
             wo=matrices(E, E), bo=nn.Parameter(torch.zeros(n, E)),
             w1=matrices(4 * E, E), b1=nn.Parameter(torch.zeros(n, 4 * E)),
             w2=matrices(E, 4 * E), b2=nn.Parameter(torch.zeros(n, E)),
@@ -231,15 +231,15 @@ class MoCET(nn.Module):
         for group in self.groups:
             # One product per group, not one for all: growth must not change how old ones round.
             query_form = cfg.expert == "query"
-            first = self.first_scores(group, cx) if query_form else [None] * len(group)
-            for expert, scores_x in zip(group.unbind(), first):
-                h = expert.query.expand(len(cx), -1)  # (B, E)
+            first = self.first_scores(group, cx) if query_form else [()] * len(group)
+            for expert, known in zip(group.unbind(), first):
+                h = expert.query[None]  # (1, E): all images ask the same
                 if query_form:
                     for w in expert.layers:
-                        h = query_layer_fast(w, h, cx, prior, heads, scores_x)
-                        scores_x = None  # known for the first layer only
+                        h = query_layer_fast(w, h, cx, prior, heads, *known)
+                        known = ()  # for the first layer only
                 else:
-                    x = torch.cat([rows, h[:, None]], dim=1)  # (B, N+i, E)
+                    x = torch.cat([rows, h.expand(len(cx), 1, -1)], dim=1)  # (B, N+i, E)
                     for w in expert.layers:
                         x = block_layer(w, x, heads)
                     h = x[:, -1]
@@ -259,13 +259,14 @@ class MoCET(nn.Module):
         losses["commitment"] = losses["commitment"] + 0 * token.sum()
         return z_q, ids, losses
 
-    def first_scores(self, group: ExpertGroup, cx: Tensor) -> tuple[Tensor, ...]:
-        """The first layer's scores against X_latent, a (B, heads, N) for each of a group."""
+    def first_scores(self, group: ExpertGroup, cx: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For each expert its first u (heads, E), and its scores against X_latent (B, heads, N)."""
         n, heads = len(group), self.cfg.expert_heads
         wq, wk = group.layers[0].wq, group.layers[0].wk
         u = query_in_context_space(wq, wk, group.query, heads)  # (n, heads, E)
         scores = cx @ u.flatten(0, 1).T  # (B, N, n*heads)
-        return scores.transpose(1, 2).unflatten(1, (n, heads)).unbind(1)
+        scores = scores.transpose(1, 2).unflatten(1, (n, heads))
+        return list(zip(u.unbind(), scores.unbind(1)))
 
 
 def query_in_context_space(wq: Tensor, wk: Tensor, h: Tensor, heads: int) -> Tensor:
@@ -279,20 +280,23 @@ def query_in_context_space(wq: Tensor, wk: Tensor, h: Tensor, heads: int) -> Ten
 
 
 def query_layer_fast(w: SimpleNamespace, h: Tensor, cx: Tensor, prior: Tensor, heads: int,
-                     scores_x: Tensor | None) -> Tensor:
+                     u: Tensor | None = None, scores_x: Tensor | None = None) -> Tensor:
     """query_layer with context = [cx ; prior], without forming keys or values or joining the two.
 
-    h (B, E), cx (B, N, E), prior (B, T, E); scores_x (B, heads, N) where they are known already.
+    h (B, E), cx (B, N, E), prior (B, T, E). In the first layer h (1, E) is the learned query, and
+    what it asks is known: u (heads, E), and scores_x (B, heads, N), from first_scores.
     """
-    memory = torch.cat([prior, norm(h)[:, None]], dim=1)  # (B, T+1, E)
-    q = split_heads(F.linear(norm(h), w.wq), heads)  # (B, heads, E/heads)
+    own = norm(h).expand(len(cx), -1)[:, None]  # (B, 1, E)
+    memory = torch.cat([prior, own], dim=1)  # (B, T+1, E)
     wk, wv = (m.unflatten(0, (heads, -1)) for m in (w.wk, w.wv))  # (heads, E/heads, E)
-    u = torch.einsum("bhc,hce->bhe", q, wk) * q.shape[-1] ** -0.5  # (B, heads, E)
-    if scores_x is None:
+    if u is None:
+        q = split_heads(F.linear(norm(h), w.wq), heads)  # (B, heads, E/heads)
+        u = torch.einsum("bhc,hce->bhe", q, wk) * q.shape[-1] ** -0.5  # (B, heads, E)
         scores_x = u @ cx.transpose(1, 2)  # (B, heads, N)
-    a = torch.cat([scores_x, u @ memory.transpose(1, 2)], dim=-1).softmax(dim=-1)
+    scores = (memory @ u.mT).transpose(1, 2)  # (B, heads, T+1)
+    a = torch.cat([scores_x, scores], dim=-1).softmax(dim=-1)
     ax, am = a.split([cx.shape[1], memory.shape[1]], dim=-1)
-    m = ax @ cx + am @ memory  # (B, heads, E)
+    m = torch.baddbmm(ax @ cx, am, memory)  # (B, heads, E)
     v = torch.einsum("bhe,hce->bhc", m, wv)  # (B, heads, E/heads)
     h = h + F.linear(v.flatten(1), w.wo, w.bo)
     return h + mlp(w, h)

@@ -169,7 +169,8 @@ def train_phase(tokenizer: Tokenizer, phase: Phase, number: int, steps_before: i
     # 2. Who learns, and how far the phase has come. Momentum of a phase says nothing about the
     #    next one, in which other parts learn, so every phase has a new optimizer.
     freeze(model, phase.learns)
-    optimizer = new_optimizer(model, train.weight_decay, train.beta2)
+    optimizer = new_optimizer(model, train.optimizer, train.weight_decay, train.beta2,
+                              train.muon_learning_rate / (train.learning_rate or 1))
     start = saved["step"] if saved and saved["phase"] == phase.name else 0
     if start:
         checkpoint.load_optimizer(optimizer, saved["optimizer"], f"{tokenizer.path}: optimizer")
@@ -283,7 +284,9 @@ def train_generator(run: Run, kind: str, change: Callable = lambda tokenizer: to
     model = GENERATORS[kind](gen, run.tok.num_tokens, run.tok.codebook_size, classes)
     model.to(procs.device)
     ema = frozen_copy(model)
-    optimizer = new_optimizer(model, train.generator_weight_decay, train.generator_beta2)
+    optimizer = new_optimizer(model, train.optimizer, train.generator_weight_decay,
+                              train.generator_beta2,
+                              train.muon_learning_rate / (train.generator_learning_rate or 1))
     start = saved["step"] if saved else 0
     if saved:
         checkpoint.load_strict(model, saved["model"], path)

@@ -260,7 +260,7 @@ def waiting(stream: Iterator, step: Callable, steps: int) -> tuple[float, float]
 
 def learner(model: nn.Module, loss: Callable[..., Tensor], beta2: float) -> Callable:
     """-> a function of a batch: one training step of the model on loss(batch)."""
-    optimizer = new_optimizer(model, 1e-4, beta2)
+    optimizer = new_optimizer(model, "adamw", 1e-4, beta2)
     model.train()
 
     def step(batch):

@@ -264,15 +264,14 @@ def test_eval_mode_has_no_dropout_and_no_gradient_and_restores_the_mode_even_aft
 # ------------------------------------------------------------------------------------------------
 # initialisation
 
-def test_queries_start_larger_than_keys_and_values_by_their_gain():
+def test_queries_keys_and_values_start_as_three_square_matrices():
     torch.manual_seed(0)
     block = ViTBlock(64, 4).apply(layers.init_vit)
     q, k, v = block.attention.qkv.weight.detach().chunk(3)
     bound = math.sqrt(6 / (64 + 64))  # Xavier-uniform of a square matrix
-    assert layers.QUERY_GAIN > 1
-    for part, gain in ((q, layers.QUERY_GAIN), (k, 1), (v, 1)):
-        assert 0.99 < part.abs().max() / (gain * bound) <= 1
-        assert part.std().item() == pytest.approx(gain * bound / math.sqrt(3), rel=0.05)
+    for part in (q, k, v):
+        assert 0.99 < part.abs().max() / bound <= 1
+        assert part.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
     hidden = block.mlp[0].weight.detach()
     assert 0.99 < hidden.abs().max() / math.sqrt(6 / (64 + 256)) <= 1
     for name, p in block.named_parameters():

@@ -100,7 +100,7 @@ def test_a_grow_phase_trains_the_newest_experts_and_the_decoder_only():
 def test_weight_decay_touches_matrices_only():
     model = NativeTok(config.parse_run("", SMALL).tok)
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, kept = ({names[id(p)] for p in group["params"]} for group in loop.new_optimizer(model, 0.1, 0.99).param_groups)
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in loop.new_optimizer(model, "adamw", 0.1, 0.99).param_groups)
     assert {"mit.embed.weight", "mocet.groups.0.layers.0.wq", "mocet.groups.0.head"} <= decayed
     assert {"quantizer.codebook", "mit.pos", "mocet.groups.0.query", "mocet.groups.0.layers.0.b1", "mit.norm.weight"} <= kept
 

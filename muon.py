@@ -1,0 +1,115 @@
+"""Muon: momentum whose matrices are made orthogonal before each step: every direction learns.
+
+Paper    Jordan 2024, kellerjordan.github.io/posts/muon. W a matrix, g its gradient, b = 0.95:
+         m = b m + (1-b) g,   u = b m + (1-b) g,   W = W - lr sqrt(max(1, rows/columns)) NS(u)
+         NS(U S V^T) ~ U V^T, by five Newton-Schulz steps
+In       hidden matrices (out, in), and stacks of experts' matrices (n, out, in)
+Out      the parameters, one step on
+Differs  torch.optim.Muon takes single matrices. Here a stack is n matrices, an attention's q, k and
+         v are three, all of one shape go through NS in one product, and AdamW has the rest [ours]
+Try      python muon.py      (CPU, a few seconds)
+"""
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+# What reads or writes something other than hidden channels is AdamW's: pixels, codes, ids, classes.
+OUTER = ("embed", "head", "to_pixels", "paint", "token", "label", "codebook", "query", "pos")
+
+
+def is_hidden_matrix(name: str, p: Tensor) -> bool:
+    """Does Muon take this parameter? Not for embeddings, positions, output layers and vectors."""
+    inner = not any(word in part for part in name.split(".")[-2:] for word in OUTER)
+    return inner and (p.ndim == 3 or (p.ndim == 2 and name.endswith("weight")))
+
+
+# ------------------------------------------------------------------------------------------------
+# the paper, word for word
+
+A, B, C = 3.4445, -4.7750, 2.0315  # [Jordan] steep at 0: small singular values grow 3.4 times a step
+
+
+def newton_schulz(u: Tensor, steps: int = 5) -> Tensor:
+    """u (n, rows, columns), rows <= columns -> the same directions, singular values near 1."""
+    x = u / (u.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # Frobenius: no singular value is above 1
+    for _ in range(steps):
+        g = x @ x.mT  # (n, rows, rows)
+        x = A * x + (B * g + C * g @ g) @ x  # singular value s becomes A s + B s^3 + C s^5
+    return x
+
+
+# ------------------------------------------------------------------------------------------------
+# the same, fast
+
+def newton_schulz_fast(u: Tensor, steps: int = 5) -> Tensor:
+    """newton_schulz for u of any shape, on the smaller side [tridao.me, Gram Newton-Schulz, 2026].
+
+    A step is x -> z x with z = A + B g + C g g, so g -> z g z, and the end is z_5 .. z_1 x: where
+    a matrix is not square, x is touched twice in all.
+    TRAP: only in float32. With bfloat16's rounding g gets negative eigenvalues, and these explode.
+    """
+    if u.shape[-2] > u.shape[-1]:  # NS(u^T) = NS(u)^T
+        return newton_schulz_fast(u.mT, steps).mT
+    x = u / (u.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if x.shape[-2] == x.shape[-1]:
+        for _ in range(steps):
+            g = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(g, g, g, beta=B, alpha=C), x, beta=A)
+        return x
+    g, total, eye = x @ x.mT, None, torch.eye(x.shape[-2], device=x.device)
+    for _ in range(steps):
+        z = torch.baddbmm(A * eye, g, g, alpha=C).add_(g, alpha=B)
+        total = z if total is None else z @ total
+        g = z @ g @ z
+    return total @ x
+
+
+class Muon(torch.optim.Optimizer):
+    """groups: dicts of params with `matrices`: 0 AdamW, 1 Muon, 3 Muon on q, k, v stored as one."""
+
+    def __init__(self, groups: list[dict], momentum=0.95, betas=(0.9, 0.999)):
+        defaults = dict(lr=0.0, matrices=1, momentum=momentum, betas=betas, weight_decay=0.0)
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                (self.muon if group["matrices"] else self.adamw)(params, group)
+
+    def states(self, params: list[nn.Parameter], *names: str) -> list[list[Tensor]]:
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update({name: torch.zeros_like(p) for name in names})
+                if "step" in names:
+                    self.state[p]["step"] = torch.zeros((), device=p.device)
+        return [[self.state[p][name] for p in params] for name in names]
+
+    def muon(self, params: list[nn.Parameter], group: dict) -> None:
+        b, (m,) = group["momentum"], self.states(params, "momentum")
+        torch._foreach_lerp_(m, [p.grad for p in params], 1 - b)
+        same = {}  # (rows, columns) -> [(W, u)], as stacks
+        for p, u in zip(params, torch._foreach_lerp([p.grad for p in params], m, b)):
+            w, u = (t if t.ndim == 3 else t.unflatten(0, (group["matrices"], -1)) for t in (p, u))
+            same.setdefault(u.shape[1:], []).append((w, u))
+        for (rows, columns), pairs in same.items():
+            done = newton_schulz_fast(torch.cat([u for _, u in pairs]))
+            for (w, u), o in zip(pairs, done.split([len(u) for _, u in pairs])):
+                w.mul_(1 - group["lr"] * group["weight_decay"])
+                w.add_(o, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def adamw(self, params: list[nn.Parameter], group: dict) -> None:
+        first, second, steps = self.states(params, "exp_avg", "exp_avg_sq", "step")
+        adamw(params, [p.grad for p in params], first, second, [], steps, fused=True, amsgrad=False,
+              maximize=False, eps=1e-8, lr=group["lr"], weight_decay=group["weight_decay"],
+              beta1=group["betas"][0], beta2=group["betas"][1])
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    u = torch.randn(1, 64, 256) * torch.logspace(0, -2, 64)[:, None]  # few directions dominate
+    for steps in range(6):
+        s = torch.linalg.svdvals(newton_schulz(u, steps)[0])
+        print(f"after {steps} steps the singular values reach from {s.min():.4f} to {s.max():.4f}")
+    print("Gradient descent moves along the first few. How far does Muon move along the last?")

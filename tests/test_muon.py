@@ -1,0 +1,133 @@
+"""Promises of muon.py: a step is that of each matrix alone, AdamW is torch's, a state goes on."""
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import config
+from generator import ARGenerator
+from loop import new_optimizer
+from muon import Muon, is_hidden_matrix, newton_schulz, newton_schulz_fast
+from nativetok import NativeTok
+
+
+@pytest.mark.parametrize("rows, columns", [(64, 64), (64, 256), (256, 64), (128, 192), (5, 7)])
+def test_the_fast_form_is_the_readable_one(rows, columns):
+    torch.manual_seed(0)
+    # Singular values over four decades, as gradients have them.
+    u = torch.randn(3, rows, columns) * torch.logspace(0, -4, rows)[:, None]
+    lying = u.double().mT if rows > columns else u.double()
+    exact = newton_schulz(lying)
+    fast = newton_schulz_fast(u)
+    fast = fast.mT if rows > columns else fast
+    assert (fast - exact).norm() / exact.norm() < 1e-3
+
+
+def test_singular_values_come_near_one():
+    torch.manual_seed(0)
+    s = torch.linalg.svdvals(newton_schulz_fast(torch.randn(2, 32, 96)))
+    assert 0.6 < s.min() and s.max() < 1.3
+
+
+def plain_step(w, g, lr, b):
+    """One step from rest on one matrix, as the formula says it."""
+    u = b * (1 - b) * g + (1 - b) * g
+    lying = u.T if u.shape[0] > u.shape[1] else u
+    done = newton_schulz(lying[None])[0]
+    done = done.T if u.shape[0] > u.shape[1] else done
+    return w - lr * max(1, w.shape[0] / w.shape[1]) ** 0.5 * done
+
+
+def test_a_step_is_that_of_each_matrix_by_itself():
+    torch.manual_seed(0)
+    shapes = ((8, 8), (8, 32), (32, 8), (5, 8, 16), (5, 16, 8))
+    params, qkv = [nn.Parameter(torch.randn(s)) for s in shapes], nn.Parameter(torch.randn(24, 8))
+    before = [p.detach().clone() for p in (*params, qkv)]
+    optimizer = Muon([dict(params=params, lr=0.1), dict(params=[qkv], lr=0.1, matrices=3)], 0.9)
+    for p in (*params, qkv):
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    for p, old in zip((*params, qkv), before):
+        stacks = [t.view(3, 8, 8) if p is qkv else t if t.ndim == 3 else t[None]
+                  for t in (p.detach(), old, p.grad)]
+        for w, was, g in zip(*stacks):
+            torch.testing.assert_close(w, plain_step(was, g, 0.1, 0.9), rtol=0, atol=2e-5)
+
+
+def test_torchs_own_muon_takes_the_same_step_on_a_single_matrix():
+    torch.manual_seed(0)
+    ours, g = nn.Parameter(torch.randn(16, 48)), torch.randn(16, 48)
+    theirs = copy.deepcopy(ours)
+    a = Muon([dict(params=[ours], lr=0.1)])
+    # Theirs makes Newton-Schulz in bfloat16, so equality is coarse.
+    b = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, momentum=0.95, nesterov=True)
+    ours.grad, theirs.grad = g.clone(), g.clone()
+    start = ours.detach().clone()
+    a.step(), b.step()
+    moved, expected = ours - start, theirs - start
+    assert (moved - expected).norm() / expected.norm() < 0.03
+
+
+def test_adamw_is_torchs():
+    torch.manual_seed(0)
+    mine = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5))]
+    theirs = copy.deepcopy(mine)
+    a = Muon([dict(params=mine, matrices=0, weight_decay=0.1, lr=0.01)], betas=(0.9, 0.99))
+    b = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    for _ in range(3):
+        for p, q in zip(mine, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step(), b.step()
+    assert all(torch.equal(p, q) for p, q in zip(mine, theirs))
+
+
+def test_a_saved_state_goes_on_to_the_same_bits(tmp_path):
+    def start():
+        torch.manual_seed(0)
+        net = nn.Linear(8, 16)
+        groups = [dict(params=[net.weight], lr=0.01), dict(params=[net.bias], matrices=0, lr=0.01)]
+        return net, Muon(groups)
+
+    def steps(net, optimizer, seeds):
+        for seed in seeds:
+            noise = torch.Generator().manual_seed(seed)
+            net.weight.grad = torch.randn(16, 8, generator=noise)
+            net.bias.grad = torch.randn(16, generator=noise)
+            optimizer.step()
+
+    whole, optimizer = start()
+    steps(whole, optimizer, range(6))
+    first, optimizer = start()
+    steps(first, optimizer, range(3))
+    torch.save([first.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    second, optimizer = start()
+    second.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    steps(second, optimizer, range(3, 6))
+    assert torch.equal(whole.weight, second.weight) and torch.equal(whole.bias, second.bias)
+
+
+def test_muon_has_the_hidden_matrices_and_adamw_everything_else():
+    tok, gen, _ = config.load_preset("tiny")
+    tokenizer, generator = NativeTok(tok), ARGenerator(gen, 16, 256, 10)
+    taken = {name for model in (tokenizer, generator) for name, p in model.named_parameters()
+             if is_hidden_matrix(name, p)}
+    assert {"mit.blocks.0.attention.qkv.weight", "mit.dimension_switcher.weight",
+            "mocet.groups.0.layers.0.wq", "mocet.groups.0.layers.0.w1",
+            "decoder.blocks.0.mlp.0.weight", "blocks.0.mlp.w3.weight"} <= taken
+    outer = {"mit.embed.weight", "mit.pos", "mocet.embed_code.weight", "mocet.groups.0.head",
+             "mocet.groups.0.query", "mocet.groups.0.layers.0.b1", "quantizer.codebook",
+             "decoder.paint.0", "decoder.to_pixels.weight", "token.weight", "label.weight",
+             "head.weight", "position", "mit.norm.weight"}
+    names = {name for model in (tokenizer, generator) for name, _ in model.named_parameters()}
+    assert outer <= names and not outer & taken
+    groups = new_optimizer(tokenizer, "muon", 0.1, 0.99, muon_scale=7.0).param_groups
+    by_number = {id(p): group for group in groups for p in group["params"]}
+    qkv = by_number[id(tokenizer.mit.blocks[0].attention.qkv.weight)]
+    assert (qkv["matrices"], qkv["scale"]) == (3, 7.0)
+    code = by_number[id(tokenizer.quantizer.codebook)]
+    assert (code["matrices"], code["scale"], code["weight_decay"]) == (0, 1.0, 0.0)
+    assert len(by_number) == len(list(tokenizer.parameters())), "each parameter learns once"
