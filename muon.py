@@ -26,7 +26,7 @@ def is_hidden_matrix(name: str, p: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------
 # the paper, word for word
 
-A, B, C = 3.4445, -4.7750, 2.0315  # [Jordan] steep at 0: small singular values grow 3.4 times a step
+A, B, C = 3.4445, -4.7750, 2.0315  # [Jordan] small singular values grow 3.4 times a step
 
 
 def newton_schulz(u: Tensor, steps: int = 5) -> Tensor:

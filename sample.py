@@ -33,7 +33,7 @@ from generator import GENERATORS, Generator
 from losses import psnr
 from nativetok import NativeTok, doubling, sample_batch
 from plumbing import checkpoint
-from plumbing.flags import Parser, UserError, need, number
+from plumbing.flags import Parser, need, number
 from plumbing.images import read_image, resize_crop, save_grid, to_float, to_uint8
 from plumbing.processes import Processes, enough_memory, need_room
 from plumbing.samples import class_number, write_npz

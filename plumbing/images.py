@@ -157,6 +157,8 @@ def resize_crop(image: np.ndarray, size: int, rng: np.random.Generator | None = 
 def augment(image: np.ndarray, size: int, key: tuple[int, ...], flip: bool,
             random_crop: bool) -> np.ndarray:
     """resize_crop and mirror at random, as a function of `key` = (seed, epoch, index) alone."""
+    if not (flip or random_crop):  # making an rng takes longer than all the rest
+        return resize_crop(image, size)
     rng = np.random.default_rng(key)
     mirror = rng.random() < 0.5  # drawn in any case, so that flip leaves the crops alone
     image = resize_crop(image, size, rng if random_crop else None)

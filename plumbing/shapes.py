@@ -43,13 +43,17 @@ def coverage(shape: int, size: int, row: int, column: int) -> np.ndarray:
     return inside.reshape(32, 4, 32, 4).sum(axis=(1, 3))
 
 
+@functools.cache
+@functools.cache
 def draw_shape(number: int) -> np.ndarray:
-    """0 <= number < TOTAL -> uint8 (32, 32, 3)."""
+    """0 <= number < TOTAL -> uint8 (32, 32, 3), read-only; drawn once: all are 14 MB."""
     shape, colour, background, size, row, column = np.unravel_index(number, DIGITS)
     front, back = list(COLOURS.values())[colour], list(BACKGROUNDS.values())[background]
     covered = np.arange(17)[:, None]                          # sixteenths of a pixel
     mixed = (np.array(front) * covered + np.array(back) * (16 - covered) + 8) // 16      # (17, 3)
-    return mixed.astype(np.uint8)[coverage(shape, size, row, column)]
+    image = mixed.astype(np.uint8)[coverage(shape, size, row, column)]
+    image.flags.writeable = False
+    return image
 
 
 def shape_of(number):

@@ -2,7 +2,6 @@
 import pytest
 import torch
 
-import layers
 from config import TokenizerConfig
 from mocet import MoCET
 from quantizer import VectorQuantizer
