@@ -1,13 +1,14 @@
-"""Batches whose order nothing can disturb: not the number of processes or workers, not a restart, not a signal.
+"""Batches in an order that nothing disturbs: no number of processes or workers, no restart.
 
 In       an ImageSet
-Out      images uint8 (b, S, S, 3) and labels int64 (b,); images.to_float makes the models' input of them
+Out      images uint8 (b, S, S, 3) and labels int64 (b,); images.to_float makes the models' input
 
-    ImageSet ─► load(i) ─► augment      ─► ImageStream     training: endless, shuffled anew in every epoch
+    ImageSet ─► load(i) ─► augment      ─► ImageStream     training: endless, shuffled every epoch
                       └──► resize_crop  ─► eval_batches    evaluation: in order, once
 
-How      which images a step sees is computed from the step's number; no state runs along that could be lost
-Try      python -m plumbing.batches      (one process, two of them, and a restart: the same images at every step)
+Differs  the paper leaves the order open. Here the images of a step are computed from its number; no
+         state runs along that could be lost
+Try      python -m plumbing.batches      (one process, two, and a restart: the same at every step)
 """
 import contextlib
 import functools
@@ -28,12 +29,25 @@ from plumbing.datasets import ImageSet
 from plumbing.flags import UserError, need
 from plumbing.images import augment, resize_crop
 
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+# Windows has the first two.
+STOP_SIGNALS = {getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+                if hasattr(signal, name)}
+TIMEOUT = 600  # seconds to wait for a batch of the data workers
+SHARED = "/dev/shm"  # where Linux keeps what processes share
+MEND_SHARED = ("give it more (docker run --shm-size=8g), or use --workers 0 or a smaller "
+               "--batch_size")
+SKIP_BAD = " (train.py --skip_bad passes over up to 1% of bad ones)"
 
+
+# ------------------------------------------------------------------------------------------------
+# data workers
 
 @contextlib.contextmanager
 def stop_signals_blocked():
-    """Processes started inside inherit the block; for this one, a signal comes through at the end."""
+    """Processes started inside inherit the block; for this one, a signal comes at the end."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -42,55 +56,100 @@ def stop_signals_blocked():
 
 
 def obey_only_the_parent(worker: int) -> None:
-    """In a worker: signals to the whole process group must not stop it before the main process has saved.
+    """In a worker: a signal to the whole process group must not stop it before all is saved.
 
-    TRAP: a worker that simply ignores SIGTERM also ignores the main process, which at its exit would wait for ever.
+    TRAP: a worker that simply ignores SIGTERM also ignores the main process, which at its exit
+    would wait for ever.
     """
     def listen():
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
             pass
         os._exit(0)
 
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where only Ctrl-C reaches a whole group
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    if hasattr(signal, "sigwaitinfo"):                        # a Mac has none
+    if hasattr(signal, "sigwaitinfo"):  # a Mac has none
         threading.Thread(target=listen, daemon=True).start()
 
+
+def need_shared_memory(workers: int, batch_bytes: int) -> None:
+    """Raise UserError when the batches that workers prepare ahead do not fit into shared memory.
+
+    DataLoader lets each prepare two, and one that finds no room would never be heard of again.
+    """
+    if not workers or not os.path.isdir(SHARED):
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    batches, free = 2 * workers * processes, shared_memory_free()
+    need(batches * batch_bytes <= free,
+         f"{workers * processes} data workers prepare {batches} batches of {batch_bytes / 1e6:.1f} "
+         f"MB in shared memory, and {SHARED} has {free / 1e6:.1f} MB free; {MEND_SHARED}")
+
+
+def shared_memory_free() -> int:
+    found = os.statvfs(SHARED)
+    return found.f_bavail * found.f_frsize
+
+
+# ------------------------------------------------------------------------------------------------
+# batches by number
 
 class Batches:
     """Batches by number, as DataLoader's map-style data set.
 
-    plan   number -> [(index, transform)], the images of that batch
+    plan          number -> [(index, transform)], the images of that batch
+    batch_bytes   what the images of one batch take
+    skip_bad      None: the program has no such flag, and nobody is advised to give it
     """
 
-    def __init__(self, dataset: ImageSet, plan: Callable, skip_bad: bool):
-        self.dataset, self.plan = dataset, plan
+    def __init__(self, dataset: ImageSet, plan: Callable, batch_bytes: int, skip_bad: bool | None):
+        self.dataset, self.plan, self.batch_bytes = dataset, plan, batch_bytes
         # unreadable images to put up with
         self.limit = max(1, len(dataset) // 100) if skip_bad else 0
+        self.advice = SKIP_BAD if skip_bad is False else ""
 
-    def __getitem__(self, number: int) -> tuple[Tensor | None, Tensor | None, list[str]]:
-        """images uint8 (b, S, S, 3), labels int64 (b,), errors. No images when there are more errors than the limit.
+    def __getitem__(self, number: int) -> tuple[Tensor | None, Tensor | None, list[str], str]:
+        """images uint8 (b, S, S, 3), labels int64 (b,), unreadable images, failure.
 
-        Errors travel as text: DataLoader would wrap an exception of a worker into pages of traceback.
+        No images when more are unreadable than the limit allows, or when there is a failure.
+        Both travel as text: DataLoader would wrap a worker's exception into pages of traceback.
         """
         images, labels, errors = [], [], []
         for index, transform in self.plan(number):
-            while len(images) == len(labels):                 # until one more image has been read
+            while len(images) == len(labels):  # until one more image has been read
                 try:
                     images.append(transform(self.dataset.load(index)))
                 except UserError as error:
                     errors.append(str(error))
                     if len(set(errors)) > self.limit:
-                        return None, None, errors
+                        return None, None, errors, ""
                     # the next one stands in, on every run alike
                     index = (index + 1) % len(self.dataset)
             labels.append(self.dataset.labels[index])
-        return torch.from_numpy(np.stack(images)), torch.from_numpy(np.array(labels)), errors
+        batch = torch.from_numpy(np.stack(images)), torch.from_numpy(np.array(labels))
+        if torch.utils.data.get_worker_info() is not None:
+            try:
+                # Here and not on the way to the main process, where a failure would be lost.
+                batch = batch[0].share_memory_(), batch[1].share_memory_()
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                return None, None, errors, f"no shared memory for a batch ({reason}); {MEND_SHARED}"
+        return *batch, errors, ""
 
-    def stream(self, numbers, workers: int):
-        """Yield (images, labels) for each of `numbers`, prepared ahead by `workers` processes of one thread each."""
+    def stream(self, numbers, workers: int, timeout: int = TIMEOUT):
+        """Yield (images, labels) for each of `numbers`.
+
+        workers   processes of one thread each that prepare them ahead
+        timeout   seconds to wait for a batch of theirs, or UserError
+        """
+        need_shared_memory(workers, self.batch_bytes)
         loader = torch.utils.data.DataLoader(
-            self, batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=obey_only_the_parent,
-            # By fork, whatever Python's default: workers then share the keys' memory and inherit the block below.
+            self, batch_size=None, sampler=numbers, num_workers=workers,
+            worker_init_fn=obey_only_the_parent, timeout=timeout if workers else 0,
+            # By fork, whatever Python's default: workers then share the keys' memory and inherit
+            # the block below.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             pin_memory=torch.cuda.is_available(),
             # or it draws from the global one and disturbs the training
@@ -98,16 +157,31 @@ class Batches:
         skipped = set()
         with stop_signals_blocked() if workers else contextlib.nullcontext():
             batches = iter(loader)
-        for images, labels, errors in batches:
+        while True:
+            try:
+                images, labels, errors, failure = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
+                raise UserError(
+                    f"no batch came from {workers} data workers in {timeout} seconds; is the disk "
+                    f"that slow, or {SHARED} full? {MEND_SHARED}, or raise --timeout") from None
+            need(not failure, failure)
             for error in errors:
                 if self.limit and error not in skipped:
                     print(f"skipped {error}", file=sys.stderr)
                 skipped.add(error)
             if len(skipped) > self.limit:
-                raise UserError(errors[-1] if not self.limit else
-                                f"{len(skipped)} of {len(self.dataset)} images cannot be read, more than 1%; mend the data")
+                raise UserError(errors[-1] + self.advice if not self.limit else
+                                f"{len(skipped)} of {len(self.dataset)} images cannot be read, "
+                                "more than 1%; mend the data")
             yield images, labels
 
+
+# ------------------------------------------------------------------------------------------------
+# training
 
 @functools.lru_cache(maxsize=2)
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -115,26 +189,31 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class ImageStream:
-    """Training batches without end: iterate for (images uint8 (b, S, S, 3), labels int64 (b,)) of this rank.
+    """Training batches without end: iterate for (images uint8 (b, S, S, 3), labels int64 (b,)).
 
-    The order is one endless row of positions. Position p is image permutation(epoch p // n)[p % n], and step s takes the
-    positions from s * batch_size on, cut into one piece per rank. So neither the number of ranks or workers nor a
-    restart (start_step) changes which images a step sees, and a data set may be smaller than a batch.
+    The order is one endless row of positions. Position p is image permutation(epoch p // n)[p % n],
+    and step s takes the positions from s * batch_size on, cut into one piece per rank. So neither
+    the number of ranks or workers nor a restart (start_step) changes which images a step sees, and
+    a data set may be smaller than a batch.
 
     batch_size   images per step over all ranks
-    skip_bad     the next image stands in for an unreadable one; above 1% of the data set (and one) it is a UserError
+    skip_bad     the next image stands in for an unreadable one; above 1% of the data set (and one)
+                 it is a UserError. None: like False, where there is no such flag
+    timeout      seconds to wait for a batch of the workers
     Raises UserError with the first unreadable image's name unless skip_bad.
     """
 
-    def __init__(self, dataset: ImageSet, image_size: int, batch_size: int, seed: int, flip: bool = False,
-                 random_crop: bool = False, rank: int = 0, world: int = 1, start_step: int = 0, workers: int = 0,
-                 skip_bad: bool = False):
-        need(batch_size % world == 0, f"batch_size {batch_size} is not a multiple of the {world} processes; "
-             f"try {max(1, batch_size // world) * world}")
+    def __init__(self, dataset: ImageSet, image_size: int, batch_size: int, seed: int,
+                 flip: bool = False, random_crop: bool = False, rank: int = 0, world: int = 1,
+                 start_step: int = 0, workers: int = 0, skip_bad: bool | None = None,
+                 timeout: int = TIMEOUT):
+        need(batch_size % world == 0, f"batch_size {batch_size} is not a multiple of the {world} "
+             f"processes; try {max(1, batch_size // world) * world}")
         need(seed >= 0, f"seed {seed} is negative; give 0 or more")
-        self.dataset, self.image_size, self.batch_size, self.seed = dataset, image_size, batch_size, seed
-        self.flip, self.random_crop, self.rank, self.world = flip, random_crop, rank, world
-        self.start_step, self.workers, self.skip_bad = start_step, workers, skip_bad
+        self.dataset, self.image_size, self.batch_size = dataset, image_size, batch_size
+        self.seed, self.flip, self.random_crop = seed, flip, random_crop
+        self.rank, self.world, self.start_step = rank, world, start_step
+        self.workers, self.skip_bad, self.timeout = workers, skip_bad, timeout
 
     def plan(self, step: int) -> list:
         n, share = len(self.dataset), self.batch_size // self.world
@@ -143,36 +222,53 @@ class ImageStream:
         for position in range(first, first + share):
             epoch, place = divmod(position, n)
             index = int(permutation(n, self.seed, epoch)[place])
-            batch.append((index, functools.partial(augment, size=self.image_size, key=(self.seed, epoch, index),
-                                                   flip=self.flip, random_crop=self.random_crop)))
+            transform = functools.partial(augment, size=self.image_size,
+                                          key=(self.seed, epoch, index),
+                                          flip=self.flip, random_crop=self.random_crop)
+            batch.append((index, transform))
         return batch
 
     def __iter__(self):
-        return Batches(self.dataset, self.plan, self.skip_bad).stream(itertools.count(self.start_step), self.workers)
+        batch_bytes = self.batch_size // self.world * self.image_size ** 2 * 3
+        batches = Batches(self.dataset, self.plan, batch_bytes, self.skip_bad)
+        return batches.stream(itertools.count(self.start_step), self.workers, self.timeout)
 
+
+# ------------------------------------------------------------------------------------------------
+# evaluation
 
 def eval_plan(indices: np.ndarray, image_size: int, batch_size: int, number: int) -> list:
     transform = functools.partial(resize_crop, size=image_size)
-    return [(int(index), transform) for index in indices[number * batch_size:(number + 1) * batch_size]]
+    chosen = indices[number * batch_size:(number + 1) * batch_size]
+    return [(int(index), transform) for index in chosen]
 
 
-def eval_batches(dataset: ImageSet, image_size: int, batch_size: int, indices=None, workers: int = 0,
-                 skip_bad: bool = False):
-    """Yield (images uint8 (b, S, S, 3), labels int64 (b,)) once, in order, cropped at the centre; the last may be short."""
+def eval_batches(dataset: ImageSet, image_size: int, batch_size: int, indices=None,
+                 workers: int = 0, skip_bad: bool | None = None, timeout: int = TIMEOUT):
+    """Yield (images uint8 (b, S, S, 3), labels int64 (b,)) once, in order, cropped at the centre.
+
+    The last batch may be short; skip_bad and timeout are those of ImageStream.
+    """
     indices = np.arange(len(dataset)) if indices is None else np.asarray(indices)
     plan = functools.partial(eval_plan, indices, image_size, batch_size)
-    yield from Batches(dataset, plan, skip_bad).stream(range(math.ceil(len(indices) / batch_size)), workers)
+    batch_bytes = min(batch_size, len(indices)) * image_size ** 2 * 3
+    numbers = range(math.ceil(len(indices) / batch_size))
+    yield from Batches(dataset, plan, batch_bytes, skip_bad).stream(numbers, workers, timeout)
 
 
 if __name__ == "__main__":
     from plumbing.datasets import open_images
 
     seven = open_images("shapes").subset(np.arange(7))
-    print("Seven images, batches of four: an epoch ends in the middle of the second, and of the fourth.\n")
+    print("Seven images, batches of four: an epoch ends in the middle of the second, and of the "
+          "fourth.\n")
     print(f"{'':10}{'one process':16}two of them")
     for step in range(4):
-        cells = [[index for index, _ in ImageStream(seven, 32, 4, seed=0, rank=rank, world=world).plan(step)]
-                 for world in (1, 2) for rank in range(world)]
+        cells = []
+        for rank, world in ((0, 1), (0, 2), (1, 2)):
+            stream = ImageStream(seven, 32, 4, seed=0, rank=rank, world=world)
+            cells.append([index for index, _ in stream.plan(step)])
         print(f"step {step}    {str(cells[0]):16}{cells[1]} {cells[2]}")
-    print("\nplan(step) needs no step before it, so a run that was killed goes on at any of them. What else would a")
-    print("stream have to save that draws its next image from one running random generator?")
+    print("\nplan(step) needs no step before it, so a run that was killed goes on at any of them.")
+    print("What else would a stream have to save that draws its next image from one running random "
+          "generator?")

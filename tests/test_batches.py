@@ -1,16 +1,18 @@
 """batches.py: nothing disturbs the order of the batches, and an unreadable image is named."""
 import itertools
 import multiprocessing
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
 from helpers import folder_of, packed, put, refused, same, take
-from plumbing import datasets
+
+from plumbing import batches, datasets
 from plumbing.batches import ImageStream, eval_batches
 from plumbing.images import resize_crop
 
@@ -33,8 +35,9 @@ def stream(dataset, **options):
 
 
 def test_the_stream_is_the_same_with_and_without_workers(small):
-    plain = take(stream(small), 9)                            # more than two epochs
-    assert plain[0][0].shape == (6, 8, 8, 3) and plain[0][0].dtype == torch.uint8 and plain[0][1].dtype == torch.int64
+    plain = take(stream(small), 9)  # more than two epochs
+    assert plain[0][0].shape == (6, 8, 8, 3)
+    assert plain[0][0].dtype == torch.uint8 and plain[0][1].dtype == torch.int64
     assert same(plain, take(stream(small, workers=2), 9))
     assert not same(plain, take(stream(small, seed=6), 9))
 
@@ -43,8 +46,9 @@ def test_the_stream_is_the_same_for_one_and_two_and_three_ranks(small):
     plain = take(stream(small), 5)
     for world in (2, 3):
         ranks = [take(stream(small, rank=rank, world=world), 5) for rank in range(world)]
-        joined = [tuple(torch.cat([ranks[r][s][k] for r in range(world)]) for k in (0, 1)) for s in range(5)]
-        assert same(plain, joined)
+        for step in range(5):
+            for k in (0, 1):  # images, labels
+                assert torch.equal(plain[step][k], torch.cat([rank[step][k] for rank in ranks]))
 
 
 def test_the_stream_resumes_at_any_step(small):
@@ -55,16 +59,18 @@ def test_the_stream_resumes_at_any_step(small):
 
 
 def test_order_and_crops_do_not_depend_on_the_batch_size(small):
-    four, six = (torch.cat([images for images, _ in take(stream(small, batch_size=b), 24 // b)]) for b in (4, 6))
+    four, six = take(stream(small, batch_size=4), 6), take(stream(small, batch_size=6), 4)
+    four, six = (torch.cat([images for images, _ in each]) for each in (four, six))
     assert torch.equal(four, six)
 
 
 def test_every_epoch_shows_every_image_once_in_a_new_order_and_with_new_crops(small):
-    images = torch.cat([b[0] for b in take(stream(small, image_size=12, flip=False, random_crop=False, batch_size=23), 2)])
-    first, second = ([image.numpy().tobytes() for image in part] for part in images.split(23))
-    assert sorted(first) == sorted(second) == sorted(small.load(i).tobytes() for i in range(23)) and first != second
-    crops = {image.numpy().tobytes() for batch in take(stream(small, batch_size=23), 2) for image in batch[0]}
-    assert len(crops) == 46
+    plain = stream(small, image_size=12, flip=False, random_crop=False, batch_size=23)
+    first, second = ([image.numpy().tobytes() for image in images] for images, _ in take(plain, 2))
+    whole = sorted(small.load(i).tobytes() for i in range(23))
+    assert sorted(first) == sorted(second) == whole and first != second
+    crops = [images for images, _ in take(stream(small, batch_size=23), 2)]
+    assert len({image.numpy().tobytes() for image in torch.cat(crops)}) == 46
 
 
 def test_a_data_set_smaller_than_a_batch_works(small):
@@ -99,15 +105,67 @@ def test_workers_outlive_signals_from_their_first_moment_on(small):
 
 
 def test_a_crash_of_the_main_process_ends_its_workers():
-    script = ("from plumbing import batches, datasets\nstream = iter(batches.ImageStream(datasets.open_images('shapes'), 32, 8, 0, workers=2))\n"
-              "next(stream)\nraise SystemError('crash')")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    script = """
+from plumbing import batches, datasets
+stream = iter(batches.ImageStream(datasets.open_images('shapes'), 32, 8, 0, workers=2))
+next(stream)
+raise SystemError('crash')
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          timeout=60, cwd=ROOT)
     assert done.returncode == 1 and "crash" in done.stderr
 
 
 def test_user_errors_of_the_stream(small):
     refused(lambda: stream(small, batch_size=7, world=2), names=["batch_size 7", "try 6"])
     refused(lambda: stream(small, seed=-1), names=["seed"])
+
+
+# ------------------------------------------------------------------------------------------------
+# workers that cannot hand over a batch
+
+def test_batches_that_do_not_fit_into_shared_memory_are_refused_at_the_start(small, monkeypatch):
+    batch = 6 * 8 * 8 * 3
+    for free, enough in ((4 * batch, True), (4 * batch - 1, False)):
+        monkeypatch.setattr(batches, "shared_memory_free", lambda free=free: free)
+        if enough:
+            assert len(take(stream(small, workers=2), 2)) == 2
+        else:
+            for made in (iter(stream(small, workers=2)), eval_batches(small, 8, 6, workers=2)):
+                told = ["/dev/shm", "--shm-size", "--workers 0"]
+                refused(lambda stream: stream, made, names=told)
+    assert len(take(stream(small), 2)) == 2  # without workers nothing is shared
+    monkeypatch.setattr(batches, "shared_memory_free", lambda: 4 * batch)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    refused(lambda: iter(stream(small, workers=2)), names=["4 data workers"])
+
+
+def test_a_worker_without_shared_memory_says_so_in_one_line(small, monkeypatch):
+    def full(self):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device\nmore")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    told = ["No space left on device", "--shm-size", "--workers 0"]
+    for skip_bad in (None, True):  # it is no unreadable image
+        refused(lambda skip: iter(stream(small, workers=2, skip_bad=skip)), skip_bad, names=told)
+
+
+def test_a_batch_that_never_comes_is_waited_for_no_longer_than_the_timeout(small):
+    class Stuck:
+        def __len__(self):
+            return 10
+
+        def load(self, index):
+            time.sleep(60)
+    began = time.time()
+    told = ["2 data workers in 1 seconds", "/dev/shm", "--shm-size", "--workers 0", "--timeout"]
+    refused(lambda: iter(stream(Stuck(), workers=2, timeout=1)), names=told)
+    assert time.time() - began < 30
+
+
+def test_workers_need_no_function_that_windows_lacks(small, monkeypatch):
+    for name in ("pthread_sigmask", "sigwaitinfo"):
+        monkeypatch.delattr(signal, name)
+    assert same(take(stream(small, workers=2), 3), take(stream(small), 3))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -120,16 +178,27 @@ def test_the_first_unreadable_image_stops_the_stream_with_its_name_in_one_line(t
     refused(lambda: stopped, names=[bad, "<html>"])
 
 
+@pytest.mark.parametrize("skip_bad", [None, False])
+def test_skip_bad_is_advised_only_where_there_is_such_a_flag(tmp_path, skip_bad):
+    put(folder_of(tmp_path / "set", 12) / "cat" / "bad.png", b"<html>")
+    dataset = datasets.open_images(str(tmp_path / "set"))
+    for made in (iter(stream(dataset, skip_bad=skip_bad)),
+                 eval_batches(dataset, 8, 4, skip_bad=skip_bad)):
+        message = refused(lambda made: made, made, names=["replace or remove it"])
+        assert ("--skip_bad" in message) == (skip_bad is False)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skip_bad_puts_the_next_image_in_its_place_and_says_so_once(tmp_path, capfd, workers):
     root = folder_of(tmp_path / "set", 10, ("cat",))
     put(root / "cat" / "004.png", b"")
     dataset = datasets.open_images(str(root))
-    plain = dict(image_size=8, batch_size=10, flip=False, random_crop=False, skip_bad=True, workers=workers)
-    for images, _ in take(stream(dataset, **plain), 3):
+    plain = dict(image_size=8, batch_size=10, flip=False, random_crop=False)
+    for images, _ in take(stream(dataset, skip_bad=True, workers=workers, **plain), 3):
         shown = [image.numpy().tobytes() for image in images]
         assert shown.count(dataset.load(5).tobytes()) == 2 and len(set(shown)) == 9
-    assert capfd.readouterr().err.count("004.png") == 1
+    told = capfd.readouterr().err
+    assert told.count("004.png") == 1 and "--skip_bad" not in told
 
 
 def test_skip_bad_stops_above_one_percent(tmp_path):
@@ -153,14 +222,16 @@ def test_skip_bad_stops_above_one_percent(tmp_path):
 def test_evaluation_shows_every_image_once_in_order(small, workers):
     batches = list(eval_batches(small, 12, 10, workers=workers))
     assert [len(labels) for _, labels in batches] == [10, 10, 3]
-    assert torch.equal(torch.cat([b[0] for b in batches]), torch.from_numpy(np.stack([small.load(i) for i in range(23)])))
+    images = np.stack([small.load(i) for i in range(23)])
+    assert np.array_equal(torch.cat([b[0] for b in batches]).numpy(), images)
     assert torch.cat([b[1] for b in batches]).tolist() == small.labels.tolist()
 
 
 def test_evaluation_of_chosen_images_keeps_their_order(small):
     (images, labels), = eval_batches(small, 8, 10, indices=[7, 2, 2])
     assert labels.tolist() == small.labels[[7, 2, 2]].tolist()
-    assert np.array_equal(images[0].numpy(), resize_crop(small.load(7), 8)) and torch.equal(images[1], images[2])
+    assert np.array_equal(images[0].numpy(), resize_crop(small.load(7), 8))
+    assert torch.equal(images[1], images[2])
 
 
 def test_evaluation_stops_at_an_unreadable_image_unless_told_otherwise(tmp_path):

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
 from helpers import noise, refused, same, take
+
 from plumbing import datasets, tokens
 from plumbing.batches import ImageStream
 from plumbing.flags import need
@@ -19,7 +19,7 @@ SIZE = 8
 
 def encode(images: torch.Tensor) -> torch.Tensor:
     """A stand-in for the tokenizer: the red of each pixel in the first row, so a mirrored image reads backwards."""
-    return images[:, 0, :, 0].long()                          # (b, S, S, 3) -> (b, L = S)
+    return images[:, 0, :, 0].long()  # (b, S, S, 3) -> (b, L = S)
 
 
 class Counting:
@@ -140,10 +140,10 @@ def test_processes_share_the_shards_even_if_one_looks_when_the_other_has_finishe
 
     def late():
         if first.seen and not second.seen:  # the first process waits for the second one at the end
-            procs = SimpleNamespace(rank=1, world=2, main=False, barrier=lambda: None)
+            procs = SimpleNamespace(stop=False, rank=1, world=2, main=False, barrier=lambda: None)
             results.append(cached(tmp_path / "tokens", dataset, encode=second, procs=procs)[0])
     results = []
-    procs = SimpleNamespace(rank=0, world=2, main=True, barrier=late)
+    procs = SimpleNamespace(stop=False, rank=0, world=2, main=True, barrier=late)
     results.append(cached(tmp_path / "tokens", dataset, encode=first, procs=procs)[0])
     alone, _ = cached(tmp_path / "alone", dataset)
     assert len(results) == 2 and all(np.array_equal(ids, alone) for ids in results)
@@ -169,7 +169,7 @@ def images_and_copies(batches):
 
 
 def test_batches_are_rows_of_ids_with_their_labels():
-    for ids, labels in take(stream(ids=IDS.astype(np.uint16)), 9):    # more than two epochs
+    for ids, labels in take(stream(ids=IDS.astype(np.uint16)), 9):  # more than two epochs
         assert ids.shape == (6, L) and ids.dtype == labels.dtype == torch.int64
         image, copy = ids[:, 0] % 1000, ids[:, 0] // 1000
         assert labels.tolist() == (image % 7).tolist()
@@ -188,7 +188,7 @@ def test_the_order_is_the_same_for_one_and_two_and_three_ranks():
 
 def test_the_stream_goes_on_at_any_step():
     whole = take(stream(), 9)
-    for start in (1, 3, 4, 8):                                # an epoch ends inside step 3
+    for start in (1, 3, 4, 8):  # an epoch ends inside step 3
         assert same(whole[start:], take(stream(start_step=start), 9 - start))
 
 
