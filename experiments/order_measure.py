@@ -152,11 +152,12 @@ def sample_rows(judged: Callable[..., dict], num_tokens: int) -> list[dict]:
     rows = [judged("ar", cfg_scale=float(scale)) for scale in (1, *SCALES)]
     at_eight = [judged("maskgit", cfg_scale=float(scale)) for scale in (1, *SCALES)]
     eight = at_eight[0]["steps"]
-    best = min(at_eight[1:], key=lambda row: row[fd_key(row)])["cfg_scale"]
+    best = min(at_eight, key=lambda row: row[fd_key(row)])["cfg_scale"]
     rows += at_eight
     for steps in doubling(num_tokens):
         if steps != eight:
-            rows += [judged("maskgit", steps=steps, cfg_scale=scale) for scale in (1.0, best)]
+            rows += [judged("maskgit", steps=steps, cfg_scale=scale)
+                     for scale in sorted({1.0, best})]
     return rows
 
 

@@ -190,6 +190,21 @@ def test_frequencies_alone_cost_what_they_should():
     assert unseen == pytest.approx(math.log2(4008) + 1)
 
 
+@pytest.mark.parametrize("best", (1.0, *order_measure.SCALES))
+def test_steps_are_swept_without_guidance_and_with_the_one_that_is_best_at_8_steps(best):
+    def judged(kind, steps=8, cfg_scale=1.0):
+        row = {"name": kind, "cfg_scale": cfg_scale, "fd_tinycnn_x": abs(cfg_scale - best)}
+        return row | ({"steps": steps} if kind == "maskgit" else {})
+    rows = order_measure.sample_rows(judged, 16)
+    for steps in (1, 2, 4, 16):
+        scales = [row["cfg_scale"] for row in rows if row.get("steps") == steps]
+        assert scales == sorted({1.0, best})
+    for kind in ("ar", "maskgit"):
+        swept = [row["cfg_scale"] for row in rows
+                 if row["name"] == kind and row.get("steps", 8) == 8]
+        assert swept == [1.0, *order_measure.SCALES]
+
+
 def test_the_table_has_one_row_per_arm(out):
     tables = (out / "table.md").read_text().split("## ")[1:]
     titles = [table.splitlines()[0] for table in tables]
