@@ -3,6 +3,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -242,3 +244,29 @@ def test_where_signals_are_missing_the_others_are_caught(handlers, monkeypatch):
     os.kill(os.getpid(), signal.SIGINT)
     assert procs.stop
     monkeypatch.undo()
+
+
+PAGE_FAULTS = """
+import resource, sys, torch
+from plumbing.processes import keep_memory
+if sys.argv[1] == "keep":
+    keep_memory()
+def work():
+    tensors = [torch.ones(1 << 20) for _ in range(8)]  # 4 MiB each
+for _ in range(3):
+    work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_used_again_instead_of_being_fetched_anew():
+    faults = {}
+    for way in ("plain", "keep"):
+        done = subprocess.run([sys.executable, "-c", PAGE_FAULTS, way], capture_output=True,
+                              text=True, check=True, cwd=Path(__file__).parent.parent)
+        faults[way] = int(done.stdout)
+    assert faults["keep"] < 1000 and faults["keep"] <= faults["plain"], faults
