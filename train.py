@@ -185,7 +185,7 @@ def train_phase(tokenizer: Tokenizer, phase: Phase, number: int, steps_before: i
     def stream(step):
         return iter(ImageStream(run.data, tok.image_size, train.batch_size, train.seed, train.flip,
                                 train.random_crop, procs.rank, procs.world, steps_before + step,
-                                train.workers, train.skip_bad))
+                                train.workers, train.skip_bad, train.timeout))
 
     # 3. Learn. Every term is a mean over the batch; this is the one place that weighs them.
     weights = {"pixels": 1.0, "codebook": 1.0, "commitment": tok.commitment_weight,

@@ -5,9 +5,12 @@ Out      one line on stderr and an exit code: 2 something to mend, 130 Ctrl-C
 Differs  From a plain call at three borders that a long run meets: Ctrl-C while torch is being
          imported, a terminal that knows less than UTF-8, and a reader that goes away (`| head`)
 """
+import contextlib
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +61,21 @@ def output_gone() -> bool:
     return any(getattr(stream, "gone", False) for stream in (sys.stdout, sys.stderr))
 
 
+def tell(line: str) -> None:
+    """Print the line on stderr. Under torchrun one process does, and torchrun's page ends with it.
+
+    torchrun prints a page of its own when a process fails. What it finds in the file that it asks
+    for stands there as the cause, also when the process is not the one that prints.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        cause = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": cause}, file)
+    if not path or os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
+
+
 def main_with_user_errors(main: Callable[[], None]) -> None:
     """Call main(). UserError: its line and exit code 2; Ctrl-C: one line and 130."""
     if signal.getsignal(signal.SIGINT) is quit_at_once:
@@ -68,7 +86,7 @@ def main_with_user_errors(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.stdout.flush()  # so that the line comes last
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr, flush=True)

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from helpers import refused
 from plumbing import processes
+from plumbing.flags import UserError
 from plumbing.processes import Interrupted, Processes, launched
+from plumbing.start import main_with_user_errors
 
 # ------------------------------------------------------------------------------------------------
 # one writer per folder
@@ -173,6 +176,24 @@ def test_a_device_that_is_not_there_is_one_line():
         module = torch.cuda if device == "cuda" else torch.backends.mps
         if not module.is_available():
             refused(Processes, device, names=["--device cpu"])
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_torchrun_finds_the_line_and_one_process_prints_it(tmp_path, monkeypatch, capsys, rank):
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    monkeypatch.setenv("RANK", rank)
+
+    def mistaken():
+        raise UserError("images are where they are not")
+    with pytest.raises(SystemExit) as ended:
+        main_with_user_errors(mistaken)
+    assert ended.value.code == 2
+    line = "error: images are where they are not"
+    assert capsys.readouterr().err == (line + "\n" if rank == "0" else "")
+    # As torchrun reads it when it looks for the first process that failed.
+    failure = ProcessFailure(local_rank=int(rank), pid=1, exitcode=2, error_file=str(path))
+    assert failure.message["message"] == line and abs(failure.timestamp - time.time()) < 60
 
 
 # ------------------------------------------------------------------------------------------------
