@@ -1,10 +1,16 @@
-"""train.py with an accident built in, for test_faults.py: FAULT="kind:rank:step" in the environment, once per FAULT_ONCE file.
+"""train.py with an accident built in, for test_faults.py: FAULT="kind:rank:step" says which.
 
-The step is counted over the tokenizer's training steps of this process, from 1. Kinds:
-raise   an exception    kill   SIGKILL    hang   sleep for an hour    nan   a loss that is not a number, and its gradients
-inf   a loss that is not finite while its gradients are, so nobody else notices by himself
-term    SIGTERM to this process           kill-worker   SIGKILL to a data worker        tokens   SIGKILL in the middle of the token cache
-save-N  SIGKILL at the N-th fsync of a save
+It happens once per file named in FAULT_ONCE. The step is counted over the tokenizer's training
+steps of this process, from 1. Kinds:
+raise         an exception
+kill          SIGKILL
+hang          sleep for an hour
+nan           a loss that is not a number, and its gradients
+inf           a loss that is not finite while its gradients are: nobody else notices by himself
+term          SIGTERM to this process
+kill-worker   SIGKILL to a data worker
+tokens        SIGKILL in the middle of the token cache
+save          SIGKILL at the fsync of a save that has this number
 """
 import multiprocessing
 import os
@@ -44,7 +50,7 @@ def counted(recon, images, original=train.reconstruction):
     loss = original(recon, images)
     if mine and count == int(step):
         accident()
-        loss = loss * float("nan") if kind == "nan" else loss + float("inf") if kind == "inf" else loss
+        loss = loss * {"nan": float("nan")}.get(kind, 1) + {"inf": float("inf")}.get(kind, 0)
     return loss
 
 

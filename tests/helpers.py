@@ -1,4 +1,5 @@
 """What several test files need: images to feed in, and what a UserError must look like."""
+import copy
 import io
 import itertools
 import tarfile
@@ -15,9 +16,11 @@ from plumbing.flags import UserError
 
 RED = (200, 30, 60)
 # train.py's flags for a run of seconds, with every phase in it.
-SMALL = ("--preset tiny --encoder_width 32 --encoder_heads 2 --expert_width 32 --expert_heads 2 --decoder_width 32 --decoder_heads 2 "
-         "--token_schedule 2 4 6 --codebook_size 16 --batch_size 8 --base_steps 6 --continuous_steps 3 --grow_steps 4 --finetune_steps 4 "
-         "--generator_width 32 --generator_depth 1 --generator_heads 2 --generator_batch_size 8 --generator_steps 5 --tail_drop 0.5 "
+SMALL = ("--preset tiny --encoder_width 32 --encoder_heads 2 --expert_width 32 --expert_heads 2 "
+         "--decoder_width 32 --decoder_heads 2 --token_schedule 2 4 6 --codebook_size 16 "
+         "--batch_size 8 --base_steps 6 --continuous_steps 3 --grow_steps 4 --finetune_steps 4 "
+         "--generator_width 32 --generator_depth 1 --generator_heads 2 --generator_batch_size 8 "
+         "--generator_steps 5 --tail_drop 0.5 "
          "--reseed_every 2 --log_every 1 --save_every 2 --sample_every 3 --device cpu").split()
 
 
@@ -43,7 +46,8 @@ def put(path, content: bytes) -> str:
 def folder_of(root, n: int, classes=("cat", "dog"), size: int = 8):
     """n lossless images, dealt to the classes in turn."""
     for k in range(n):
-        put(root / classes[k % len(classes)] / f"{k:03}.png", encoded(Image.fromarray(noise(k, size, size)), "PNG"))
+        content = encoded(Image.fromarray(noise(k, size, size)), "PNG")
+        put(root / classes[k % len(classes)] / f"{k:03}.png", content)
     return root
 
 
@@ -77,17 +81,20 @@ def refused(call, *arguments, names=()) -> str:
 
 
 def take(stream, n: int):
-    return [(images.clone(), labels.clone()) for images, labels in itertools.islice(iter(stream), n)]
+    return [(images.clone(), y.clone()) for images, y in itertools.islice(iter(stream), n)]
 
 
 def same(a, b) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for pair in zip(a, b) for x, y in zip(*pair))
+    """Do two lists of batches hold the same images and labels?"""
+    return len(a) == len(b) and all(torch.equal(images, others) and torch.equal(y, z)
+                                    for (images, y), (others, z) in zip(a, b))
 
 
 def some_shapes(path, n: int) -> str:
-    """n of the built-in shapes as .npz: encoding all of them would take longer than training on them."""
+    """n of the built-in shapes as .npz: encoding all of them takes longer than training on them."""
     shapes = open_images("shapes")
-    np.savez(path, x=np.stack([shapes.load(i) for i in range(n)]), y=shapes.labels[:n], classes=np.array(shapes.classes))
+    np.savez(path, x=np.stack([shapes.load(i) for i in range(n)]), y=shapes.labels[:n],
+             classes=np.array(shapes.classes))
     return str(path)
 
 
@@ -105,7 +112,9 @@ def same_content(a, b) -> bool:
 
 
 def without_times(saved: dict) -> dict:
-    results = {name: {k: v for k, v in result.items() if k != "seconds"} for name, result in saved.get("results", {}).items()}
+    results = copy.deepcopy(saved.get("results", {}))
+    for result in results.values():
+        result.pop("seconds", None)
     return {**saved, "results": results}
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import names, same_content
 from torch import nn
 
-from helpers import names, same_content
 from plumbing import checkpoint
 from plumbing.flags import UserError
 
@@ -27,8 +27,9 @@ def content(step: int) -> dict:
 
 def start(code: str, *args) -> subprocess.Popen:
     """A Python process that runs `code` beside the project's files."""
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=environment,
+                            stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -48,7 +49,8 @@ def test_what_was_saved_comes_back_with_types_and_bits(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    saved = {"optimizer": optimizer.state_dict(), "half": torch.ones(2, dtype=torch.bfloat16), "empty": torch.zeros(0),
+    saved = {"optimizer": optimizer.state_dict(), "half": torch.ones(2, dtype=torch.bfloat16),
+             "empty": torch.zeros(0),
              "scalar": torch.tensor(3), "random": checkpoint.random_state(),
              "plain": ["text", 1, 0.5, True, None, (1, (2,)), {3: "int key"}]}
     checkpoint.save(tmp_path / "x.pt", saved)
@@ -79,11 +81,12 @@ def test_another_format_is_refused_and_not_replaced_by_the_previous_one(path, mo
     monkeypatch.setattr(checkpoint, "FORMAT", 2)
     checkpoint.save(path, content(3))
     monkeypatch.undo()
-    with pytest.raises(UserError, match="tokenizer.pt has checkpoint format 2, this program reads format 1"):
+    with pytest.raises(UserError, match="pt has checkpoint format 2, this program reads format 1"):
         checkpoint.load(path)
 
 
-@pytest.mark.parametrize("foreign", [{"model": 1}, [1, 2], torch.zeros(2)], ids=["dict", "list", "tensor"])
+@pytest.mark.parametrize("foreign", [{"model": 1}, [1, 2], torch.zeros(2)],
+                         ids=["dict", "list", "tensor"])
 def test_a_file_of_another_program_is_refused(tmp_path, foreign):
     torch.save(foreign, tmp_path / "x.pt")
     with pytest.raises(UserError, match="format None"):
@@ -105,7 +108,8 @@ def test_a_torn_newest_falls_back_to_the_previous_with_a_warning(path, capsys, s
     os.truncate(path, 1 if share == "one byte" else int(size * share))
     assert same_content(checkpoint.load(path), content(1))
     warning = capsys.readouterr().err
-    assert warning.startswith("warning: tokenizer.pt: ") and warning.endswith("using tokenizer.prev.pt instead\n")
+    assert warning.startswith("warning: tokenizer.pt: ")
+    assert warning.endswith("using tokenizer.prev.pt instead\n")
     assert warning.count("\n") == 1
 
 
@@ -147,7 +151,8 @@ def test_a_flipped_bit_anywhere_gives_a_good_checkpoint_or_the_one_before(path):
 def test_two_damaged_ones_are_both_named(path):
     os.truncate(path, 100)
     os.truncate(checkpoint.previous(path), 0)
-    with pytest.raises(UserError, match=r"tokenizer\.pt: .*tokenizer\.prev\.pt: .*start again") as error:
+    told = r"tokenizer\.pt: .*tokenizer\.prev\.pt: .*start again"
+    with pytest.raises(UserError, match=told) as error:
         checkpoint.load(path)
     assert "\n" not in str(error.value)
 
@@ -168,7 +173,7 @@ def test_a_hostile_pickle_never_runs(path, capsys):
     assert same_content(checkpoint.load(path), content(1))
     assert not victim.exists()
     assert "more than plain data" in capsys.readouterr().err
-    torch.load(path, weights_only=False)    # so the file was dangerous
+    torch.load(path, weights_only=False)  # so the file was dangerous
     assert victim.exists()
 
 
@@ -176,7 +181,7 @@ def test_a_hostile_pickle_never_runs(path, capsys):
 # saving that does not come to an end
 
 def snapshots(monkeypatch, folder: Path, act) -> list[Path]:
-    """Copies of `folder` around each step of act() that touches the disk: what a kill there would leave."""
+    """Copies of `folder` around each step of act() that touches the disk: what kills leave."""
     copies = []
 
     def watch(step):
@@ -248,7 +253,8 @@ def test_kill_9_in_the_middle_of_saving_leaves_a_good_checkpoint(tmp_path):
     assert killer.returncode == 0 and len(names(tmp_path)) == 5
     for folder in tmp_path.iterdir():
         found = checkpoint.load(folder / "x.pt")
-        assert found["step"] >= 1 and torch.equal(found["weight"], torch.full((400_000,), float(found["step"])))
+        whole = torch.full((400_000,), float(found["step"]))
+        assert found["step"] >= 1 and torch.equal(found["weight"], whole)
         checkpoint.sweep(folder)
         assert set(names(folder)) <= {"x.pt", "x.prev.pt"}
 
@@ -256,8 +262,10 @@ def test_kill_9_in_the_middle_of_saving_leaves_a_good_checkpoint(tmp_path):
 FILL = """
 import resource, sys, torch
 from plumbing import checkpoint
+from plumbing.flags import UserError
 for limit in (0, 300, 5_000, 100_000, 399_900, 401_000):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))    # the kernel refuses to write on
+    # the kernel refuses to write on
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         checkpoint.save(sys.argv[1], {"step": 3, "weight": torch.ones(100_000)})
     except UserError as error:
@@ -302,14 +310,25 @@ def test_sweep_removes_leftovers_of_dead_processes_and_nothing_else(path):
         (path.parent / name).touch()
     checkpoint.sweep(path.parent)
     assert names(path.parent) == sorted(good + ["tokenizer.pt", "tokenizer.prev.pt"])
-    checkpoint.sweep(path.parent / "absent")    # the first start has no folder yet
+    checkpoint.sweep(path.parent / "absent")  # the first start has no folder yet
+
+
+def test_on_windows_no_process_is_asked_whether_it_lives(path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    def kill(*_):
+        raise AssertionError("that would be Ctrl-C for the whole group")
+    monkeypatch.setattr(os, "kill", kill)
+    (path.parent / f".tokenizer.pt.tmp-{os.getppid()}").touch()
+    checkpoint.sweep(path.parent)
+    assert names(path.parent) == ["tokenizer.prev.pt", "tokenizer.pt"]
 
 
 # ------------------------------------------------------------------------------------------------
 # what is never saved
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("wrap", [float, lambda x: torch.tensor([0., x]), lambda x: torch.tensor(x, dtype=torch.bfloat16)],
+@pytest.mark.parametrize("wrap", [float, lambda x: torch.tensor([0., x]),
+                                  lambda x: torch.tensor(x, dtype=torch.bfloat16)],
                          ids=["float", "tensor", "bfloat16"])
 def test_nothing_that_is_not_finite_is_ever_saved(path, bad, wrap):
     with pytest.raises(UserError, match=r"optimizer\.state\.0\.exp_avg is not finite"):
@@ -318,7 +337,8 @@ def test_nothing_that_is_not_finite_is_ever_saved(path, bad, wrap):
     assert names(path.parent) == ["tokenizer.prev.pt", "tokenizer.pt"]
 
 
-@pytest.mark.parametrize("odd, kind", [(np.float64(1), "numpy.float64"), (np.zeros(2), "numpy.ndarray"), (Path("x"), "Path"),
+@pytest.mark.parametrize("odd, kind", [(np.float64(1), "numpy.float64"),
+                                       (np.zeros(2), "numpy.ndarray"), (Path("x"), "Path"),
                                        (torch.Size([2]), "torch.Size"), ({1, 2}, "set")])
 def test_what_load_would_refuse_is_refused_by_save_with_the_way_to_it(path, odd, kind):
     with pytest.raises(TypeError, match=rf"tokenizer\.pt: config\.list\.1 is a .*{kind}"):

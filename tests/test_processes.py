@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import refused
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from helpers import refused
 from plumbing import processes
 from plumbing.flags import UserError
 from plumbing.processes import Interrupted, Processes, launched

@@ -20,7 +20,8 @@ def test_shapes_are_the_same_on_every_machine():
 
 def test_no_held_out_shape_is_ever_trained_on_even_mirrored():
     train, val = datasets.open_images("shapes"), datasets.open_images("shapes:val")
-    seen = {image.tobytes() for i in range(len(train)) for image in (train.load(i), train.load(i)[:, ::-1])}
+    seen = {train.load(i).tobytes() for i in range(len(train))}
+    seen |= {train.load(i)[:, ::-1].tobytes() for i in range(len(train))}
     held = {val.load(i).tobytes() for i in range(len(val))}
     assert len(seen) == 2 * len(train) and len(held) == len(val)
     assert not seen & held
@@ -28,7 +29,8 @@ def test_no_held_out_shape_is_ever_trained_on_even_mirrored():
 
 def test_every_shape_lies_wholly_inside_the_picture():
     for shape, size in itertools.product(range(10), range(3)):
-        areas = {int(coverage(shape, size, row, column).sum()) for row in range(5) for column in range(5)}
+        areas = {int(coverage(shape, size, row, column).sum())
+                 for row, column in itertools.product(range(5), range(5))}
         assert len(areas) == 1  # cut off anywhere, it would be smaller there
 
 
@@ -41,6 +43,7 @@ def test_labels_tell_the_shape_and_colours_contrast():
 
 def test_shapes_of_any_two_classes_differ_even_out_of_focus():
     for size in range(3):  # 8 x 8 pixels must still tell them apart
-        small = [coverage(shape, size, 2, 2).reshape(8, 4, 8, 4).mean((1, 3)) / 16 for shape in range(10)]
+        small = [coverage(shape, size, 2, 2).reshape(8, 4, 8, 4).mean((1, 3)) / 16
+                 for shape in range(10)]
         for a, b in itertools.combinations(small, 2):
-            assert np.abs(a - b).sum() > 2                    # the area of two such pixels
+            assert np.abs(a - b).sum() > 2  # the area of two such pixels

@@ -1,9 +1,9 @@
-"""Promises of checkpoint.py about what goes into a checkpoint and lies beside it: weights, random numbers, settings, logs."""
+"""Promises of checkpoint.py about what goes into a checkpoint and lies beside it."""
 import pytest
 import torch
+from helpers import names, same_content
 from torch import nn
 
-from helpers import names, same_content
 from plumbing import checkpoint
 from plumbing.flags import UserError
 
@@ -19,8 +19,9 @@ def test_a_strict_load_names_the_keys_and_changes_nothing():
     state["0.weight"] = torch.zeros(5, 2)
     with pytest.raises(UserError) as error:
         checkpoint.load_strict(module, state, "tokenizer.pt, model")
-    assert str(error.value) == ("tokenizer.pt, model does not fit this configuration (missing: 1.bias; unexpected: 2.bias; "
-                                "wrong shape: 0.weight (5, 2), not (3, 2)); use the settings it was trained with")
+    assert str(error.value) == (
+        "tokenizer.pt, model does not fit this configuration (missing: 1.bias; unexpected: 2.bias; "
+        "wrong shape: 0.weight (5, 2), not (3, 2)); use the settings it was trained with")
     assert same_content(dict(module.state_dict()), before)
 
 
@@ -46,12 +47,15 @@ def test_random_numbers_go_on_where_the_state_was_saved(tmp_path):
 
 
 def test_a_fingerprint_changes_with_one_bit_one_name_one_shape_one_type_one_setting():
-    state = {"b": torch.arange(6.), "a": torch.ones(2, dtype=torch.bfloat16), "step": torch.tensor(1)}
+    state = {"b": torch.arange(6.), "a": torch.ones(2, dtype=torch.bfloat16),
+             "step": torch.tensor(1)}
     # b[2], the last bit
     one_bit = {**state, "b": torch.nextafter(state["b"], torch.tensor([0., 0., 9., 3., 4., 5.]))}
     prints = [checkpoint.fingerprint(s, *extra) for s, *extra in (
-        (state,), (one_bit,), ({**state, "b": state["b"].view(2, 3)},), ({**state, "b": state["b"].view(torch.int32)},),
-        ({"c": state["b"], "a": state["a"], "step": state["step"]},), ({**state, "step": torch.tensor(2)},),
+        (state,), (one_bit,), ({**state, "b": state["b"].view(2, 3)},),
+        ({**state, "b": state["b"].view(torch.int32)},),
+        ({"c": state["b"], "a": state["a"], "step": state["step"]},),
+        ({**state, "step": torch.tensor(2)},),
         (state, {"lr": 1}), (state, {"lr": 2}), (state, {"lr": 1}, {}))]
     assert len(set(prints)) == len(prints)
     assert all(len(p) == 16 and int(p, 16) >= 0 for p in prints)
@@ -60,15 +64,18 @@ def test_a_fingerprint_changes_with_one_bit_one_name_one_shape_one_type_one_sett
 def test_a_fingerprint_depends_on_values_and_not_on_order_or_memory():
     weight = torch.arange(6.).view(2, 3)
     a = checkpoint.fingerprint({"x": weight, "y": torch.ones(4)}, {"p": 1, "q": 2})
-    b = checkpoint.fingerprint({"y": torch.ones(1).expand(4), "x": weight.t().contiguous().t()}, {"q": 2, "p": 1})
+    other = {"y": torch.ones(1).expand(4), "x": weight.t().contiguous().t()}
+    b = checkpoint.fingerprint(other, {"q": 2, "p": 1})
     assert a == b
 
 
 def test_changed_settings_are_refused_with_every_difference_shown():
     checkpoint.check_same({"lr": 0.1, "seed": 0}, {"seed": 0, "lr": 0.1}, "the configuration")
     with pytest.raises(UserError) as error:
-        checkpoint.check_same({"lr": 0.1, "seed": 0, "old": 1}, {"lr": 0.2, "seed": 0, "new": [2]}, "the configuration")
-    assert str(error.value) == ("the configuration changed (lr: 0.1 -> 0.2, old: 1 -> absent, new: absent -> [2]); "
+        checkpoint.check_same({"lr": 0.1, "seed": 0, "old": 1}, {"lr": 0.2, "seed": 0, "new": [2]},
+                              "the configuration")
+    assert str(error.value) == ("the configuration changed "
+                                "(lr: 0.1 -> 0.2, old: 1 -> absent, new: absent -> [2]); "
                                 "use another --run folder, or the old values")
 
 
@@ -77,7 +84,7 @@ def test_changed_settings_are_refused_with_every_difference_shown():
 
 def test_a_log_is_trimmed_to_the_rows_that_are_kept_and_loses_its_torn_line(tmp_path):
     log = tmp_path / "log.jsonl"
-    checkpoint.trim_jsonl(log, lambda row: True)    # no log yet
+    checkpoint.trim_jsonl(log, lambda row: True)  # no log yet
     for step in range(4):
         checkpoint.append_jsonl(log, {"step": step})
     with open(log, "a") as file:
