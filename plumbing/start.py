@@ -17,7 +17,7 @@ from pathlib import Path
 from plumbing.flags import UserError
 
 # libgomp, which divides torch's work between cores, lets a core that waits spin. Beside any other
-# busy program that is many times slower than sleeping [ours: measured]; read when torch is imported.
+# busy program that is many times slower than sleeping [ours: measured]. Read as torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 ROOT = Path(__file__).resolve().parent.parent
 

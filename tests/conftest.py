@@ -1,16 +1,19 @@
 """What all tests share."""
+
+import signal
+
 import pytest
 import torch
 
 import config
 import train
-from helpers import SMALL, some_shapes
+from helpers import SMALL, some_shapes, train_shapes
 from plumbing import run
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Models this small are slower with two threads than with one, most of all on a busy machine."""
+    """Models this small are slower with two threads than with one, above all beside other work."""
     torch.set_num_threads(1)
 
 
@@ -20,7 +23,36 @@ def small_run(tmp_path_factory):
     folder, before = tmp_path_factory.mktemp("small"), run.EVAL_IMAGES
     data, run.EVAL_IMAGES = some_shapes(folder / "shapes.npz", 60), 20
     try:
-        train.main(config.parse_run("", [*SMALL, "--run", str(folder / "run"), "--data", data, "--val_data", data]))
+        train.main(
+            config.parse_run(
+                "", [*SMALL, "--run", str(folder / "run"), "--data", data, "--val_data", data]
+            )
+        )
     finally:
         run.EVAL_IMAGES = before
     return folder / "run"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few held-out images, and the signal handlers as they were."""
+    monkeypatch.setattr(run, "EVAL_IMAGES", 20)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    yield
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return some_shapes(tmp_path_factory.mktemp("data") / "shapes.npz", 60)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("finished")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(run, "EVAL_IMAGES", 20)
+    train_shapes(folder, data)
+    patch.undo()
+    return folder

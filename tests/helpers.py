@@ -2,6 +2,7 @@
 import copy
 import io
 import itertools
+import json
 import tarfile
 import zipfile
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+import config
+import train
 from plumbing.datasets import open_images
 from plumbing.flags import UserError
 
@@ -120,3 +123,12 @@ def without_times(saved: dict) -> dict:
 
 def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
+
+
+def train_shapes(folder, data, *flags) -> None:
+    """train.py in this process: the settings of SMALL, and these flags."""
+    train.main(config.parse_run("", [*SMALL, "--run", str(folder), "--data", data, *flags]))
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]

@@ -1,4 +1,5 @@
 """Promises of config.py: one list of settings, and a wrong one is answered with the repair."""
+
 import dataclasses
 import inspect
 import re
@@ -43,7 +44,9 @@ def another(name: str, value):
         return value / 2 or 0.5
     if isinstance(value, list):
         return [3, 5, 9]
-    return {"tokenizer": "titok", "expert": "block", "generators": "ar", "precision": "fp32"}.get(name, value + "x")
+    return {"tokenizer": "titok", "expert": "block", "generators": "ar", "precision": "fp32"}.get(
+        name, value + "x"
+    )
 
 
 def as_flag(name: str, value) -> list[str]:
@@ -54,6 +57,7 @@ def as_flag(name: str, value) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------
 # flags
+
 
 def test_the_three_configurations_share_no_name():
     assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in CONFIGS)
@@ -72,7 +76,7 @@ def test_the_comment_behind_each_field_is_its_help(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         parse_run("What it does.", ["--help"])
     assert stopped.value.code == 0
-    text = "".join(capsys.readouterr().out.split())           # argparse breaks lines where it likes
+    text = "".join(capsys.readouterr().out.split())  # argparse breaks lines where it likes
     comments, above = {}, []  # behind the field, or right above it
     for cls in CONFIGS:
         for line in inspect.getsource(cls).splitlines():
@@ -96,18 +100,21 @@ def test_later_wins_default_then_preset_then_flag():
     assert args.tok == dataclasses.replace(load_preset("imagenet-32")[0], codebook_size=77)
 
 
-@pytest.mark.parametrize("argv", [
-    ["--colour", "red"],
-    ["--encoder_wid", "64"],  # argparse alone would take these two for encoder_width
-    ["--encoder_w=64"],
-    ["--no-fli"],
-    ["--image_size", "many"],
-    ["--image_size"],
-    ["--image_size", "32", "64"],
-    ["--stage", "4"],
-    ["--device", "tpu"],
-    ["images"],
-])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--colour", "red"],
+        ["--encoder_wid", "64"],  # argparse alone would take these two for encoder_width
+        ["--encoder_w=64"],
+        ["--no-fli"],
+        ["--image_size", "many"],
+        ["--image_size"],
+        ["--image_size", "32", "64"],
+        ["--stage", "4"],
+        ["--device", "tpu"],
+        ["images"],
+    ],
+)
 def test_a_wrong_or_shortened_flag_stops_with_one_line_and_exit_code_2(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_run("", argv)
@@ -131,7 +138,10 @@ def test_another_error_is_not_hidden():
 # ------------------------------------------------------------------------------------------------
 # values that cannot work
 
-@pytest.mark.parametrize("image_size, patch_size, repair", [(30, 4, "28 or 32"), (250, 16, "240 or 256"), (5, 8, "8")])
+
+@pytest.mark.parametrize(
+    "image_size, patch_size, repair", [(30, 4, "28 or 32"), (250, 16, "240 or 256"), (5, 8, "8")]
+)
 def test_a_patch_that_does_not_divide_suggests_sizes_that_do(image_size, patch_size, repair):
     with pytest.raises(UserError, match=f"try {repair}$"):
         TokenizerConfig(image_size=image_size, patch_size=patch_size)
@@ -166,9 +176,22 @@ def test_generator_heads_hold_rotary_pairs():
     GeneratorConfig(generator_width=16, generator_heads=4)
 
 
-@pytest.mark.parametrize("wrong", [dict(tokenizer="vqgan"), dict(expert="mlp"), dict(generators="none"), dict(precision="fp16"),
-                                   dict(tail_drop=1.5), dict(tail_drop=-0.1), dict(batch_size=0), dict(save_every=0), dict(log_every=0),
-                                   dict(base_steps=100, continuous_steps=100), dict(continuous_steps=-1)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(tokenizer="vqgan"),
+        dict(expert="mlp"),
+        dict(generators="none"),
+        dict(precision="fp16"),
+        dict(tail_drop=1.5),
+        dict(tail_drop=-0.1),
+        dict(batch_size=0),
+        dict(save_every=0),
+        dict(log_every=0),
+        dict(base_steps=100, continuous_steps=100),
+        dict(continuous_steps=-1),
+    ],
+)
 def test_a_value_out_of_range_is_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         build(CONFIGS, wrong)
@@ -192,12 +215,16 @@ def test_configurations_cannot_be_changed_after_they_were_checked():
 # ------------------------------------------------------------------------------------------------
 # presets, and what a run remembers
 
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_loads_and_survives_json(name):
     loaded = load_preset(name)
     assert tuple(map(type, loaded)) == CONFIGS == (TokenizerConfig, GeneratorConfig, TrainConfig)
     assert build(CONFIGS, json.loads(json.dumps(as_dict(*loaded)))) == loaded
-    assert all(dict(as_dict(*loaded))[k] == (list(v) if isinstance(v, tuple) else v) for k, v in PRESETS[name].items())
+    assert all(
+        dict(as_dict(*loaded))[k] == (list(v) if isinstance(v, tuple) else v)
+        for k, v in PRESETS[name].items()
+    )
 
 
 def test_paper_lengths_end_where_their_names_say():
@@ -222,9 +249,13 @@ def test_a_saved_run_stands_for_its_preset(tmp_path):
     assert (args.tok, args.gen, args.train) == saved
     assert (args.run, args.preset) == (str(tmp_path / "mine"), "tiny")
     args = parse_run("", ["--run", str(tmp_path / "mine"), "--batch_size", "9"])
-    assert (args.tok, args.train) == (saved[0], dataclasses.replace(saved[2], batch_size=9)), "a flag still wins"
+    assert (args.tok, args.train) == (saved[0], dataclasses.replace(saved[2], batch_size=9)), (
+        "a flag still wins"
+    )
     args = parse_run("", ["--run", str(tmp_path / "mine"), "--preset", "imagenet-32"])
-    assert (args.tok, args.gen, args.train) == load_preset("imagenet-32"), "and so does a preset that was asked for"
+    assert (args.tok, args.gen, args.train) == load_preset("imagenet-32"), (
+        "and so does a preset that was asked for"
+    )
 
 
 def test_the_default_run_is_found_again_too(tmp_path):
@@ -249,14 +280,22 @@ def test_a_folder_that_is_no_run_or_is_torn_is_named(tmp_path):
 
 def test_settings_puts_each_field_on_one_side_and_those_of_the_run_on_neither():
     everything = as_dict(*load_preset("tiny"))
-    tokenizer, generator = (config.settings(kind, *load_preset("tiny")) for kind in ("tokenizer", "generator"))
+    tokenizer, generator = (
+        config.settings(kind, *load_preset("tiny")) for kind in ("tokenizer", "generator")
+    )
     assert not tokenizer.keys() & generator.keys()
     assert tokenizer.keys() | generator.keys() == everything.keys() - set(RUN_ONLY)
     assert {**tokenizer, **generator} == {k: v for k, v in everything.items() if k not in RUN_ONLY}
     assert set(RUN_ONLY) <= everything.keys(), "no misspelt name"
-    # A finished tokenizer must not be refused because a generator's setting changed, nor the other way round.
+    # A finished tokenizer must not be refused because a generator's setting changed, nor the other
+    # way round.
     assert {"codebook_size", "batch_size", "learning_rate", "seed"} <= tokenizer.keys()
-    assert {"generator_width", "label_dropout", "unmasked_weight", "generator_steps"} <= generator.keys()
+    assert {
+        "generator_width",
+        "label_dropout",
+        "unmasked_weight",
+        "generator_steps",
+    } <= generator.keys()
 
 
 @pytest.mark.parametrize("name", ["beta2", "generator_beta2"])

@@ -1,7 +1,5 @@
-"""train.py and loop.py: phases, exact resume, several processes, and one line for each wrong command."""
-import itertools
+"""train.py and loop.py: phases, steps, exact resume, several processes."""
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,33 +12,13 @@ import config
 import loop
 import train
 from config import CONFIGS
-from helpers import SMALL, same_content, some_shapes, without_times
+from helpers import SMALL, rows, same_content, train_shapes, without_times
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
-from plumbing import run as run_folder
 from plumbing.flags import UserError, build
 
 ROOT = Path(__file__).parent.parent
-
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Few held-out images, and the signal handlers as they were."""
-    monkeypatch.setattr(run_folder, "EVAL_IMAGES", 20)
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    yield
-    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return some_shapes(tmp_path_factory.mktemp("data") / "shapes.npz", 60)
-
-
-def run(folder, data, *flags):
-    train.main(config.parse_run("", [*SMALL, "--run", str(folder), "--data", data, *flags]))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def interrupt_at(monkeypatch, phase: str, step: int) -> None:
@@ -51,31 +29,29 @@ def interrupt_at(monkeypatch, phase: str, step: int) -> None:
         write(path, row)
         if (row["phase"], row["step"]) == (phase, step):
             signal.raise_signal(signal.SIGTERM)
+
     monkeypatch.setattr(checkpoint, "append_jsonl", write_and_interrupt)
-
-
-def rows(folder):
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("finished")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(run_folder, "EVAL_IMAGES", 20)
-    run(folder, data)
-    patch.undo()
-    return folder
 
 
 # ------------------------------------------------------------------------------------------------
 # phases
 
+
 def test_the_phases_are_those_of_the_table():
     tok, _, cfg = config.load_preset("imagenet-128")
     plan = train.phases(tok, cfg)
-    assert [(p.name, p.stage, p.num_tokens) for p in plan] == [("base", 1, 32), ("grow-64", 2, 64), ("grow-128", 2, 128), ("finetune", 2, 128)]
-    assert [p.learns for p in plan] == [train.PARTS, ("new experts", "decoder"), ("new experts", "decoder"), train.PARTS]
+    assert [(p.name, p.stage, p.num_tokens) for p in plan] == [
+        ("base", 1, 32),
+        ("grow-64", 2, 64),
+        ("grow-128", 2, 128),
+        ("finetune", 2, 128),
+    ]
+    assert [p.learns for p in plan] == [
+        train.PARTS,
+        ("new experts", "decoder"),
+        ("new experts", "decoder"),
+        train.PARTS,
+    ]
 
 
 def test_no_grow_decoder_freezes_the_decoder_while_growing():
@@ -92,17 +68,26 @@ def test_a_grow_phase_trains_the_newest_experts_and_the_decoder_only():
     model = NativeTok(config.parse_run("", SMALL).tok)
     model.grow(4)
     train.freeze(model, ("new experts", "decoder"))
-    learning = {name.split(".")[0] + "." + name.split(".")[1] + "." + name.split(".")[2] if name.startswith("mocet.groups") else name.split(".")[0]
-                for name, p in model.named_parameters() if p.requires_grad}
+    learning = {
+        name.split(".")[0] + "." + name.split(".")[1] + "." + name.split(".")[2]
+        if name.startswith("mocet.groups")
+        else name.split(".")[0]
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
     assert learning == {"mocet.groups.1", "decoder"}
 
 
 def test_weight_decay_touches_matrices_only():
     model = NativeTok(config.parse_run("", SMALL).tok)
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, kept = ({names[id(p)] for p in group["params"]} for group in loop.new_optimizer(model, "adamw", 0.1, 0.99).param_groups)
-    assert {"mit.embed.weight", "mocet.groups.0.layers.0.wq", "mocet.groups.0.head"} <= decayed
-    assert {"quantizer.codebook", "mit.pos", "mocet.groups.0.query", "mocet.groups.0.layers.0.b1", "mit.norm.weight"} <= kept
+    for kind in ("adamw", "muon"):
+        groups = loop.new_optimizer(model, kind, 0.1, 0.99).param_groups
+        decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+        kept = {names[id(p)] for g in groups if not g["weight_decay"] for p in g["params"]}
+        assert {"mit.embed.weight", "mocet.groups.0.layers.0.wq", "mocet.groups.0.head"} <= decayed
+        assert {"quantizer.codebook", "mit.pos", "mocet.groups.0.query", "mit.norm.weight",
+                "mocet.groups.0.layers.0.b1"} <= kept
 
 
 def test_the_learning_rate_rises_falls_and_ends_where_it_should():
@@ -114,42 +99,66 @@ def test_the_learning_rate_rises_falls_and_ends_where_it_should():
 # ------------------------------------------------------------------------------------------------
 # a whole run
 
+
 def test_a_run_leaves_everything_behind(finished):
     names = {path.name for path in finished.iterdir()}
-    assert {"config.json", "tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt", "log.jsonl", "samples", "tokens"} <= names
-    assert {"base.png", "grow-4.png", "grow-6.png", "finetune.png", "ar.png", "maskgit.png"} <= {p.name for p in (finished / "samples").iterdir()}
+    assert {
+        "config.json",
+        "tokenizer.pt",
+        "generator-ar.pt",
+        "generator-maskgit.pt",
+        "log.jsonl",
+        "samples",
+        "tokens",
+    } <= names
+    assert {"base.png", "grow-4.png", "grow-6.png", "finetune.png", "ar.png", "maskgit.png"} <= {
+        p.name for p in (finished / "samples").iterdir()
+    }
     results = [row for row in rows(finished) if "psnr" in row]
-    assert [(row["phase"], row["num_tokens"]) for row in results] == [("base", 2), ("grow-4", 4), ("grow-6", 6), ("finetune", 6)]
-    assert all(row["images"] == 6 for row in results)         # a tenth of 60 is held out
+    assert [(row["phase"], row["num_tokens"]) for row in results] == [
+        ("base", 2),
+        ("grow-4", 4),
+        ("grow-6", 6),
+        ("finetune", 6),
+    ]
+    assert all(row["images"] == 6 for row in results)  # a tenth of 60 is held out
 
 
 def test_a_finished_run_is_left_as_it_is(finished, data):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    run(finished, data)
+    train_shapes(finished, data)
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("phase, step", [("base", 2), ("base", 5), ("grow-4", 3), ("finetune", 1), ("ar", 3), ("maskgit", 2)])
-def test_interrupted_and_resumed_equals_uninterrupted(finished, data, tmp_path, monkeypatch, phase, step):
+@pytest.mark.parametrize(
+    "phase, step",
+    [("base", 2), ("base", 5), ("grow-4", 3), ("finetune", 1), ("ar", 3), ("maskgit", 2)],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    finished, data, tmp_path, monkeypatch, phase, step
+):
     with monkeypatch.context() as patch:
         interrupt_at(patch, phase, step)
         with pytest.raises(SystemExit) as stopped:
-            run(tmp_path, data)
+            train_shapes(tmp_path, data)
     assert stopped.value.code == loop.INTERRUPTED
-    run(tmp_path, data)
+    train_shapes(tmp_path, data)
     for name in ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt"):
-        assert same_content(without_times(checkpoint.load(tmp_path / name)), without_times(checkpoint.load(finished / name))), name
+        assert same_content(
+            without_times(checkpoint.load(tmp_path / name)),
+            without_times(checkpoint.load(finished / name)),
+        ), name
     steps = [(row["phase"], row["step"]) for row in rows(tmp_path) if "loss" in row]
     # each step is logged once
     assert steps == [(row["phase"], row["step"]) for row in rows(finished) if "loss" in row]
 
 
 def test_growing_left_the_old_ids_as_they_were(data, tmp_path, monkeypatch):
-    run(tmp_path, data, "--stage", "1")
+    train_shapes(tmp_path, data, "--stage", "1")
     base = NativeTok.load(tmp_path / "tokenizer.pt")
     interrupt_at(monkeypatch, "finetune", 1)
     with pytest.raises(SystemExit):
-        run(tmp_path, data, "--stage", "2", "--save_every", "100")
+        train_shapes(tmp_path, data, "--stage", "2", "--save_every", "100")
     # the end of the last growth step
     saved = checkpoint.load(checkpoint.previous(tmp_path / "tokenizer.pt"))
     assert saved["phase"] == "grow-6"
@@ -158,26 +167,52 @@ def test_growing_left_the_old_ids_as_they_were(data, tmp_path, monkeypatch):
     assert torch.equal(grown.encode(images)[:, :2], base.encode(images))
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(data, tmp_path, monkeypatch):
+def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(
+    data, tmp_path, monkeypatch
+):
     monkeypatch.setattr(train, "reconstruction", lambda recon, images: recon.mean() * float("nan"))
     with pytest.raises(UserError, match="not finite in 10 steps"):
-        run(tmp_path, data, "--base_steps", "30")
-    assert all(torch.isfinite(t).all() for t in checkpoint.load(tmp_path / "tokenizer.pt")["model"].values())
+        train_shapes(tmp_path, data, "--base_steps", "30")
+    assert all(
+        torch.isfinite(t).all()
+        for t in checkpoint.load(tmp_path / "tokenizer.pt")["model"].values()
+    )
 
 
 def test_two_processes_go_on_where_one_stopped(data, tmp_path):
-    run(tmp_path, data, "--stage", "1")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", "--", "train.py", *SMALL,
-               "--run", str(tmp_path), "--data", data, "--stage", "2"]
+    train_shapes(tmp_path, data, "--stage", "1")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29611",
+        "--",
+        "train.py",
+        *SMALL,
+        "--run",
+        str(tmp_path),
+        "--data",
+        data,
+        "--stage",
+        "2",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert list(checkpoint.load(tmp_path / "tokenizer.pt")["results"]) == ["base", "grow-4", "grow-6", "finetune"]
+    assert list(checkpoint.load(tmp_path / "tokenizer.pt")["results"]) == [
+        "base",
+        "grow-4",
+        "grow-6",
+        "finetune",
+    ]
 
 
 def strict_rows(folder):
     """The log as a program reads it that takes JSON at its word."""
+
     def refuse(word):
         raise ValueError(f"{word} is not JSON")
+
     lines = (Path(folder) / "log.jsonl").read_text().splitlines()
     return [json.loads(line, parse_constant=refuse) for line in lines]
 
@@ -188,8 +223,9 @@ def test_quantization_begins_even_if_the_very_step_was_skipped(data, tmp_path, m
 
     def broken_once(recon, images, original=train.reconstruction):
         return original(recon, images) * (float("nan") if next(steps) == 3 else 1)
+
     monkeypatch.setattr(train, "reconstruction", broken_once)
-    run(tmp_path, data, "--stage", "1", "--log_every", "1")
+    train_shapes(tmp_path, data, "--stage", "1", "--log_every", "1")
     logged = [row for row in strict_rows(tmp_path) if "learning_rate" in row]
     assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
     assert logged[2]["skipped"] == 1 and "loss" not in logged[2]
@@ -199,15 +235,33 @@ def test_quantization_begins_even_if_the_very_step_was_skipped(data, tmp_path, m
 
 def test_accumulated_micro_batches_are_one_batch(data, tmp_path):
     """Up to rounding, and where nothing looks at the batch as a whole: entropy, redrawn codes."""
-    flags = ("--stage", "1", "--entropy_weight", "0", "--tail_drop", "0", "--reseed_every", "0",
-             "--continuous_steps", "0", "--base_steps", "3", "--log_every", "3", "--no-flip")
+    flags = (
+        "--stage",
+        "1",
+        "--entropy_weight",
+        "0",
+        "--tail_drop",
+        "0",
+        "--reseed_every",
+        "0",
+        "--continuous_steps",
+        "0",
+        "--base_steps",
+        "3",
+        "--log_every",
+        "3",
+        "--no-flip",
+    )
     for pieces in ("1", "4"):
-        run(tmp_path / pieces, data, *flags, "--accumulate", pieces)
+        train_shapes(tmp_path / pieces, data, *flags, "--accumulate", pieces)
     whole, cut = (rows(tmp_path / pieces)[0] for pieces in ("1", "4"))
     for name in ("loss", "pixels", "commitment", "grad_norm"):
         assert cut[name] == pytest.approx(whole[name], rel=1e-4), name
-    weights = [checkpoint.load(tmp_path / pieces / "tokenizer.pt")["model"] for pieces in ("1", "4")]
-    # AdamW makes a whole step of a gradient that is nothing but rounding, as that of keys' biases is.
+    weights = [
+        checkpoint.load(tmp_path / pieces / "tokenizer.pt")["model"] for pieces in ("1", "4")
+    ]
+    # AdamW makes a whole step of a gradient that is nothing but rounding, as that of keys' biases
+    # is.
     differ = [(p - weights[1][name]).abs() > 1e-4 for name, p in weights[0].items() if p.ndim]
     assert sum(d.sum() for d in differ) < 0.01 * sum(d.numel() for d in differ)
 
@@ -215,115 +269,24 @@ def test_accumulated_micro_batches_are_one_batch(data, tmp_path):
 @pytest.mark.parametrize("flag", ["--batch_size", "--generator_batch_size"])
 def test_a_batch_that_cannot_be_cut_into_equal_micro_batches_is_refused(data, tmp_path, flag):
     with pytest.raises(UserError, match="try 8"):
-        run(tmp_path, data, "--accumulate", "4", flag, "10")
+        train_shapes(tmp_path, data, "--accumulate", "4", flag, "10")
     assert not (tmp_path / "config.json").exists()
 
 
 def test_grad_clip_0_is_no_limit(data, tmp_path):
     for limit in ("0", "1e9"):
-        run(tmp_path / limit, data, "--stage", "1", "--grad_clip", limit)
-    weights = [checkpoint.load(tmp_path / limit / "tokenizer.pt")["model"] for limit in ("0", "1e9")]
+        train_shapes(tmp_path / limit, data, "--stage", "1", "--grad_clip", limit)
+    weights = [
+        checkpoint.load(tmp_path / limit / "tokenizer.pt")["model"] for limit in ("0", "1e9")
+    ]
     assert same_content(*weights)
 
 
 def test_the_discriminator_learns_before_it_judges(data, tmp_path):
-    run(tmp_path, data, "--stage", "1", "--adversarial_weight", "0.1", "--adversarial_start", "5",
-        "--adversarial_warmup", "3", "--base_steps", "6", "--log_every", "1")
+    flags = ("--stage", "1", "--adversarial_weight", "0.1", "--adversarial_start", "5",
+             "--adversarial_warmup", "3", "--base_steps", "6", "--log_every", "1")
+    train_shapes(tmp_path, data, *flags)
     logged = [row for row in rows(tmp_path) if "learning_rate" in row]
     assert ["adversarial" in row for row in logged] == [False] * 5 + [True]
     state = checkpoint.load(tmp_path / "tokenizer.pt")["adversary"]["optimizer"]["state"]
     assert {int(part["step"]) for part in state.values()} == {4}  # after steps 2, 3, 4 and 5
-
-
-# ------------------------------------------------------------------------------------------------
-# what belongs to a run
-
-def test_a_refused_command_changes_nothing(finished, data):
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    for flags in (("--seed", "5"), ("--generator_width", "48"), ("--holdout", "3")):
-        with pytest.raises(UserError, match="changed"):
-            run(finished, data, *flags)
-    after = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    assert after == before
-
-
-def test_moved_images_are_the_same_images(finished, data, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    moved = shutil.copy(data, tmp_path / "elsewhere.npz")
-    run(tmp_path / "run", str(moved))
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(moved)
-
-
-def test_a_folder_has_one_writer(data, tmp_path):
-    """The second program is turned away at its start; what the first writes stays its own."""
-    command = [sys.executable, "train.py", *SMALL, "--run", str(tmp_path), "--data", data]
-    first = subprocess.Popen([*command, "--base_steps", "2000"], cwd=ROOT, stderr=subprocess.DEVNULL,
-                             stdout=subprocess.PIPE, text=True)
-    try:
-        assert "base: 2 tokens" in "".join(itertools.islice(first.stdout, 7))
-        second = subprocess.run([*command, "--seed", "1"], cwd=ROOT, capture_output=True, text=True)
-        assert second.returncode == 2 and str(first.pid) in second.stderr, second.stderr
-        assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
-    finally:
-        first.kill()
-        first.communicate()
-
-
-def test_a_closed_pipe_saves_and_stops(data, tmp_path):
-    command = [sys.executable, "train.py", *SMALL, "--run", str(tmp_path), "--data", data,
-               "--base_steps", "2000", "--save_every", "100000"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    process.stdout.readline()
-    process.stdout.close()
-    process.stderr.close()
-    assert process.wait(timeout=100) == loop.INTERRUPTED
-    assert checkpoint.load(tmp_path / "tokenizer.pt")["step"] >= 1
-
-
-# ------------------------------------------------------------------------------------------------
-# wrong use
-
-@pytest.mark.parametrize("flags, message", [
-    (["--data", "no/such/folder"], "no such file or folder"),
-    (["--stage", "3"], "stage 3 needs a tokenizer"),
-    (["--stage", "2"], "stage 2 needs stage 1"),
-    (["--image_size", "64", "--data", "shapes"], "32x32"),
-])
-def test_what_cannot_work_is_said_in_one_line(data, tmp_path, flags, message):
-    with pytest.raises(UserError, match=message) as error:
-        run(tmp_path / "run", data, *flags)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--token_schedule", "8", "4"], "must grow"),
-    (["--patch_size", "5"], "try 30 or 35"),
-    (["--epochs", "3"], "unrecognized"),
-    (["--batch", "3"], "unrecognized"),
-])
-def test_a_wrong_command_ends_with_code_2_and_one_line(tmp_path, flags, message):
-    done = subprocess.run([sys.executable, "train.py", "--preset", "tiny", "--run", str(tmp_path / "run"), *flags], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and not done.stdout
-    assert not (tmp_path / "run").exists()
-
-
-def test_changed_settings_and_changed_images_are_refused_with_the_difference(finished, data):
-    with pytest.raises(UserError, match="base_steps: 6 -> 7"):
-        run(finished, data, "--base_steps", "7")
-    with pytest.raises(UserError, match="data changed"):
-        run(finished, "shapes")
-    whole = Path(data).read_bytes()
-    some_shapes(data, 59)  # other images under the same name
-    try:
-        with pytest.raises(UserError, match="images"):
-            run(finished, data)
-    finally:
-        Path(data).write_bytes(whole)
-    with pytest.raises(UserError, match="generator_steps: 5 -> 6"):
-        run(finished, data, "--generator_steps", "6", "--stage", "3")
-
-
-def test_a_run_folder_that_cannot_be_made_is_said_before_the_first_step(data, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="choose another folder"):
-        run(tmp_path / "file" / "run", data)

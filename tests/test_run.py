@@ -1,0 +1,144 @@
+"""plumbing/run.py: what belongs to a run folder, who may write there, what is refused and how."""
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import loop
+from helpers import SMALL, some_shapes, train_shapes
+from plumbing import checkpoint
+from plumbing.flags import UserError
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("quick")
+
+# ------------------------------------------------------------------------------------------------
+# what belongs to a run
+
+
+def test_a_refused_command_changes_nothing(finished, data):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    for flags in (("--seed", "5"), ("--generator_width", "48"), ("--holdout", "3")):
+        with pytest.raises(UserError, match="changed"):
+            train_shapes(finished, data, *flags)
+    after = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_moved_images_are_the_same_images(finished, data, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    moved = shutil.copy(data, tmp_path / "elsewhere.npz")
+    train_shapes(tmp_path / "run", str(moved))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(moved)
+
+
+def test_a_folder_has_one_writer(data, tmp_path):
+    """The second program is turned away at its start; what the first writes stays its own."""
+    command = [sys.executable, "train.py", *SMALL, "--run", str(tmp_path), "--data", data]
+    first = subprocess.Popen(
+        [*command, "--base_steps", "2000"],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert "base: 2 tokens" in "".join(itertools.islice(first.stdout, 7))
+        second = subprocess.run([*command, "--seed", "1"], cwd=ROOT, capture_output=True, text=True)
+        assert second.returncode == 2 and str(first.pid) in second.stderr, second.stderr
+        assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_a_closed_pipe_saves_and_stops(data, tmp_path):
+    command = [
+        sys.executable,
+        "train.py",
+        *SMALL,
+        "--run",
+        str(tmp_path),
+        "--data",
+        data,
+        "--base_steps",
+        "2000",
+        "--save_every",
+        "100000",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(timeout=100) == loop.INTERRUPTED
+    assert checkpoint.load(tmp_path / "tokenizer.pt")["step"] >= 1
+
+
+# ------------------------------------------------------------------------------------------------
+# wrong use
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--data", "no/such/folder"], "no such file or folder"),
+        (["--stage", "3"], "stage 3 needs a tokenizer"),
+        (["--stage", "2"], "stage 2 needs stage 1"),
+        (["--image_size", "64", "--data", "shapes"], "32x32"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(data, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message) as error:
+        train_shapes(tmp_path / "run", data, *flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--token_schedule", "8", "4"], "must grow"),
+        (["--patch_size", "5"], "try 30 or 35"),
+        (["--epochs", "3"], "unrecognized"),
+        (["--batch", "3"], "unrecognized"),
+    ],
+)
+def test_a_wrong_command_ends_with_code_2_and_one_line(tmp_path, flags, message):
+    done = subprocess.run(
+        [sys.executable, "train.py", "--preset", "tiny", "--run", str(tmp_path / "run"), *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 2
+        and message in done.stderr
+        and done.stderr.count("\n") == 1
+        and not done.stdout
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_settings_and_changed_images_are_refused_with_the_difference(finished, data):
+    with pytest.raises(UserError, match="base_steps: 6 -> 7"):
+        train_shapes(finished, data, "--base_steps", "7")
+    with pytest.raises(UserError, match="data changed"):
+        train_shapes(finished, "shapes")
+    whole = Path(data).read_bytes()
+    some_shapes(data, 59)  # other images under the same name
+    try:
+        with pytest.raises(UserError, match="images"):
+            train_shapes(finished, data)
+    finally:
+        Path(data).write_bytes(whole)
+    with pytest.raises(UserError, match="generator_steps: 5 -> 6"):
+        train_shapes(finished, data, "--generator_steps", "6", "--stage", "3")
+
+
+def test_a_run_folder_that_cannot_be_made_is_said_before_the_first_step(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another folder"):
+        train_shapes(tmp_path / "file" / "run", data)
