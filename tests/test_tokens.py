@@ -1,4 +1,4 @@
-"""tokens.py: every image is encoded once, as it is and mirrored, and nothing disturbs the order of what stage 3 sees."""
+"""tokens.py: every image is encoded once, as it is and mirrored; stage 3's order is kept."""
 import dataclasses
 import os
 from types import SimpleNamespace
@@ -11,14 +11,15 @@ from helpers import noise, refused, same, take
 from plumbing import datasets, tokens
 from plumbing.batches import ImageStream
 from plumbing.flags import need
-from plumbing.processes import Processes
+from plumbing.processes import INTERRUPTED, Processes
 from plumbing.tokens import TokenStream, cache_tokens
 
 SIZE = 8
 
 
 def encode(images: torch.Tensor) -> torch.Tensor:
-    """A stand-in for the tokenizer: the red of each pixel in the first row, so a mirrored image reads backwards."""
+    """A stand-in for the tokenizer: the red of each pixel in the first row, so a mirrored image
+    reads backwards."""
     return images[:, 0, :, 0].long()  # (b, S, S, 3) -> (b, L = S)
 
 
@@ -37,12 +38,14 @@ class Counting:
 def dataset(tmp_path, monkeypatch):
     """11 images of 3 classes, in shards of 4: the last shard is short."""
     monkeypatch.setattr(tokens, "SHARD", 4)
-    np.savez(tmp_path / "images.npz", x=np.stack([noise(k, SIZE, SIZE) for k in range(11)]), y=np.arange(11) % 3)
+    x = np.stack([noise(k, SIZE, SIZE) for k in range(11)])
+    np.savez(tmp_path / "images.npz", x=x, y=np.arange(11) % 3)
     return datasets.open_images(str(tmp_path / "images.npz"))
 
 
 def cached(folder, dataset, tokenizer="aaaa", flip=True, encode=encode, procs=None, **options):
-    return cache_tokens(str(folder), tokenizer, dataset, SIZE, flip, encode, procs or Processes("cpu"), **options)
+    procs = procs or Processes("cpu")
+    return cache_tokens(str(folder), tokenizer, dataset, SIZE, flip, encode, procs, **options)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -55,15 +58,18 @@ def test_the_cache_holds_each_image_and_its_mirror_image_beside_its_label(tmp_pa
         image = torch.from_numpy(dataset.load(i))[None]
         mirrored = image.numpy()[:, :, ::-1].copy()
         assert ids[i, 0].tolist() == encode(image)[0].tolist()
-        assert ids[i, 1].tolist() == encode(torch.from_numpy(mirrored))[0].tolist() != ids[i, 0].tolist()
+        turned = encode(torch.from_numpy(mirrored))[0].tolist()
+        assert ids[i, 1].tolist() == turned != ids[i, 0].tolist()
 
 
 def test_an_image_that_stands_in_for_a_bad_one_brings_its_own_label(tmp_path, dataset):
-    """Image 1 cannot be read, image 2 takes its place; under image 1's label the generator would learn a wrong class."""
+    """Image 1 cannot be read, image 2 takes its place; under image 1's label the generator would
+    learn a wrong class."""
     def read(key):
         need(key != 1, "image 1: torn")
         return dataset.read(key)
-    ids, labels = cached(tmp_path / "tokens", dataclasses.replace(dataset, read=read), skip_bad=True)
+    broken = dataclasses.replace(dataset, read=read)
+    ids, labels = cached(tmp_path / "tokens", broken, skip_bad=True)
     assert np.array_equal(ids[1], ids[2]) and labels[1] == labels[2] == 2 and labels[0] == 0
 
 
@@ -74,7 +80,8 @@ def test_without_flip_there_is_one_copy(tmp_path, dataset):
 
 
 def test_workers_change_nothing(tmp_path, dataset):
-    assert np.array_equal(cached(tmp_path / "a", dataset)[0], cached(tmp_path / "b", dataset, workers=1)[0])
+    alone, _ = cached(tmp_path / "a", dataset)
+    assert np.array_equal(alone, cached(tmp_path / "b", dataset, workers=1)[0])
 
 
 def test_a_finished_cache_is_read_and_nothing_is_encoded(tmp_path, dataset):
@@ -87,11 +94,13 @@ def test_a_finished_cache_is_read_and_nothing_is_encoded(tmp_path, dataset):
 def test_only_a_missing_shard_is_encoded_again(tmp_path, dataset):
     before, _ = cached(tmp_path / "tokens", dataset, flip=False)
     (tmp_path / "tokens" / "00001.npz").unlink()
-    (tmp_path / "tokens" / f".00001.npz.tmp-{os.getpid()}").write_bytes(b"half a shard of a killed run")
+    (tmp_path / "tokens" / f".00001.npz.tmp-{os.getpid()}").write_bytes(b"half of a killed run")
     counting = Counting()
     after, _ = cached(tmp_path / "tokens", dataset, flip=False, encode=counting)
-    assert counting.seen == [dataset.load(i).tobytes() for i in range(4, 8)] and np.array_equal(before, after)
-    assert sorted(os.listdir(tmp_path / "tokens")) == ["00000.npz", "00001.npz", "00002.npz", "index.json"]
+    assert counting.seen == [dataset.load(i).tobytes() for i in range(4, 8)]
+    assert np.array_equal(before, after)
+    found = sorted(os.listdir(tmp_path / "tokens"))
+    assert found == ["00000.npz", "00001.npz", "00002.npz", "index.json"]
 
 
 def test_a_run_killed_between_two_shards_goes_on_with_the_rest(tmp_path, dataset):
@@ -112,8 +121,10 @@ def test_tokens_of_another_tokenizer_or_of_other_images_are_refused_and_kept(tmp
     cached(folder, dataset)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     fewer = dataset.subset(np.arange(10))
-    refused(lambda: cached(folder, dataset, tokenizer="bbbb"), names=[str(folder), "stale", "tokenizer: aaaa -> bbbb"])
-    refused(lambda: cached(folder, fewer), names=[f"images: {dataset.fingerprint} -> {fewer.fingerprint}"])
+    told = [str(folder), "stale", "tokenizer: aaaa -> bbbb"]
+    refused(lambda: cached(folder, dataset, tokenizer="bbbb"), names=told)
+    told = [f"images: {dataset.fingerprint} -> {fewer.fingerprint}"]
+    refused(lambda: cached(folder, fewer), names=told)
     refused(lambda: cached(folder, dataset, flip=False), names=["copies: 2 -> 1"])
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -132,10 +143,26 @@ def test_a_single_id_above_65535_spoils_no_other_shard(tmp_path, dataset):
         return encode(images) + 65536 * (images == last).all(dim=(1, 2, 3))[:, None]
     plain, _ = cached(tmp_path / "plain", dataset, flip=False)
     ids, _ = cached(tmp_path / "large", dataset, flip=False, encode=one_large)
-    assert np.array_equal(ids[:10], plain[:10]) and np.array_equal(ids[10], plain[10].astype(np.int64) + 65536)
+    assert np.array_equal(ids[:10], plain[:10])
+    assert np.array_equal(ids[10], plain[10].astype(np.int64) + 65536)
 
 
-def test_processes_share_the_shards_even_if_one_looks_when_the_other_has_finished(tmp_path, dataset):
+def test_a_signal_ends_the_caching_and_what_is_there_is_kept(tmp_path, dataset, capsys):
+    procs, alone = Processes("cpu"), cached(tmp_path / "alone", dataset)[0]
+
+    class Signalled(Counting):
+        def __call__(self, images):
+            procs.stop = procs.stop or len(self.seen) >= 8  # in the second shard
+            return super().__call__(images)
+    with pytest.raises(SystemExit) as ended:
+        cached(tmp_path / "tokens", dataset, encode=Signalled(), procs=procs)
+    assert ended.value.code == INTERRUPTED and "repeat the command" in capsys.readouterr().out
+    assert "00000.npz" in os.listdir(tmp_path / "tokens")
+    assert "00002.npz" not in os.listdir(tmp_path / "tokens")
+    assert np.array_equal(cached(tmp_path / "tokens", dataset)[0], alone)
+
+
+def test_processes_share_the_shards_even_if_one_looks_when_the_other_is_done(tmp_path, dataset):
     first, second = Counting(), Counting()
 
     def late():
@@ -181,8 +208,9 @@ def test_the_order_is_the_same_for_one_and_two_and_three_ranks():
     whole = take(stream(), 9)
     for world in (2, 3):
         ranks = [take(stream(rank=rank, world=world), 9) for rank in range(world)]
-        joined = [tuple(torch.cat([ranks[r][s][k] for r in range(world)]) for k in (0, 1)) for s in range(9)]
-        assert same(whole, joined)
+        for step in range(9):
+            for k in (0, 1):  # ids, labels
+                assert torch.equal(whole[step][k], torch.cat([rank[step][k] for rank in ranks]))
     assert not same(whole, take(stream(seed=6), 9))
 
 
@@ -201,8 +229,10 @@ def test_the_order_is_that_of_the_images_and_not_of_the_batch_size():
 
 
 def test_every_epoch_shows_every_image_once_in_about_half_of_the_cases_mirrored():
-    ids, labels = np.stack([np.arange(400), np.arange(400) + 1000], axis=1)[:, :, None], np.zeros(400, np.int64)
-    epochs = [images_and_copies(take(stream(ids, labels, batch_size=400, start_step=k), 1)) for k in range(4)]
+    ids = np.stack([np.arange(400), np.arange(400) + 1000], axis=1)[:, :, None]
+    labels = np.zeros(400, np.int64)
+    epochs = [images_and_copies(take(stream(ids, labels, batch_size=400, start_step=k), 1))
+              for k in range(4)]
     for image, copy in epochs:
         assert sorted(image.tolist()) == list(range(400)) and 150 < copy.sum() < 250
     # Whether an image is mirrored follows neither from the image nor from the epoch before.
