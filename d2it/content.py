@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from d2it.grain import pack, unpack
 from d2it.presets import ContentConfig, load_preset
 from layers import MLP, Attention, count_parameters, init_vit, patchify, sincos_2d, unpatchify
+from plumbing import checkpoint
+from plumbing.flags import build, need
 
 
 class TimeEmbedding(nn.Module):
@@ -163,6 +165,17 @@ class Content(nn.Module):
         if self.refine is not None and refine:
             fine = fine + self.refine(h, cells, c, grain)
         return unpatchify(torch.where(flat[..., None], fine, coarse), 2, 2 * self.side)
+
+    @staticmethod
+    def load(path: str) -> "Content":
+        """The averaged weights in a checkpoint, in eval mode; .fingerprint is that of its DVAE."""
+        saved = checkpoint.load(path)
+        need("content_config" in saved, f"{path} holds no content transformer; give a content.pt")
+        cfg = build((ContentConfig,), saved["content_config"])[0]
+        model = Content(cfg, saved["channels"], saved["side"], len(saved["classes"]))
+        checkpoint.load_strict(model, saved["ema"], path)
+        model.fingerprint = saved["dvae"]
+        return model.eval()
 
 
 if __name__ == "__main__":

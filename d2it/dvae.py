@@ -180,7 +180,8 @@ class DVAE(nn.Module):
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Codes:
         """uint8 (B, H, W, 3) -> standardised codes, drawn from the posterior anew at every call."""
         grain = self.grain_of(pixels)
-        z = self.draw(*self.moments(to_float(pixels), grain), grain, generator)
+        with torch.autocast(pixels.device.type, enabled=False):  # bf16 would round what is learned
+            z = self.draw(*self.moments(to_float(pixels), grain), grain, generator)
         return Codes(self.standardised(z, grain), grain)
 
     @torch.no_grad()

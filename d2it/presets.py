@@ -8,27 +8,12 @@ Try      python -m d2it.presets
 """
 import argparse
 import math
-import os
 from dataclasses import dataclass
 
 from config import GeneratorConfig
 from d2it.grain import POLICIES
 from plumbing.flags import (
-    Parser,
-    add_flags,
-    as_dict,
-    at_least_one,
-    build,
-    choose,
-    need,
-    read_run,
-    shares,
-)
-
-
-def not_negative(cfg, *names: str) -> None:
-    for name in names:
-        need(0 <= getattr(cfg, name) < math.inf, f"{name} {getattr(cfg, name)} must be 0 or above")
+    Parser, as_dict, at_least_one, build, choose, need, not_negative, parse_command, shares)
 
 
 @dataclass(frozen=True)
@@ -110,9 +95,6 @@ class TrainConfig:
     batch_size: int = 256  # images per step over all processes [DiT]
     dvae_steps: int = 300000  # steps of stage 1 [ours]
     dvae_learning_rate: float = 1e-4  # its peak learning rate [ours]
-    perceptual_weight: float = 0.0  # stage 1: weight of the ConvNeXt-S loss; needs torchvision
-    adversarial_weight: float = 0.0  # stage 1: weight of the adversarial loss [TiTok: 0.01]
-    adversarial_start: int = 20000  # stage 1: the step at which it begins [TiTok]
     grain_steps: int = 100000  # steps of stage 2 [ours]
     grain_learning_rate: float = 1e-4  # its peak learning rate [LlamaGen]
     content_steps: int = 400000  # steps of stage 3 [DiT]
@@ -140,13 +122,13 @@ class TrainConfig:
         shares(self, "beta2", "ema_decay")
         not_negative(self, "seed", "workers", "dvae_learning_rate", "grain_learning_rate",
                      "content_learning_rate", "min_learning_rate", "warmup_steps", "weight_decay",
-                     "grad_clip", "perceptual_weight", "adversarial_weight", "adversarial_start")
+                     "grad_clip")
 
 
 CONFIGS = (DVAEConfig, ContentConfig, TrainConfig)
-# May differ when a run is resumed.
-RUN_ONLY = ("precision", "compile", "workers", "timeout", "log_every", "save_every",
-            "sample_every", "skip_bad")
+# May differ when a run is resumed; a checkpoint knows its images by a fingerprint.
+RUN_ONLY = ("data", "val_data", "precision", "compile", "workers", "timeout", "log_every",
+            "save_every", "sample_every", "skip_bad")
 
 SMALL = dict(  # 32x32 images in cells of 8: 4x4 cells, 16 to 64 codes
     image_size=32, cell_size=8, dvae_width=16, dvae_mults=(1, 2, 2, 4), dvae_blocks=1,
@@ -181,33 +163,12 @@ def load_preset(name: str) -> tuple[DVAEConfig, ContentConfig, TrainConfig]:
 
 
 def parse_run(doc: str, argv=None) -> argparse.Namespace:
-    """The command line of d2it.train -> .run .preset .stage .device and .dvae .content .train.
-
-    Later wins: default, preset, flag. A run folder that exists stands for the preset it had.
-    """
-    parser = Parser(prog="python -m d2it.train", description=doc,
-                    epilog=f"Presets: {', '.join(PRESETS)}. Defaults above are those of d2it-256.")
-    parser.add_argument("--preset",
-                        help="settings to start from (default: the run's, else d2it-tiny)")
-    parser.add_argument("--run", help="folder of this run (default: runs/PRESET)")
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3),
-                        help="1 the DVAE, 2 maps, 3 content (default: all that are not finished)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="where to compute (default: a GPU if there is one)")
-    add_flags(parser, CONFIGS)
-    flags = vars(parser.parse_args(argv))
-    words = {name: flags.pop(name) for name in ("preset", "run", "stage", "device")}
-    folder = words["run"] or os.path.join("runs", words["preset"] or "d2it-tiny")
-    values = {"preset": words["preset"] or "d2it-tiny"}
-    if words["preset"] is None and os.path.exists(os.path.join(folder, "config.json")):
-        values = read_run(folder)
-        need(values["preset"] in PRESETS, f"{folder} is a run of train.py, not of d2it.train; "
-             "give another folder with --run")
-    preset = values.pop("preset")
-    choose("preset", preset, PRESETS)
-    dvae, content, train = build(CONFIGS, {**PRESETS[preset], **values, **flags})
-    return argparse.Namespace(**{**words, "run": folder, "preset": preset},
-                              dvae=dvae, content=content, train=train)
+    """The command line of d2it.train -> .run .preset .stage .device and .dvae .content .train."""
+    parser = Parser(prog="python -m d2it.train", description=doc, epilog=(
+        f"Presets: {', '.join(PRESETS)}. Defaults above are those of d2it-256; "
+        "python -m d2it.presets shows what the others change."))
+    args, (dvae, content, train) = parse_command(parser, PRESETS, "d2it-tiny", CONFIGS, argv)
+    return argparse.Namespace(**vars(args), dvae=dvae, content=content, train=train)
 
 
 def settings(stage: int, dvae: DVAEConfig, content: ContentConfig, train: TrainConfig) -> dict:
@@ -215,13 +176,14 @@ def settings(stage: int, dvae: DVAEConfig, content: ContentConfig, train: TrainC
 
     Later stages may be trained anew with other settings on the same DVAE.
     """
-    prefix = {1: "dvae_", 2: "grain_", 3: "content_"}
-    own = {1: as_dict(dvae), 2: as_dict(content.generator()), 3: as_dict(content)}[stage]
-    stage_1_only = ("perceptual_weight", "adversarial_weight", "adversarial_start")
-    others = tuple(p for s, p in prefix.items() if s != stage)
-    shared = {k: v for k, v in as_dict(train).items() if k not in RUN_ONLY
-              and not k.startswith(others) and (stage == 1 or k not in stage_1_only)}
-    return {**own, **shared}
+    mine = {1: as_dict(dvae), 2: as_dict(content.generator()), 3: as_dict(content)}[stage]
+    if stage == 3:  # the map model has settings of its own
+        mine = {name: value for name, value in mine.items()
+                if name == "grain_loss" or not name.startswith("grain_")}
+    others = [p for s, p in ((1, "dvae_"), (2, "grain_"), (3, "content_")) if s != stage]
+    shared = {name: value for name, value in as_dict(train).items()
+              if name not in RUN_ONLY and not name.startswith(tuple(others))}
+    return {**mine, **shared}
 
 
 if __name__ == "__main__":

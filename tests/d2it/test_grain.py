@@ -64,7 +64,7 @@ def test_counting_levels_first_gives_the_papers_sum_over_pixels():
     bins = torch.arange(-20, 276).double() / 255
     p = torch.exp(-0.5 * ((level[:, None] - bins) / 0.01).square()).mean(dim=0)
     p = p / p.sum()
-    assert abs(entropy(pixels, 8).item() + (p * p.log()).nansum().item()) < 1e-3
+    assert abs(entropy(pixels, 8).item() + (p * p.log()).nansum().item()) < 1e-5
     assert kernel().shape == (256, 296)
 
 
@@ -112,9 +112,9 @@ def test_a_control_has_as_many_fine_cells_in_each_image_as_the_entropy_map():
         assert torch.equal(maps[policy].flatten(1).sum(1), wanted), policy
         assert not torch.equal(maps[policy], maps["entropy"])
     assert not maps["coarse"].any() and maps["fine"].all()
-    # static: a place that is fine in an image with few is fine in all that have more
-    few, many = maps["static"][wanted.argmin()], maps["static"][wanted.argmax()]
-    assert not (few & ~many).any()
+    # static: images with as many fine cells have them in the same places
+    for count in wanted.unique():
+        assert len(maps["static"][wanted == count].unique(dim=0)) == 1
     detail = {p: scores[maps[p]].mean() for p in ("entropy", "random", "inverted")}
     assert detail["entropy"] > detail["random"] > detail["inverted"]
 

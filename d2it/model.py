@@ -1,0 +1,92 @@
+"""D²iT, the three of them joined: class -> map -> codes -> image.
+
+    labels ─► grain transformer ─► map ─► content transformer, 50 steps ─► codes ─► DVAE ─► images
+              (B, n, n) bool              (B, C, 2n, 2n), from grained noise
+
+Paper    the map is predicted first, then the noise of both grains; samples of the headline numbers
+         are drawn under predicted maps
+In       the folder of a run of d2it.train
+Out      images uint8; for a given map too, which is how the paper compares true and random maps
+Differs  the grain transformer is generator.py's, left to right over n² words, fine or coarse.
+         It *samples* a map. A network that only sees the class and learns by cross-entropy would
+         answer with the class's mean map, and every disc would be in the middle
+Try      python -m d2it.sample --run runs/d2it-tiny
+"""
+import os
+
+import torch
+from torch import Tensor, nn
+
+from d2it import diffusion
+from d2it.content import Content
+from d2it.dvae import DVAE, Codes
+from d2it.grain import grained_noise
+from generator import ARGenerator, Generator
+from plumbing import checkpoint
+from plumbing.flags import need
+from plumbing.images import to_uint8
+
+
+class D2iT(nn.Module):
+    """dvae, grain and content of one run, in eval mode; .classes are the names of the labels."""
+
+    def __init__(self, dvae: DVAE, grain: ARGenerator, content: Content, classes: list[str]):
+        super().__init__()
+        self.dvae, self.grain, self.content, self.classes = dvae, grain, content, classes
+
+    @staticmethod
+    def of_run(folder: str, device: torch.device) -> "D2iT":
+        """Raises UserError when a part is missing or was trained with another DVAE."""
+        names = ("dvae.pt", "grain.pt", "content.pt")
+        missing = [name for name in names if not checkpoint.exists(os.path.join(folder, name))]
+        need(not missing, f"{folder} has no {' and no '.join(missing)}; train it: "
+             f"python -m d2it.train --run {folder}")
+        paths = [os.path.join(folder, name) for name in names]
+        dvae, grain = DVAE.load(paths[0]), Generator.load(paths[1])
+        content = Content.load(paths[2])
+        # TRAP: codes of another DVAE have the same shape, and decode to noise.
+        for stage, path, learned in ((2, paths[1], grain.tokenizer_fingerprint),
+                                     (3, paths[2], content.fingerprint)):
+            need(learned == dvae.fingerprint, f"{path} has learned from another DVAE than the "
+                 f"dvae.pt beside it; delete {path} and retrain it: "
+                 f"python -m d2it.train --run {folder} --stage {stage}")
+        return D2iT(dvae, grain, content, grain.classes).to(device).eval()
+
+    @torch.no_grad()
+    def maps(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """labels (B,) -> bool (B, n, n), drawn as learned: without guidance, at temperature 1."""
+        n = self.dvae.cfg.side
+        return self.grain.sample(labels, generator=generator).view(-1, n, n).bool()
+
+    @torch.no_grad()
+    def sample(self, labels: Tensor, cfg_scale: float = 2.0, steps: int = 50, eta: float = 0.0,
+               generator: torch.Generator | None = None, grain: Tensor | None = None,
+               trace: list | None = None) -> Codes:
+        """labels (B,) -> codes. The same generator state gives the same bits.
+
+        cfg_scale   guidance of the content: 0 unconditional, 1 plain, above 1 guided
+        grain       a map (B, n, n) to use in place of a predicted one
+        """
+        cfg, n = self.content.cfg, self.dvae.cfg.side
+        if grain is None:
+            grain = self.maps(labels, generator)
+        need(grain.shape == (len(labels), n, n), f"the map has {tuple(grain.shape[1:])} cells, and "
+             f"this run has ({n}, {n})")
+        noise = grained_noise(grain, self.content.channels, generator)
+        z = diffusion.sample(self.content, noise, labels, grain, self.content.classes, cfg.path,
+                             steps, cfg_scale, eta, generator, trace)
+        return Codes(z, grain)
+
+    def decode(self, codes: Codes) -> Tensor:
+        """-> images (B, 3, H, W) in about [-1, 1]."""
+        return self.dvae.decode(codes)
+
+    def draw(self, labels: Tensor, options: dict, seed: int, batch: int,
+             grain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Batch number `batch` of a set of samples -> uint8 (B, H, W, 3), their maps, on the CPU.
+
+        Its noise is a function of (seed, batch) alone, and the CPU's on every machine.
+        """
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + batch)
+        codes = self.sample(labels, generator=generator, grain=grain, **options)
+        return to_uint8(self.decode(codes)).cpu(), codes.grain.cpu()
