@@ -176,10 +176,10 @@ def settings(stage: int, dvae: DVAEConfig, content: ContentConfig, train: TrainC
 
     Later stages may be trained anew with other settings on the same DVAE.
     """
-    mine = {1: as_dict(dvae), 2: as_dict(content.generator()), 3: as_dict(content)}[stage]
-    if stage == 3:  # the map model has settings of its own
-        mine = {name: value for name, value in mine.items()
-                if name == "grain_loss" or not name.startswith("grain_")}
+    of_maps = ("grain_width", "grain_depth", "grain_heads", "label_dropout")
+    of_content = tuple(name for name in as_dict(content) if name not in of_maps[:3])
+    mine = as_dict(dvae) if stage == 1 else {
+        name: as_dict(content)[name] for name in (of_maps if stage == 2 else of_content)}
     others = [p for s, p in ((1, "dvae_"), (2, "grain_"), (3, "content_")) if s != stage]
     shared = {name: value for name, value in as_dict(train).items()
               if name not in RUN_ONLY and not name.startswith(tuple(others))}

@@ -1,0 +1,183 @@
+"""Pictures out of a run: samples with their maps, or images encoded and decoded again.
+
+    class ─► map ─► codes ─► image         a row per class, each image above its map, or an .npz
+    photo ─► entropy ─► map ─► codes ─► image          a row per file
+
+Run       python -m d2it.sample --run runs/NAME --classes disc ring --cfg_scale 2
+          python -m d2it.sample --run runs/NAME --grain map.png       a map painted by hand: dark is
+                                                                      coarse, bright is fine
+          python -m d2it.sample --run runs/NAME --npz samples.npz --num_samples 50000
+          python -m d2it.sample --run runs/NAME --reconstruct a.jpg b.png
+Makes     RUN/samples/sample.png, or the .npz, for eval_fid.py, or RUN/samples/reconstruct.png.
+          The same command writes the same bytes on the same machine
+Exit      0 done, 1 failure, 2 something to mend in the command or the run
+"""
+from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
+
+import argparse
+import os
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from d2it.dvae import DVAE
+from d2it.grain import count_codes, heat, painted
+from d2it.model import D2iT
+from losses import psnr
+from plumbing import checkpoint
+from plumbing.flags import DEVICES, Parser, need, number
+from plumbing.images import read_image, resize_crop, save_grid, to_float, to_uint8
+from plumbing.processes import Processes, enough_memory, need_room
+from plumbing.samples import class_number, write_npz
+
+DEFAULTS = dict(cfg_scale=2.0, steps=50, eta=0.0, seed=0, batch_size=64, per_class=8,
+                num_samples=50000)
+
+
+def parse(argv=None) -> argparse.Namespace:
+    """The command line. Raises UserError for a flag that would not be read."""
+    parser = Parser(prog="python -m d2it.sample", description=__doc__)
+    add = parser.add_argument
+    add("--run", required=True, help="folder of a run of d2it.train")
+    add("--device", choices=DEVICES, default="auto", help="where to compute (default: auto)")
+    add("--out", metavar="DIR", help="folder for pictures (default: RUN/samples)")
+    # None until it is known that a flag is read at all.
+    add = parser.add_argument_group("samples").add_argument
+    add("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: the first 10, "
+        "in an .npz all)")
+    add("--grain", metavar="FILE", help="an image as map for all samples, bright is fine "
+        "(default: maps are predicted)")
+    add("--cfg_scale", type=number(float), metavar="FLOAT",
+        help="guidance: 0 unconditional, 1 plain, above 1 guided (default: 2)")
+    add("--steps", type=number(int, 1, 1000), metavar="INT", help="DDIM steps (default: 50)")
+    add("--eta", type=number(float, 0, 1), metavar="FLOAT",
+        help="0 DDIM, 1 DDPM; needs path noise (default: 0)")
+    add("--seed", type=number(int), metavar="INT", help="others give other samples (default: 0)")
+    add("--batch_size", type=number(int, 1), metavar="INT",
+        help="samples at a time; another one gives other samples (default: 64)")
+    add("--per_class", type=number(int, 1), metavar="INT",
+        help="in a picture: samples of each class (default: 8)")
+    add("--npz", metavar="FILE", help="write arr_0, uint8 (n, H, W, 3), labels arr_1 and classes")
+    add("--num_samples", type=number(int, 1), metavar="INT",
+        help="in an .npz: how many; the classes take turns (default: 50000)")
+    add = parser.add_argument_group("reconstructions").add_argument
+    add("--reconstruct", nargs="+", metavar="FILE", help="encode and decode these images")
+    args = parser.parse_args(argv)
+
+    def refuse(names, reason: str) -> None:
+        for name in names:
+            need(getattr(args, name) is None, f"--{name} is for {reason}; leave it out")
+    if args.reconstruct:
+        refuse((*DEFAULTS, "classes", "grain", "npz"), "samples")
+    elif args.npz is None:
+        refuse(("num_samples",), "--npz")
+    else:
+        refuse(("per_class", "out"), "pictures")
+    for name, value in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    need(os.path.isdir(args.run), f"{args.run} is not there; give the folder of a run")
+    args.out = args.out or os.path.join(args.run, "samples")
+    args.options = {name: getattr(args, name) for name in ("cfg_scale", "steps", "eta")}
+    return args
+
+
+# ------------------------------------------------------------------------------------------------
+# samples
+
+def read_map(path: str, side: int) -> Tensor:
+    """An image as bool (1, n, n): cells above middle gray are fine."""
+    shown = resize_crop(read_image(path), side).astype(int).mean(axis=2)      # (n, n)
+    return torch.from_numpy(shown > 127)[None]
+
+
+def draw_samples(model: D2iT, labels: Tensor, options: dict, seed: int, batch_size: int,
+                 grain: Tensor | None = None) -> tuple[np.ndarray, Tensor]:
+    """labels (n,) -> uint8 (n, H, W, 3) and maps (n, side, side)."""
+    images, maps = [], []
+    bar = tqdm(total=len(labels), desc="sampling", unit=" images", delay=1, mininterval=1)
+    with bar, enough_memory("lower --batch_size, or ask for fewer samples"):
+        for b, part in enumerate(labels.split(batch_size)):
+            own = None if grain is None else grain.to(part.device).expand(len(part), -1, -1)
+            drawn, used = model.draw(part, options, seed, b, own)
+            images.append(drawn.numpy())
+            maps.append(used)
+            bar.update(len(part))
+    return np.concatenate(images), torch.cat(maps)
+
+
+def samples(args, device: torch.device) -> None:
+    """--npz FILE, or a picture with two rows per class: images, and their maps on them."""
+    model = D2iT.of_run(args.run, device)
+    names, side = model.classes, model.dvae.cfg.side
+    if args.classes:
+        classes = torch.tensor([class_number(c, names) for c in args.classes])
+    else:
+        classes = torch.arange(len(names) if args.npz else min(10, len(names)))
+    if args.npz:
+        labels = classes[torch.arange(args.num_samples) % len(classes)]
+    else:
+        labels = classes.repeat_interleave(args.per_class)
+    grain = read_map(args.grain, side) if args.grain else None
+    need_room(os.path.dirname(args.npz) or "." if args.npz else args.out)
+
+    began = time.perf_counter()
+    images, maps = draw_samples(model, labels.to(device), args.options, args.seed, args.batch_size,
+                                grain)
+    seconds = time.perf_counter() - began
+    if args.npz:
+        made = write_npz(args.npz, images, labels, names)
+    else:
+        path, shown = os.path.join(args.out, "sample.png"), torch.from_numpy(images)
+        rows = [row for pair in zip(shown.split(args.per_class),
+                                    painted(shown, maps).split(args.per_class)) for row in pair]
+        save_grid(torch.cat(rows), path, args.per_class, max(1, 64 // images.shape[1]))
+        made = [f"{path}: two rows a class, images and their maps: "
+                f"{', '.join(names[c] for c in classes)}"]
+    print(*(f"{name} {value:g}," for name, value in args.options.items()),
+          f"seed {args.seed}, batch_size {args.batch_size}")
+    print(f"{len(images):,} samples of {count_codes(maps).float().mean():.1f} codes each, "
+          f"{len(images) / seconds:.1f} images per second on {device.type}")
+    print("\n".join(made))
+
+
+# ------------------------------------------------------------------------------------------------
+# reconstructions
+
+def reconstruct(args, device: torch.device) -> None:
+    """A row per file: image, entropy, map, reconstruction."""
+    path = os.path.join(args.run, "dvae.pt")
+    need(checkpoint.exists(path), f"{args.run} has no dvae.pt; train it: "
+         f"python -m d2it.train --run {args.run} --stage 1")
+    model = DVAE.load(path).to(device)
+    size = model.cfg.image_size
+    pixels = np.stack([resize_crop(read_image(file), size) for file in args.reconstruct])
+    pixels = torch.from_numpy(pixels).to(device)              # (F, S, S, 3)
+    need_room(args.out)
+
+    codes = model.encode(pixels, torch.Generator().manual_seed(0))
+    recon = model.decode(codes).clamp(-1, 1)
+    pixels, counts = pixels.cpu(), count_codes(codes.grain).tolist()
+    columns = [pixels, heat(model.entropy(pixels.to(device)), size), painted(pixels, codes.grain),
+               to_uint8(recon).cpu()]
+    out = os.path.join(args.out, "reconstruct.png")
+    save_grid(torch.stack(columns, dim=1).flatten(0, 1), out, 4, max(1, 64 // size))
+    most = 4 * codes.grain[0].numel()
+    for file, count, dB in zip(args.reconstruct, counts, psnr(recon.cpu(), to_float(pixels))):
+        print(f"{file}\n  {count} codes of at most {most}, PSNR {dB:.2f} dB")
+    print(f"{out}: image, entropy, map, reconstruction")
+
+
+def main(args: argparse.Namespace) -> None:
+    device = Processes(args.device).device
+    if args.reconstruct:
+        reconstruct(args, device)
+    else:
+        samples(args, device)
+
+
+if __name__ == "__main__":
+    main_with_user_errors(lambda: main(parse()))

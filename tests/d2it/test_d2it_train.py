@@ -1,0 +1,257 @@
+"""d2it.train: three stages, exact resume in each, and one line for each thing that does not fit."""
+import contextlib
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from d2it import presets, train
+from d2it.content import Content
+from d2it.dvae import DVAE
+from d2it.model import D2iT
+from d2it.presets import CONFIGS, PRESETS, load_preset, parse_run, settings
+from generator import ARGenerator, Generator
+from helpers import refused, same_content
+from layers import count_parameters
+from plumbing import checkpoint
+from plumbing import run as run_folder
+from plumbing.flags import as_dict, build
+from small_d2it import SMALL
+
+CPU = torch.device("cpu")
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def interrupt_at(monkeypatch, phase: str, step: int) -> None:
+    """SIGTERM as soon as that line of the log is written."""
+    write = checkpoint.append_jsonl
+
+    def write_and_interrupt(path, row):
+        write(path, row)
+        if (row["phase"], row["step"]) == (phase, step):
+            signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(checkpoint, "append_jsonl", write_and_interrupt)
+
+
+# ------------------------------------------------------------------------------------------------
+# the stages
+
+def test_a_run_leaves_three_checkpoints_a_log_and_pictures(finished):
+    for name in ("dvae", "grain", "content"):
+        assert checkpoint.load(finished / f"{name}.pt")["phase"] == "finished"
+        assert (finished / "samples" / f"{name}.png").exists()
+        assert (finished / "samples" / f"{name}-0000004.png").exists()
+    last = {row["phase"]: row for row in rows(finished)}
+    assert {"psnr", "codes", "psnr_fine_cells", "psnr_coarse_cells"} <= set(last["dvae"])
+    assert last["grain"]["bits_per_map"] > 0 and last["content"]["loss"] > 0
+    terms = next(row for row in rows(finished) if row["phase"] == "content")
+    assert {"fine", "coarse", "quarter_1", "quarter_4"} <= set(terms)
+
+
+def test_a_finished_run_is_left_alone(run, training):
+    before = {file.name: file.read_bytes() for file in run.glob("*.pt")}
+    log = rows(run)
+    training(run)
+    assert {file.name: file.read_bytes() for file in run.glob("*.pt")} == before
+    assert rows(run) == log
+
+
+def test_threshold_and_statistics_are_those_of_the_training_images(finished):
+    dvae = DVAE.load(finished / "dvae.pt")
+    saved = checkpoint.load(finished / "dvae.pt")
+    assert dvae.limit > 2.355 and dvae.places.min() > 2
+    assert not torch.equal(dvae.latent_std, torch.ones(2, 4))
+    assert same_content(saved["model"], saved["ema"]), "the averaged weights are what stays"
+
+
+@pytest.mark.parametrize("phase,step", [("dvae", 3), ("grain", 3), ("content", 3)])
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+        phase, step, finished, training, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    interrupt_at(monkeypatch, phase, step)
+    with pytest.raises(SystemExit) as left:
+        training(folder)
+    assert left.value.code == 3
+    monkeypatch.undo()
+    monkeypatch.setattr("plumbing.run.EVAL_IMAGES", 20)
+    training(folder)
+    for name in ("dvae", "grain", "content"):
+        whole, resumed = (checkpoint.load(f / f"{name}.pt") for f in (finished, folder))
+        assert same_content(resumed, whole), name
+    quick = ("seconds", "per_second", "peak_mb")
+    logs = [[{k: v for k, v in row.items() if k not in quick} for row in rows(f)]
+            for f in (finished, folder)]
+    assert logs[0] == logs[1]
+
+
+def one_of_two(rank: int, folder: str, data: str, port: int, stop: tuple | None) -> None:
+    """A process of two; rank 0 gets a signal when it has logged stop = (phase, step)."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    run_folder.EVAL_IMAGES = 20
+    if stop and rank == 0:
+        interrupt_at(pytest.MonkeyPatch(), *stop)
+    with contextlib.suppress(SystemExit):
+        train.main(parse_run("", [*SMALL, "--run", folder, "--data", data]))
+
+
+@pytest.mark.faults
+def test_two_processes_that_are_interrupted_twice_end_with_the_same_bits(shapes_npz, tmp_path):
+    port = 20000 + os.getpid() % 20000
+    plan = [("whole", None), ("parts", ("dvae", 3)), ("parts", ("content", 2)), ("parts", None)]
+    for k, (name, stop) in enumerate(plan):
+        mp.spawn(one_of_two, (str(tmp_path / name), shapes_npz, port + k, stop), nprocs=2)
+    for name in ("dvae", "grain", "content"):
+        whole, parts = (checkpoint.load(tmp_path / f / f"{name}.pt") for f in ("whole", "parts"))
+        assert whole["phase"] == "finished" and same_content(whole, parts), name
+
+
+# ------------------------------------------------------------------------------------------------
+# what does not belong together
+
+def test_stages_2_and_3_refuse_to_begin_without_a_finished_dvae(training, tmp_path):
+    for stage in ("2", "3"):
+        refused(training, tmp_path / stage, "--stage", stage, names=["finished DVAE"])
+
+
+def another_dvae(run) -> None:
+    """The run's DVAE with one number changed."""
+    saved = checkpoint.load(run / "dvae.pt")
+    saved["ema"]["decoder.corner"] += 1
+    checkpoint.save(run / "dvae.pt", saved)
+
+
+def test_a_map_model_or_a_content_model_of_another_dvae_is_refused(run, training):
+    assert isinstance(D2iT.of_run(str(run), CPU), D2iT)
+    another_dvae(run)
+    refused(D2iT.of_run, str(run), CPU, names=["grain.pt", "another DVAE", "--stage 2"])
+    refused(training, run, names=["grain.pt", "another DVAE"])
+    for file in run.glob("grain*.pt"):
+        file.unlink()
+    training(run, "--stage", "2")
+    refused(D2iT.of_run, str(run), CPU, names=["content.pt", "another DVAE", "--stage 3"])
+    refused(training, run, names=["content.pt", "another DVAE"])
+
+
+def test_a_missing_stage_is_named(run):
+    for file in run.glob("content*.pt"):
+        file.unlink()
+    refused(D2iT.of_run, str(run), CPU, names=["content.pt", "d2it.train"])
+
+
+@pytest.mark.parametrize("flag,value,stage", [
+    ("--kl_weight", "0.5", "dvae"), ("--grain_width", "16", "grain"),
+    ("--path", "flow", "content")])
+def test_other_settings_than_those_of_a_checkpoint_are_refused(run, training, flag, value, stage):
+    refused(training, run, flag, value, names=[f"{stage}.pt", flag[2:]])
+
+
+def test_what_only_says_how_to_run_may_change(run, training):
+    training(run, "--log_every", "7", "--workers", "0", "--precision", "fp32")
+
+
+def test_a_run_of_the_other_system_is_refused(training, tmp_path, small_run):
+    folder = tmp_path / "other"
+    shutil.copytree(small_run, folder)
+    refused(training, folder, names=["train.py"])
+    refused(lambda: parse_run("", ["--run", str(folder)]), names=["tiny", "--run"])
+
+
+def test_the_shapes_have_one_size(training, tmp_path):
+    refused(lambda: train.main(parse_run("", ["--preset", "d2it-64", "--run", str(tmp_path / "x"),
+                                              "--device", "cpu"])), names=["32x32", "--data"])
+
+
+def test_held_out_images_of_other_classes_get_the_label_none(training, tmp_path, shapes_npz):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    from PIL import Image
+    for k in range(4):
+        Image.new("RGB", (32, 32), (40 * k, 0, 0)).save(folder / f"{k}.png")
+    training(tmp_path / "run", "--val_data", str(folder))
+    assert D2iT.of_run(str(tmp_path / "run"), CPU).classes[0] == "disc"
+
+
+# ------------------------------------------------------------------------------------------------
+# the parts of a run
+
+def test_each_part_can_be_loaded_by_itself(finished):
+    content, grain = Content.load(finished / "content.pt"), Generator.load(finished / "grain.pt")
+    assert isinstance(grain, ARGenerator) and grain.num_tokens == 16 and grain.codebook_size == 2
+    assert content.fingerprint == grain.tokenizer_fingerprint == DVAE.load(
+        finished / "dvae.pt").fingerprint
+    assert content.classes == len(grain.classes) == 10
+
+
+def test_settings_of_a_stage_name_what_it_depends_on_and_nothing_else():
+    dvae, content, cfg = load_preset("d2it-tiny")
+    stages = [settings(stage, dvae, content, cfg) for stage in (1, 2, 3)]
+    assert "dvae_steps" in stages[0] and "content_steps" not in stages[0]
+    assert "grain_width" in stages[1] and "content_width" not in stages[1]
+    assert "content_width" in stages[2] and "grain_loss" in stages[2]
+    assert "grain_width" not in stages[2] and "dvae_steps" not in stages[2]
+    assert all("batch_size" in s and "workers" not in s for s in stages)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_built_and_has_a_learning_rate_for_each_stage(name):
+    dvae, content, cfg = load_preset(name)
+    assert dvae.image_size == dvae.side * dvae.cell_size
+    assert min(cfg.dvae_learning_rate, cfg.grain_learning_rate, cfg.content_learning_rate) > 0
+    with torch.device("meta"):
+        DVAE(dvae), Content(content, dvae.code_dim, dvae.side, 10)
+
+
+@pytest.mark.parametrize("depth,refine,width,heads,paper", [
+    (20, 4, 1024, 16, 467), (24, 4, 1152, 16, 687)])
+def test_the_papers_sizes_have_its_numbers_of_parameters(depth, refine, width, heads, paper):
+    values = dict(content_width=width, content_depth=depth, refine_depth=refine,
+                  content_heads=heads)
+    cfg = build(CONFIGS, values)[1]
+    with torch.device("meta"):
+        count = count_parameters(Content(cfg, 4, 16, 1000)) / 1e6
+    assert count == pytest.approx(paper, rel=0.01)
+
+
+def test_the_256_pixel_preset_takes_a_step_with_small_widths():
+    small = dict(dvae_width=8, dvae_blocks=1, content_width=32, content_depth=1, refine_depth=1,
+                 content_heads=2, grain_width=32, grain_depth=1, grain_heads=2)
+    dvae_cfg, cfg, _ = build(CONFIGS, {**PRESETS["d2it-256"], **small})
+    torch.manual_seed(0)
+    dvae, content = DVAE(dvae_cfg), Content(cfg, dvae_cfg.code_dim, dvae_cfg.side, 10)
+    pixels = torch.randint(0, 256, (2, 256, 256, 3), dtype=torch.uint8)
+    pixels[0, 128:] = 9
+    dvae.calibrate(dvae.entropy(pixels))
+    codes = dvae.encode(pixels)
+    assert codes.z.shape == (2, 4, 32, 32) and codes.grain.shape == (2, 16, 16)
+    from d2it.diffusion import loss
+    loss(content, codes.z, torch.tensor([0, 1]), codes.grain)[0].backward()
+    assert dvae.decode(codes).shape == (2, 3, 256, 256)
+
+
+def test_wrong_sizes_are_refused_with_what_to_try():
+    for values, names in (
+            (dict(image_size=30, cell_size=8, dvae_mults=(1, 2, 2, 4)), ["try 24 or 32"]),
+            (dict(cell_size=8), ["cell_size 8", "--cell_size 16"]),
+            (dict(content_width=30), ["content_width 30", "try"]),
+            (dict(grain_policy="wavelet"), ["entropy"]),
+            (dict(grain_ratio=1.5), ["share"])):
+        refused(build, CONFIGS, values, names=names)
+
+
+def test_every_flag_has_a_line_of_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_run(train.__doc__, ["--help"])
+    told = capsys.readouterr().out
+    for name in as_dict(*load_preset("d2it-tiny")):
+        assert f"--{name}" in told or f"--no-{name}" in told
+    assert presets.RUN_ONLY
