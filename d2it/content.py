@@ -86,7 +86,7 @@ class RefineNet(nn.Module):
         super().__init__()
         D = cfg.content_width
         self.split = nn.Linear(D, 4 * D)                      # a cell's h -> one h for each code
-        self.code = nn.Linear(channels, D)
+        self.embed = nn.Linear(channels, D)
         # One position for each slot, in the order of cells: (n², 4, D).
         slots = sincos_2d(2 * side, D).T.reshape(1, D, 2 * side, 2 * side)
         self.position = nn.Parameter(patchify(slots, 2).view(side * side, 4, D))
@@ -94,10 +94,10 @@ class RefineNet(nn.Module):
         self.last, self.head = LastNorm(D), nn.Linear(D, channels)
 
     def forward(self, h: Tensor, cells: Tensor, c: Tensor, grain: Tensor) -> Tensor:
-        (B, N, D), C = h.shape, self.code.in_features
+        (B, N, D), C = h.shape, self.embed.in_features
         h, keep, index = pack(h, grain)                       # (B, M, D), M the most of any image
         codes = pack(cells, grain)[0].view(B, -1, 4, C)       # (B, M, 4, C)
-        x = self.split(h).view(B, -1, 4, D) + self.code(codes) + self.position[index]
+        x = self.split(h).view(B, -1, 4, D) + self.embed(codes) + self.position[index]
         x = x.flatten(1, 2)                                   # (B, 4M, D)
 
         # Filled-up places are seen by none. TRAP: an image without any fine cell would attend to
@@ -118,12 +118,12 @@ class Content(nn.Module):
         self.cfg, self.channels, self.side, self.classes = cfg, channels, side, classes
         D = cfg.content_width
         self.time, self.label = TimeEmbedding(D), nn.Embedding(classes + 1, D)  # the last: none
-        self.enter = nn.Linear(4 * channels, D)
+        self.embed = nn.Linear(4 * channels, D)
         self.position = nn.Parameter(sincos_2d(side, D))      # (n², D), learned from there on
-        self.grain = nn.Embedding(2, D)
+        self.grain_embed = nn.Embedding(2, D)
         blocks = [DiTBlock(D, cfg.content_heads) for _ in range(cfg.content_depth)]
         self.blocks, self.last = nn.ModuleList(blocks), LastNorm(D)
-        self.coarse, self.fine = nn.Linear(D, channels), nn.Linear(D, 4 * channels)
+        self.coarse_head, self.fine_head = nn.Linear(D, channels), nn.Linear(D, 4 * channels)
         self.refine = RefineNet(cfg, channels, side) if cfg.refine_depth else None
         self.init_weights()
 
@@ -133,9 +133,9 @@ class Content(nn.Module):
         The first loss is then the mean square of the noise, 1: a check that costs nothing.
         """
         self.apply(init_vit)
-        for embedding in (self.label, self.grain, self.time.mlp[0], self.time.mlp[2]):
+        for embedding in (self.label, self.grain_embed, self.time.mlp[0], self.time.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)
-        heads = [self.coarse, self.fine] + ([self.refine.head] if self.refine else [])
+        heads = [self.coarse_head, self.fine_head] + ([self.refine.head] if self.refine else [])
         for zero in heads + [m.condition[1] for m in self.modules() if hasattr(m, "condition")]:
             nn.init.zeros_(zero.weight)
 
@@ -153,13 +153,14 @@ class Content(nn.Module):
         cells, flat = patchify(z_t, 2), grain.flatten(1)              # (B, n², 4C), (B, n²)
 
         # 1. Rough, everywhere.
-        h = self.enter(cells) + self.position + self.grain(flat.long())   # (B, n², D)
+        h = self.embed(cells) + self.position + self.grain_embed(flat.long())   # (B, n², D)
         for block in self.blocks:
             h = block(h, c)
 
         # 2. Routing: a coarse cell owns one code, a fine one four.
         last = self.last(h, c)
-        coarse, fine = self.coarse(last).repeat(1, 1, 4), self.fine(last)     # (B, n², 4C) each
+        coarse = self.coarse_head(last).repeat(1, 1, 4)               # (B, n², C) -> (B, n², 4C)
+        fine = self.fine_head(last)                                   # (B, n², 4C)
 
         # 3. Correction, where it is fine. Coarse cells are the same bits with and without it.
         if self.refine is not None and refine:

@@ -101,6 +101,8 @@ class TrainConfig:
     content_learning_rate: float = 1e-4  # its peak learning rate [DiT, where it stays constant]
     min_learning_rate: float = 1e-5  # learning rate at the end of each stage [ours]
     warmup_steps: int = 1000  # steps to the peak [ours]
+    optimizer: str = "adamw"  # of hidden matrices: adamw [DiT] or muon [ours: see muon.py]
+    muon_learning_rate: float = 0.02  # Muon's peak; it rises and falls like the others [Jordan]
     weight_decay: float = 0.0  # of matrices, in all stages [DiT]
     beta2: float = 0.99  # AdamW's second decay; the first is 0.9 [ours]
     grad_clip: float = 1.0  # largest gradient norm [ours]
@@ -117,12 +119,13 @@ class TrainConfig:
 
     def __post_init__(self):
         choose("precision", self.precision, ("auto", "fp32", "bf16"))
+        choose("optimizer", self.optimizer, ("adamw", "muon"))
         at_least_one(self, "batch_size", "accumulate", "holdout", "timeout", "log_every",
                      "save_every", "sample_every", "dvae_steps", "grain_steps", "content_steps")
         shares(self, "beta2", "ema_decay")
         not_negative(self, "seed", "workers", "dvae_learning_rate", "grain_learning_rate",
                      "content_learning_rate", "min_learning_rate", "warmup_steps", "weight_decay",
-                     "grad_clip")
+                     "grad_clip", "muon_learning_rate")
 
 
 CONFIGS = (DVAEConfig, ContentConfig, TrainConfig)

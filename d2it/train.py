@@ -14,29 +14,28 @@ from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from h
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from d2it import diffusion
 from d2it.content import Content
 from d2it.dvae import DVAE, Codes
-from d2it.grain import count_codes, grained_noise, painted
+from d2it.grain import grained_noise, painted
 from d2it.presets import parse_run, settings
+from d2it.progress import held_out, reconstruction_quality, some_training_images
 from generator import ARGenerator
 from layers import count_parameters
 from loop import Loop, LossOf, frozen_copy, need_equal_pieces, new_optimizer
-from losses import reconstruction, to_db
+from losses import reconstruction
 from plumbing import checkpoint
-from plumbing.batches import ImageStream, eval_batches
+from plumbing.batches import ImageStream
 from plumbing.flags import as_dict, need
 from plumbing.images import to_float
 from plumbing.processes import enough_memory
 from plumbing.run import Run
 
-CALIBRATION = 4000  # training images that set the threshold and the statistics of the codes [ours]
 FILES = {1: "dvae.pt", 2: "grain.pt", 3: "content.pt"}
 NAMES = {1: "dvae", 2: "grain", 3: "content"}
 
@@ -62,9 +61,10 @@ class Stage:
         torch.manual_seed(train.seed)                         # the same weights on every process
         self.model = new().to(run.procs.device)
         self.ema = frozen_copy(self.model)
-        self.optimizer = new_optimizer(self.model, train.weight_decay, train.beta2)
         self.steps = getattr(train, f"{self.name}_steps")
         self.rate = getattr(train, f"{self.name}_learning_rate")
+        self.optimizer = new_optimizer(self.model, train.optimizer, train.weight_decay, train.beta2,
+                                       train.muon_learning_rate / (self.rate or 1))
         if self.saved:
             checkpoint.load_strict(self.model, self.saved["model"], self.path)
             checkpoint.load_strict(self.ema, self.saved["ema"], self.path)
@@ -113,27 +113,6 @@ class Stage:
 
 
 # ------------------------------------------------------------------------------------------------
-# images to measure with
-
-def some_training_images(run: Run) -> Iterator[Tensor]:
-    """The same few thousand on every process, as pixels (b, S, S, 3)."""
-    chosen = np.random.default_rng(run.train.seed).permutation(len(run.data))[:CALIBRATION]
-    for pixels, _ in eval_batches(run.data, run.configs[0].image_size, run.train.batch_size,
-                                  np.sort(chosen), skip_bad=run.train.skip_bad):
-        yield pixels.to(run.procs.device)
-
-
-def held_out(run: Run, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Held-out pixels (b, S, S, 3) and labels (b,); "none" if val's classes are others."""
-    device = run.procs.device
-    for pixels, labels in eval_batches(run.val, run.configs[0].image_size, run.train.batch_size,
-                                       run.eval_indices[:limit], skip_bad=run.train.skip_bad):
-        if run.val.classes != run.data.classes:
-            labels = torch.full_like(labels, len(run.data.classes))
-        yield pixels.to(device), labels.to(device)
-
-
-# ------------------------------------------------------------------------------------------------
 # stage 1
 
 def train_dvae(run: Run) -> None:
@@ -171,24 +150,6 @@ def train_dvae(run: Run) -> None:
     ema.measure(some_training_images(run))
     model.load_state_dict(ema.state_dict())
     stage.finish(show, **reconstruction_quality(run, ema))
-
-
-@torch.no_grad()
-def reconstruction_quality(run: Run, model: DVAE) -> dict:
-    """PSNR over all pixels, and over those in fine and in coarse cells; codes per image."""
-    noise = torch.Generator().manual_seed(0)
-    error, count, codes, n = torch.zeros(2), torch.zeros(2), 0.0, 0
-    for pixels, _ in held_out(run):
-        encoded = model.encode(pixels, noise)
-        off = (model.decode(encoded).clamp(-1, 1) - to_float(pixels)).square().mean(dim=1).cpu()
-        S = run.configs[0].cell_size
-        fine = encoded.grain.cpu().repeat_interleave(S, dim=1).repeat_interleave(S, dim=2)
-        error += torch.stack([off[~fine].sum(), off[fine].sum()])
-        count += torch.stack([(~fine).sum(), fine.sum()])
-        codes, n = codes + count_codes(encoded.grain).sum().item(), n + len(pixels)
-    parts = {"psnr_coarse_cells": 0, "psnr_fine_cells": 1}
-    return {"psnr": to_db(error.sum() / count.sum()), "codes": codes / n,
-            **{name: to_db(error[i] / count[i]) for name, i in parts.items() if count[i]}}
 
 
 # ------------------------------------------------------------------------------------------------

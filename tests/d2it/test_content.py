@@ -122,7 +122,7 @@ def test_all_fine_and_without_refinement_it_is_a_dit_with_patches_of_two():
 
     def dit(z):  # Peebles and Xie 2023, written out, with the weights of `model`
         c = model.time(t) + model.label(labels)
-        x = model.enter(patchify(z, 2)) + model.position + model.grain.weight[1]
+        x = model.embed(patchify(z, 2)) + model.position + model.grain_embed.weight[1]
         for b in model.blocks:
             s1, k1, g1, s2, k2, g2 = (v[:, None] for v in b.condition(c).chunk(6, dim=1))
             q, k, v = b.attention.qkv(layer_norm(x) * (1 + k1) + s1).chunk(3, dim=-1)
@@ -131,7 +131,7 @@ def test_all_fine_and_without_refinement_it_is_a_dit_with_patches_of_two():
             x = x + g1 * b.attention.out(heads.transpose(1, 2).flatten(2))
             x = x + g2 * b.mlp(layer_norm(x) * (1 + k2) + s2)
         shift, scale = (v[:, None] for v in model.last.condition(c).chunk(2, dim=1))
-        return unpatchify(model.fine(layer_norm(x) * (1 + scale) + shift), 2, 2 * n)
+        return unpatchify(model.fine_head(layer_norm(x) * (1 + scale) + shift), 2, 2 * n)
 
     fine = torch.ones(5, n, n, dtype=torch.bool)
     assert torch.allclose(model(z, t, labels, fine), dit(z), atol=1e-5)

@@ -47,7 +47,7 @@ def test_the_same_state_gives_the_same_bits_and_maps_are_drawn_not_averaged(mode
 
 
 def test_guidance_changes_the_content_and_not_the_map(model):
-    torch.nn.init.normal_(model.content.fine.weight, std=0.1)
+    torch.nn.init.normal_(model.content.fine_head.weight, std=0.1)
     plain, guided = (model.sample(LABELS, s, 3, generator=torch.Generator().manual_seed(1))
                      for s in (1.0, 4.0))
     assert torch.equal(plain.grain, guided.grain) and not torch.equal(plain.z, guided.z)
