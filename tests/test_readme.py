@@ -93,6 +93,16 @@ def test_every_flag_that_is_named_exists():
             assert known or f'"--{flag}"' in sources or f'"{flag}"' in sources, f"{name}: --{flag}"
 
 
+def test_the_tests_that_are_listed_exist():
+    """`test_file::the_name…`, and `::another_name…` in the same file; … stands for the rest."""
+    named, file = 0, ""
+    for before, test in re.findall(r"`(test_\w+|)(?:::(\w+)…?)?`", PAGES["tests/README.md"]):
+        file, named = before or file, named + 1
+        text = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
+        assert f"def test_{test}" in text or not test, f"{file}::{test}"
+    assert named > 30
+
+
 # ------------------------------------------------------------------------------------------------
 # the front page
 
