@@ -171,11 +171,12 @@ def controls(dataset: ImageSet, n: int, size: int, how: Batching) -> list[ImageS
     """Training images made worse: each must come out further from the held-out ones."""
     shuffled = np.random.default_rng(1).permutation(len(dataset))
     labels = dataset.labels[shuffled]
-    half = np.isin(labels, np.arange((len(dataset.classes) + 1) // 2))
+    present = np.unique(labels)  # a class of an .npz may be without images
+    half = np.isin(labels, present[:(len(present) + 1) // 2])
     return [real("real, blurred", dataset, shuffled[:n], size, how, change=blurred),
             real("real, with noise", dataset, shuffled[:n], size, how, change=noisy),
             real("real, half of the classes", dataset, shuffled[half][:n], size, how),
-            real("real, one class", dataset, shuffled[labels == 0][:n], size, how)]
+            real("real, one class", dataset, shuffled[labels == present[0]][:n], size, how)]
 
 
 # ------------------------------------------------------------------------------------------------

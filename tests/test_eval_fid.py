@@ -151,6 +151,16 @@ def test_features_beyond_the_kept_ones_still_count_in_the_distance(run, tmp_path
                 assert some[name][key] == pytest.approx(everything[name][key], rel=1e-3)
 
 
+def test_controls_leave_out_classes_without_images(tmp_path):
+    x = np.zeros((8, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", x=x, y=[1, 3] * 4, classes=["cat", "dog", "emu", "owl"])
+    data = open_images(str(tmp_path / "a.npz"))
+    made = {source.name: source for source in judging.controls(data, 8, 8, judging.Batching())}
+    for name in ("real, half of the classes", "real, one class"):
+        (_, labels, _), = made[name].batches([0])
+        assert labels.tolist() == [1] * 4
+
+
 # ------------------------------------------------------------------------------------------------
 # does it notice?
 
