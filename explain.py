@@ -17,7 +17,6 @@ What the page shows:
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
-import json
 import math
 import os
 
@@ -30,13 +29,12 @@ from config import CONFIGS
 from generator import Generator
 from nativetok import NativeTok, doubling, from_checkpoint
 from plumbing import checkpoint
-from plumbing.batches import eval_batches
 from plumbing.flags import Parser, need, number
 from plumbing.images import to_float, to_uint8
 from plumbing.page import Page
-from plumbing.plot import COLORS, Curve, svg
+from plumbing.plot import COLORS, Curve, log_curves, svg
 from plumbing.processes import Processes
-from plumbing.run import OpenRun, open_run
+from plumbing.run import OpenRun, held_out, open_run
 from quantizer import usage
 
 
@@ -264,31 +262,7 @@ TRAINING = """Pixel error of the tokenizer's phases, then the generators' losses
 MaskGIT's counts masked tokens, so the two cannot be compared). Gray lines: a phase ends."""
 
 
-def training(page: Page, folder: str) -> None:
-    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as log:
-        rows = [row for row in map(json.loads, log) if "loss" in row]
-    curves, ends, offset = [], [], 0
-    for k, phase in enumerate(dict.fromkeys(row["phase"] for row in rows)):
-        of_phase = [row for row in rows if row["phase"] == phase]
-        key = "pixels" if "pixels" in of_phase[0] else "loss"
-        curves.append(Curve(f"{phase} ({key})", [offset + row["step"] for row in of_phase],
-                            [row.get(key) for row in of_phase], COLORS[k % len(COLORS)]))
-        offset += of_phase[-1]["step"]
-        ends.append(offset)
-    picture = svg(curves, "steps, phase after phase", "loss", log=True, marks=ends)
-    page.add("Training", TRAINING, picture)
-
-
 # ------------------------------------------------------------------------------------------------
-
-def held_out(run: OpenRun, limit: int = 1000) -> tuple[Tensor, Tensor]:
-    """-> some of the run's held-out images, uint8 (n, H, W, 3), and their labels (n,)."""
-    tok, _, train = run.configs
-    indices = np.random.default_rng(0).permutation(len(run.val))[:limit]
-    batches = list(eval_batches(run.val, tok.image_size, 250, indices))
-    return (torch.cat([images for images, _ in batches]),
-            torch.cat([labels for _, labels in batches]))
-
 
 def encoded(model: NativeTok, pixels: Tensor) -> Tensor:
     device = model.quantizer.codebook.device
@@ -341,7 +315,7 @@ def main(args) -> None:
         measured.append((other_model.cfg.tokenizer, *bits))
     if measured:
         order(page, measured, len(ids))
-    training(page, args.run)
+    page.add("Training", TRAINING, log_curves(args.run))
 
     name = os.path.basename(os.path.abspath(args.run))
     page.write(f"What the tokens of {name} mean",

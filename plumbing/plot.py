@@ -5,7 +5,9 @@ Out      one <svg> element, for a page of HTML
 Try      python -m plumbing.plot > curves.html
 """
 import html
+import json
 import math
+import os
 from dataclasses import dataclass
 
 COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#7b5fb2", "#8c564b", "#e377c2", "#555555", "#b5b000")
@@ -107,6 +109,21 @@ def svg(curves: list[Curve], x_label: str, y_label: str, log: bool = False, mark
     height = HEIGHT + LINE * len(curves)
     return (f'<svg viewBox="0 0 {WIDTH} {height}" role="img" '
             'font-family="system-ui, sans-serif" font-size="13">' + "".join(parts) + "</svg>")
+
+
+def log_curves(folder: str) -> str:
+    """The losses in a run's log.jsonl, phase after phase; of an autoencoder the error of pixels."""
+    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as log:
+        rows = [row for row in map(json.loads, log) if "learning_rate" in row and "loss" in row]
+    curves, ends, offset = [], [], 0
+    for k, phase in enumerate(dict.fromkeys(row["phase"] for row in rows)):
+        of_phase = [row for row in rows if row["phase"] == phase]
+        key = "pixels" if "pixels" in of_phase[0] else "loss"
+        curves.append(Curve(f"{phase} ({key})", [offset + row["step"] for row in of_phase],
+                            [row.get(key) for row in of_phase], COLORS[k % len(COLORS)]))
+        offset += of_phase[-1]["step"]
+        ends.append(offset)
+    return svg(curves, "steps, phase after phase", "loss", log=True, marks=ends)
 
 
 if __name__ == "__main__":

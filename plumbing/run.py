@@ -8,6 +8,7 @@ Differs  A checkpoint says what it learned from, config.json only repeats it for
 import os
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -199,3 +200,11 @@ def open_run(folder: str, configs: tuple[type, ...], name: str = "tokenizer.pt",
         raise UserError(f"{error} (data and val_data of {folder}/config.json)") from error
     need_same_images(path, saved, data)
     return OpenRun(folder, build(configs, values), data, val, saved)
+
+
+def held_out(run: OpenRun, limit: int = 1000) -> tuple[Tensor, Tensor]:
+    """-> some of the run's held-out images, uint8 (n, H, W, 3), and their labels (n,)."""
+    indices = np.random.default_rng(0).permutation(len(run.val))[:limit]
+    batches = list(eval_batches(run.val, run.configs[0].image_size, 250, indices))
+    return (torch.cat([images for images, _ in batches]),
+            torch.cat([labels for _, labels in batches]))
