@@ -118,7 +118,7 @@ class GeneratorConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     # data
-    # image folder, flat folder, .tar, .zip, .tar.gz, .tar.xz, .npz, or the built-in "shapes"
+    # image folder, flat folder, .tar .tar.gz .tar.xz .zip, WebDataset shards, .npz, or "shapes"
     data: str = "shapes"
     val_data: str = ""  # held-out images in any of these forms; empty: some of --data are set aside
     # images of --data set aside when there is no --val_data (at most a tenth of them)
