@@ -165,10 +165,14 @@ class Generator(nn.Module):
         At scale 1 it is forward(); else both halves run as one batch.
         """
         if scale == 1:
-            return self(labels, ids, caches).float()
-        no_class = torch.full_like(labels, self.num_classes)
-        both = self(torch.cat([labels, no_class]), torch.cat([ids, ids]), caches)  # (2B, R, K)
-        return guide(*both.float().chunk(2), scale)
+            logits = self(labels, ids, caches).float()
+        else:
+            no_class = torch.full_like(labels, self.num_classes)
+            both = self(torch.cat([labels, no_class]), torch.cat([ids, ids]), caches)  # (2B, R, K)
+            logits = guide(*both.float().chunk(2), scale)
+        # TRAP: the argmax of nan is a valid id.
+        need(logits.isfinite().all(), f"logits at cfg_scale {scale:g} are not finite (nan or inf)")
+        return logits
 
     def hide_labels(self, labels: Tensor) -> Tensor:
         """In training a share of labels becomes "no class", for guidance's unconditional side."""

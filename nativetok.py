@@ -72,6 +72,8 @@ class NativeTok(nn.Module):
         # from here; patches of the same number in another shape would even run.
         need(images.shape[1:] == (3, size, size),
              f"images are {tuple(images.shape)}, this tokenizer takes (B, 3, {size}, {size})")
+        # TRAP: of nan the nearest code is number 0, and nobody would see it in the ids.
+        need(images.isfinite().all(), "images to encode are not finite (nan or inf)")
         with eval_mode(self):
             return self.tokenize(images)[1]
 
@@ -80,7 +82,10 @@ class NativeTok(nn.Module):
         k, L = ids.shape[1], self.num_tokens
         need(1 <= k <= L, f"{k} tokens cannot be decoded, only 1 to {L}")
         with eval_mode(self):
-            return self.decoder(self.quantizer.lookup(ids)).float()
+            images = self.decoder(self.quantizer.lookup(ids)).float()
+        need(images.isfinite().all(), "decoded images are not finite (nan or inf); are the "
+             "tokenizer's weights those of a training that diverged?")
+        return images
 
     def grow(self, num_tokens: int) -> None:
         """Append experts and decoder positions up to num_tokens; what exists stays as it is."""

@@ -250,6 +250,11 @@ def load_strict(module: nn.Module, state: dict, what: str) -> None:
             parts.append(f"{kind}: {', '.join(names[:3])}{more}")
     need(not parts, f"{what} does not fit this configuration ({'; '.join(parts)}); "
          "use the settings it was trained with")
+    # Such a weight is refused when a checkpoint is written, but others write files too, and what is
+    # made with it looks like any other id or pixel.
+    broken = [name for name in own if not state[name].isfinite().all()]
+    need(not broken, f"{what}: {', '.join(broken[:3])} is not finite (nan or inf); "
+         "restore a checkpoint from before that happened")
     module.load_state_dict(state, strict=True)
 
 
