@@ -280,25 +280,26 @@ def settings(kind: str, *configs) -> dict:
 
 SAMPLING = dict(cfg_scale=2.0, temperature=1.0, top_k=0, top_p=1.0, steps=None,
                 randomize_temperature=4.5)
+SAMPLING_TYPES = dict(cfg_scale=number(float), temperature=number(float), top_k=number(int),
+                      top_p=number(float, 1e-6, 1), steps=number(int, 1),
+                      randomize_temperature=number(float))
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Flags for what generators' sample() takes; None when not given, then SAMPLING counts."""
     to = parser.add_argument_group("how samples are drawn")
-    to.add_argument("--cfg_scale", type=number(float), metavar="FLOAT",
-                    help="guidance: 0 unconditional, 1 plain, above 1 guided (default: 2)")
-    to.add_argument("--temperature", type=number(float), metavar="FLOAT",
-                    help="of the tokens' distribution; 0 takes the likeliest (default: 1)")
-    to.add_argument("--top_k", type=number(int), metavar="INT",
-                    help="ar: draw from the k likeliest tokens; 0: off (default: 0)")
-    to.add_argument("--top_p", type=number(float, 1e-6, 1), metavar="FLOAT",
-                    help="ar: draw from the likeliest tokens that reach this probability; "
-                         "1: off (default: 1)")
-    to.add_argument("--steps", type=number(int, 1), metavar="INT",
-                    help="maskgit: passes, from 1 to the number of tokens (default: 8, at most "
-                         "that number)")
-    to.add_argument("--randomize_temperature", type=number(float), metavar="FLOAT",
-                    help="maskgit: noise on the confidences; 0: none (default: 4.5)")
+
+    def add(flag: str, text: str) -> None:
+        kind = SAMPLING_TYPES[flag.removeprefix("--")]
+        to.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+    add("--cfg_scale", "guidance: 0 unconditional, 1 plain, above 1 guided (default: 2)")
+    add("--temperature", "of the tokens' distribution; 0 takes the likeliest (default: 1)")
+    add("--top_k", "ar: draw from the k likeliest tokens; 0: off (default: 0)")
+    add("--top_p", "ar: draw from the likeliest tokens that reach this probability; 1: off "
+        "(default: 1)")
+    add("--steps", "maskgit: passes, from 1 to the number of tokens (default: 8, at most that "
+        "number)")
+    add("--randomize_temperature", "maskgit: noise on the confidences; 0: none (default: 4.5)")
 
 
 def sampling_options(args: argparse.Namespace, reads: tuple[str, ...]) -> dict:

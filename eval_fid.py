@@ -11,8 +11,9 @@ Run      python eval_fid.py --run runs/NAME --train_features
                             --reference VIRTUAL_imagenet256_labeled.npz
          torchrun --nproc_per_node=8 -- eval_fid.py --run runs/NAME ...
              the same numbers, sooner
-Makes    RUN/summary.json, or --json FILE; RUN/tinycnn.pt with --train_features; --save_stats FILE
-Exit     0 done, 1 failure, 2 something to mend
+Makes    RUN/summary.json, or --json FILE, with every row as soon as it is known; RUN/tinycnn.pt
+         with --train_features; --save_stats FILE
+Exit     0 done, 1 failure, 2 something to mend, 130 stopped by Ctrl-C
 
 One row of results for each of these:
   real             as many training images: the floor, what nothing can be expected to beat
@@ -28,7 +29,6 @@ from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from h
 
 import argparse
 import itertools
-import json
 import os
 import shlex
 import sys
@@ -37,12 +37,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import CONFIGS, add_sampling_flags, sampling_options
+from config import CONFIGS, SAMPLING, SAMPLING_TYPES, add_sampling_flags, sampling_options
 from evaluation.judging import (
     Batching,
     FeatureNet,
     ImageSource,
     Reference,
+    comparable,
     controls,
     extract,
     generated,
@@ -54,20 +55,17 @@ from evaluation.judging import (
     tinycnn_nets,
 )
 from evaluation.measures import frechet_distance
+from evaluation.report import headline, phases_table, run_summary, table
 from evaluation.tinycnn import train_judge
 from generator import GENERATORS, Generator
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
 from plumbing.datasets import ImageSet, open_images
-from plumbing.flags import Parser, UserError, need, number
-from plumbing.processes import Processes, provenance
+from plumbing.flags import DEVICES, Parser, UserError, need, number
+from plumbing.processes import Processes, need_room, provenance
 from plumbing.run import OpenRun, open_run
 
 __all__ = ["frechet_distance", "main", "parse"]  # the first for others to call
-
-# what --sweep takes
-GRID = {"cfg_scale": float, "temperature": float, "top_k": int, "top_p": float, "steps": int,
-        "randomize_temperature": float}
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -77,9 +75,9 @@ def parse(argv=None) -> argparse.Namespace:
     to.add_argument("--run", help="folder of a run of train.py: reconstructions and generators")
     to.add_argument("--images", metavar="PATH", help="judge these images instead: a folder, an "
                     "archive, or an .npz as sample.py writes it")
-    to.add_argument("--generator", choices=("ar", "maskgit", "both"), default="both",
+    to.add_argument("--generator", choices=(*GENERATORS, "both"),
                     help="which generators of the run (default: both)")
-    to.add_argument("--num_samples", type=number(int, 2), default=2000, metavar="N",
+    to.add_argument("--num_samples", type=number(int, 2), metavar="N",
                     help="images of each kind (default: 2000; papers use 50000)")
     to.add_argument("--controls", action="store_true",
                     help="also judge real images made worse: blurred, with noise, classes missing")
@@ -88,13 +86,13 @@ def parse(argv=None) -> argparse.Namespace:
                     help="whose features (default: tinycnn; inception is FID)")
     to.add_argument("--train_features", type=number(int), nargs="?", const=500, default=0,
                     metavar="STEPS", help="train the run's TinyCNN first (default: 500 steps)")
-    to.add_argument("--inception", default="", metavar="FILE",
+    to.add_argument("--inception", metavar="FILE",
                     help="Inception's weights (default: torch's cache, downloaded once)")
     to.add_argument("--data", metavar="PATH", help="reference images, also what is reconstructed "
                     "(default: the run's held-out images)")
     to.add_argument("--reference", metavar="FILE",
                     help=".npz with mu and sigma, in place of reference images")
-    to.add_argument("--num_reference", type=number(int, 2), default=50000, metavar="N",
+    to.add_argument("--num_reference", type=number(int, 2), metavar="N",
                     help="reference images at most (default: 50000)")
     to.add_argument("--save_stats", metavar="FILE",
                     help="write mu and sigma of the reference images, for --reference")
@@ -103,17 +101,18 @@ def parse(argv=None) -> argparse.Namespace:
     add_sampling_flags(parser)
     to = parser.add_argument_group("which samples, and where")
     to.add_argument("--sweep", nargs="+", default=[], metavar="NAME=A,B,C",
-                    help=f"every combination of these, of {' '.join(GRID)}")
-    to.add_argument("--seed", type=number(int), default=0, help="seed of the samples (default: 0)")
-    to.add_argument("--batch_size", type=number(int, 1), default=250,
+                    help=f"every combination of these, of {' '.join(SAMPLING)}")
+    to.add_argument("--seed", type=number(int), metavar="INT",
+                    help="seed of the samples (default: 0)")
+    to.add_argument("--batch_size", type=number(int, 1), default=250, metavar="INT",
                     help="images at a time; another one gives other samples (default: 250)")
-    to.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                    help="where to compute")
+    to.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     to.add_argument("--json", metavar="FILE",
                     help="write all numbers there (default: RUN/summary.json)")
     args = parser.parse_args(argv)
     words = sys.argv[1:] if argv is None else map(str, argv)
     args.command = "python eval_fid.py " + shlex.join(words)
+
     need(args.run or args.images or (args.data and args.save_stats), "give --run, or --images with "
          "--reference or --data, or --data with --save_stats")
     need(args.run or args.features == "inception", "TinyCNN features need --run, whose images it "
@@ -122,29 +121,57 @@ def parse(argv=None) -> argparse.Namespace:
          "--images need something to be compared with: --reference or --data")
     need(not (args.data and args.reference),
          "--data and --reference are two references; give one of them")
-    need(not (args.save_stats and args.reference),
-         "--save_stats writes the statistics of images; leave --reference out")
-    need(not (args.train_features and args.features == "inception"),
-         "--train_features trains the TinyCNN, which --features inception does not use")
-    need(not args.images or not (args.sweep or args.controls),
-         "--sweep and --controls belong to a run's samples; leave --images out")
     args.sweep = read_sweep(args.sweep)
+    refuse_unread(args)
+    defaults = dict(generator="both", num_samples=2000, num_reference=50000, seed=0)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
 def read_sweep(parts: list[str]) -> dict[str, list]:
-    """["cfg_scale=1,2", ...] -> {"cfg_scale": [1.0, 2.0], ...}."""
+    """["cfg_scale=1,2", ...] -> {"cfg_scale": [1.0, 2.0], ...}, each value in its flag's range."""
     sweep = {}
     for part in parts:
         name, _, values = part.partition("=")
-        need(name in GRID, f"--sweep {part}: cannot sweep {name!r}; choose from {', '.join(GRID)}, "
-             "as in cfg_scale=1,1.5,2")
+        need(name in SAMPLING, f"--sweep {part}: cannot sweep {name!r}; choose from "
+             f"{', '.join(SAMPLING)}, as in cfg_scale=1,1.5,2")
+        need(name not in sweep, f"--sweep names {name} twice; give all its values at once, as in "
+             f"{name}=A,B,C")
         try:
-            sweep[name] = [GRID[name](value) for value in values.split(",")]
+            sweep[name] = [SAMPLING_TYPES[name](value) for value in values.split(",")]
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--sweep {part}: {error}") from None
         except ValueError:
             raise UserError(f"--sweep {part}: {values!r} are not numbers with commas between "
                             "them") from None
     return sweep
+
+
+def refuse_unread(args) -> None:
+    """Raise UserError for a flag that this use would not read: its giver expects an effect."""
+    def refuse(names: tuple[str, ...], reason: str) -> None:
+        for name in names:
+            need(not getattr(args, name), f"--{name} {reason}; leave it out")
+    if args.images or not args.run:
+        refuse(("generator", "controls", "sweep", "seed"), "belongs to a run's samples")
+        given = tuple(name for name in SAMPLING if getattr(args, name) is not None)
+        refuse(given, "belongs to a run's samples")
+    if not (args.images or args.run):
+        refuse(("num_samples", "json"), "belongs to what is judged, --run or --images")
+    if args.reference:
+        refuse(("save_stats", "num_reference"), "belongs to reference images, not to --reference")
+    if args.features == "inception":
+        refuse(("train_features",), "trains the TinyCNN, which --features inception does not use")
+    else:
+        refuse(("inception",), "belongs to --features inception")
+    for name in SAMPLING:
+        flag = getattr(args, name) is not None
+        need(not (flag and name in args.sweep), f"--{name} and --sweep {name}: give one of them")
+        if args.generator in GENERATORS and (flag or name in args.sweep):
+            need(name in GENERATORS[args.generator].options,
+                 f"--generator {args.generator} does not read {name}; leave it out")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -169,42 +196,75 @@ def open_given(args, procs: Processes) -> Given:
         need("base" in run.saved.get("results", {}),
              f"{args.run} has no finished phase yet; let train.py go on")
     images = open_images(args.images) if args.images else None
-    compared = run.val if run else None
-    if args.data:
-        compared = open_images(args.data)
-    if args.image_size:
-        size = args.image_size
-    elif run:
+    if args.reference:
+        compared = None
+    else:
+        compared = open_images(args.data) if args.data else run.val
+    if run:
         size = tokenizer.cfg.image_size
+        need(images or args.image_size in (None, size), f"--image_size {args.image_size} does not "
+             f"fit this run, whose images have {size} pixels; leave it out")
     else:
         size = min((images or compared).load(0).shape[:2])
+    size = args.image_size or size
     return Given(run, tokenizer, images, compared, size)
+
+
+def output_places(args) -> str | None:
+    """Where the results go, if anywhere. Raises UserError unless that can be written: now."""
+    path = args.json
+    if path:
+        folder = os.path.dirname(path) or "."
+        need(os.path.isdir(folder), f"--json {path}: there is no folder {folder}; make it first")
+        need(not os.path.isdir(path), f"--json {path} is a folder; give the name of a file")
+        need_room(folder)
+    elif args.run and not args.images:
+        path = os.path.join(args.run, "summary.json")
+    if args.run and os.path.isdir(args.run) and (args.train_features or not args.json):
+        need_room(args.run)
+    return path
 
 
 # ------------------------------------------------------------------------------------------------
 # 2. by what: networks whose features are compared, and the reference
 
 def feature_nets(args, given: Given, procs: Processes) -> tuple[list[FeatureNet], float | None]:
-    """-> the networks, and the held-out accuracy of the run's classifier."""
+    """-> the networks, and the held-out accuracy of the run's classifier, None without labels."""
     if args.features == "inception":
-        return [inception_net(args.inception, procs.device)], None
+        return [inception_net(args.inception or "", procs.device)], None
     run, path = given.run, os.path.join(args.run, "tinycnn.pt")
     if args.train_features and procs.main:
         _, _, train = run.configs
         train_judge(path, run.data, run.val, given.tokenizer.cfg.image_size, train.flip,
-                    args.train_features, procs.device)
+                    args.train_features, procs.device, train.skip_bad)
     procs.barrier()
     need(checkpoint.exists(path), f"{args.run} has no classifier yet; add --train_features "
          "(trained once, then kept)")
-    return tinycnn_nets(path, run.data, procs.device)
+    nets, accuracy = tinycnn_nets(path, run.data, procs.device)
+    return nets, accuracy if run.val.classes == run.data.classes else None
 
 
 def reference_images(args, given: Given, how: Batching) -> ImageSource | None:
-    if args.reference:
+    compared = given.compared
+    if compared is None:
         return None
     # TRAP: the first n images of a folder are those of its first classes.
-    chosen = np.random.default_rng(0).permutation(len(given.compared))[:args.num_reference]
-    return real("reference", given.compared, np.sort(chosen), given.size, how)
+    chosen = np.random.default_rng(0).permutation(len(compared))[:args.num_reference]
+    labelled = given.run is not None and compared.classes == given.run.data.classes
+    return real("reference", compared, np.sort(chosen), given.size, how, labelled)
+
+
+def save_stats(path: str, reference: Reference, net: FeatureNet) -> UserError | None:
+    """Write the reference's statistics; -> why that failed, which must not cost the rows."""
+    try:
+        with checkpoint.replacing(path) as file:
+            np.savez(file, mu=reference.mu[net.key], sigma=reference.sigma[net.key],
+                     n=reference.n, key=net.key)
+    except UserError as error:
+        print(f"warning: {error}; the results follow all the same", file=sys.stderr)
+        return error
+    print(f"{path}: mu and sigma of {reference.name} in {net.title}, n {reference.n}")
+    return None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -226,7 +286,12 @@ def image_sources(args, given: Given, originals: ImageSource | None, how: Batchi
         sources += controls(run.data, len(chosen), given.size, how)
     if originals is not None:
         sources.append(reconstruction(given.tokenizer, originals, procs.device))
-    for kind in generator_kinds(args):
+    kinds = generator_kinds(args)
+    asked = [name for name in SAMPLING if getattr(args, name) is not None or name in args.sweep]
+    for name in asked:
+        need(any(name in GENERATORS[kind].options for kind in kinds),
+             f"{name} is read by no generator in {args.run}; leave it out")
+    for kind in kinds:
         model = Generator.of_run(args.run, kind, given.tokenizer, procs.device)
         options = sampling_options(args, model.options)
         for swept in combinations(args.sweep, model.options):
@@ -251,115 +316,69 @@ def combinations(sweep: dict[str, list], options: tuple[str, ...]) -> list[dict]
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. report
-
-COLUMNS = ("psnr", "ssim", "inception_score", "precision", "recall", "class_accuracy")
-
-
-def table(rows: list[dict], nets: list[FeatureNet]) -> str:
-    """The results as text, one row per set of images."""
-    columns = [net.key for net in nets] + [c for c in COLUMNS if any(c in row for row in rows)]
-    names = [row["name"] + "".join(f" {k}={v:g}" for k, v in row.get("swept", {}).items())
-             for row in rows]
-    first = max(map(len, names), default=0) + 2
-    lines = [f"{'':{first}}{'n':>7}" + "".join(f"{c:>{len(c) + 3}}" for c in columns)]
-    for name, row in zip(names, rows):
-        cells = [format(row[c], ".4g") if c in row else "-" for c in columns]
-        lines.append(f"{name:{first}}{row['n']:>7}" +
-                     "".join(f"{cell:>{len(c) + 3}}" for c, cell in zip(columns, cells)))
-    return "\n".join(lines)
-
-
-def run_summary(run: OpenRun, rows: list[dict], accuracy: float | None) -> dict:
-    """What a run has come to: quality and codebook use by length, class accuracy, seconds."""
-    summary = {"psnr_by_tokens": {}, "codebook_used": {}, "class_accuracy": {}, "seconds": {}}
-    # In order of training: the fine-tune overwrites its length's growth step.
-    for result in run.saved["results"].values():
-        summary["psnr_by_tokens"][str(result["num_tokens"])] = result["psnr"]
-        summary["codebook_used"][str(result["num_tokens"])] = result["codebook_used"]
-    for row in rows:
-        if row["name"] in GENERATORS and "class_accuracy" in row and "swept" not in row:
-            summary["class_accuracy"][row["name"]] = row["class_accuracy"]
-    if accuracy is not None:
-        summary["class_accuracy"]["classifier_on_real"] = round(accuracy, 4)
-    with open(os.path.join(run.folder, "log.jsonl"), encoding="utf-8") as log:
-        for row in map(json.loads, log):
-            if "seconds" in row:
-                summary["seconds"][row["phase"]] = row["seconds"]
-    return summary
-
-
-def phases_table(results: dict) -> str:
-    lines = [f"{'phase':12}{'tokens':>8}{'PSNR, held out':>16}{'codebook used':>15}"]
-    lines += [f"{phase:12}{result['num_tokens']:>8}{result['psnr']:>13.2f} dB"
-              f"{result['codebook_used']:>15.0%}" for phase, result in results.items()]
-    return "\n".join(lines)
-
-
-def warn_of_few(rows: list[dict], reference: Reference, net: FeatureNet) -> None:
-    few = [f"{row['name']} ({row['n']})" for row in rows if row["n"] <= net.features]
-    if reference.n is not None and reference.n <= net.features:
-        few.append("the reference")
-    if few:
-        print(f"warning: not more images than the {net.features} features: {', '.join(few)}; "
-              "such a distance is far too large")
-
-
-def report(given: Given, nets: list[FeatureNet], reference: Reference, rows: list[dict],
-           accuracy: float | None, results: dict) -> None:
-    count = "n unknown" if reference.n is None else f"n {reference.n}"
-    print(f"\nagainst {reference.name}, {count}, at {given.size} pixels")
-    for net in nets:
-        print(f"{net.key}: {net.title}")
-        warn_of_few(rows, reference, net)
-    print("\n" + table(rows, nets))
-    if accuracy is not None:
-        print(f"\nthe classifier is right on {accuracy:.1%} of {given.run.val.name}, held out")
-    if "seconds" in results:
-        seconds = ", ".join(f"{phase} {s:.0f}" for phase, s in results["seconds"].items())
-        print("\n" + phases_table(given.run.saved["results"]) + f"\n\nseconds: {seconds}")
-
 
 def main(args) -> None:
     began, procs = time.time(), Processes(args.device)
-    how = Batching(args.batch_size, args.seed)
 
-    # What is given, by what it is judged, and against what.
+    # 1. What can be known at the start is looked at now, not after hours.
+    path = output_places(args)
+    reference = read_reference(args.reference) if args.reference else None
     given = open_given(args, procs)
-    nets, accuracy = feature_nets(args, given, procs)
+    skip_bad = given.run is not None and given.run.configs[-1].skip_bad
+    how = Batching(args.batch_size, args.seed, skip_bad)
     originals = reference_images(args, given, how)
-    if originals is None:
-        reference, nets = read_reference(args.reference, nets)
+    sources = image_sources(args, given, originals, how, procs)
+    for source in [*sources, *([originals] if originals else [])]:
+        need(source.n >= 2, f"{source.name} has a single image, and a covariance takes two")
+
+    # 2. By what, and against what.
+    nets, accuracy = feature_nets(args, given, procs)
+    failure = None
+    if reference:
+        nets = comparable(nets, reference)
     else:
         stats, _ = extract(originals, nets, how, procs)
         reference = Reference.of(given.compared.name, originals.n, nets, stats)
+        if args.save_stats and procs.main:
+            failure = save_stats(args.save_stats, reference, nets[0])
 
-    # Every source of images is judged by itself, by all processes together.
-    sources = image_sources(args, given, originals, how, procs)
-    rows = [judge(source, nets, reference, how, procs) for source in sources]
-    if not procs.main:
-        return procs.end()
-
-    if args.save_stats:
-        net = nets[0]
-        with checkpoint.replacing(args.save_stats) as file:
-            np.savez(file, mu=reference.mu[net.key], sigma=reference.sigma[net.key],
-                     n=reference.n, key=net.key)
-        print(f"{args.save_stats}: mu and sigma of {reference.name} in {net.title}, "
-              f"n {reference.n}")
-    results = {**provenance(args.command, procs.device), "seed": args.seed,
-               "reference": {"name": reference.name, "n": reference.n},
-               "eyes": {net.key: net.title for net in nets}, "rows": rows}
-    of_run = given.run is not None and given.images is None
-    if of_run:
-        results = {**run_summary(given.run, rows, accuracy), **results}
-        results["seconds"]["eval"] = round(time.time() - began, 1)
-    report(given, nets, reference, rows, accuracy, results)
-    path = args.json or (os.path.join(args.run, "summary.json") if of_run else None)
-    if path:
-        checkpoint.write_json(path, results)
-        print(f"written: {path}")
+    # 3. All processes judge every source together; each row is on the disk before the next one.
+    made = {**provenance(args.command, procs.device), "seed": args.seed,
+            "reference": {"name": reference.name, "n": reference.n},
+            "eyes": {net.key: net.title for net in nets}}
+    rows = []
+    for source in sources:
+        rows.append(judge(source, nets, reference, how, procs))
+        results = {**summary_so_far(given, rows, accuracy, began), **made, "rows": rows}
+        if procs.main and path:
+            try:
+                checkpoint.write_json(path, results)
+            except UserError as error:  # such as a disk that is full: the rows can still be told
+                failure = error
     procs.end()
+
+    # 4. Only then is anything said.
+    if procs.main and rows:
+        print("\n" + headline(rows, nets, reference, given.size))
+        print("\n" + table(rows, nets))
+        if accuracy is not None:
+            print(f"\nthe classifier is right on {accuracy:.1%} of {given.run.val.name}, held out")
+        if "seconds" in results:
+            seconds = ", ".join(f"{phase} {s:.0f}" for phase, s in results["seconds"].items())
+            print("\n" + phases_table(given.run.saved["results"]) + f"\n\nseconds: {seconds}")
+        if path and not failure:
+            print(f"written: {path}")
+    if failure:
+        raise failure
+
+
+def summary_so_far(given: Given, rows: list[dict], accuracy: float | None, began: float) -> dict:
+    """Of a run: its summary, with the time this has taken; of other images nothing."""
+    if given.run is None or given.images is not None:
+        return {}
+    summary = run_summary(given.run, rows, accuracy)
+    summary["seconds"]["eval"] = round(time.time() - began, 1)
+    return summary
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from h
 
 import math
 import os
+import shlex
 
 import numpy as np
 import torch
@@ -26,14 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import CONFIGS
-from generator import Generator
+from generator import GENERATORS, Generator
 from nativetok import NativeTok, doubling, from_checkpoint
 from plumbing import checkpoint
-from plumbing.flags import Parser, need, number
+from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import to_float, to_uint8
 from plumbing.page import Page
 from plumbing.plot import COLORS, Curve, log_curves, svg
-from plumbing.processes import Processes
+from plumbing.processes import Processes, launched
 from plumbing.run import OpenRun, held_out, open_run
 from quantizer import usage
 
@@ -47,7 +48,7 @@ def parse(argv=None):
     parser.add_argument("--images", type=number(int, 2), default=6, metavar="N",
                         help="images in each picture (default: 6)")
     parser.add_argument("--out", metavar="DIR", help="folder for the page (default: RUN/explain)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+    parser.add_argument("--device", choices=DEVICES, default="auto",
                         help="where to compute")
     return parser.parse_args(argv)
 
@@ -243,6 +244,10 @@ OVER = """ Nothing can be read from it for {names}: there the model needs more b
 marginal has, so it knows its training images by heart, or too few are held out."""
 
 
+NO_LABELS = """Left out: the held-out images have no labels of the classes that were learned, and
+the bits of a token are counted given the class."""
+
+
 def order(page: Page, measured: list[tuple[str, np.ndarray, np.ndarray]], n: int) -> None:
     """measured: name, bits and marginal entropy by position, of each run."""
     curves, over = [], []
@@ -269,22 +274,40 @@ def encoded(model: NativeTok, pixels: Tensor) -> Tensor:
     return torch.cat([model.encode(to_float(part.to(device))) for part in pixels.split(250)])
 
 
-def opened(folder: str, device: torch.device) -> tuple[OpenRun, NativeTok]:
+def opened(folder: str, device: torch.device) -> tuple[OpenRun, NativeTok, dict]:
+    """A run, its tokenizer, and its generators by kind, as many as there are."""
     run = open_run(folder, CONFIGS)
-    return run, from_checkpoint(run.saved, os.path.join(folder, "tokenizer.pt")).to(device)
+    model = from_checkpoint(run.saved, os.path.join(folder, "tokenizer.pt")).to(device)
+    generators = {kind: Generator.of_run(folder, kind, model, device) for kind in GENERATORS
+                  if checkpoint.exists(os.path.join(folder, f"generator-{kind}.pt"))}
+    return run, model, generators
+
+
+def bits_of(model: NativeTok, ar: Generator, ids: Tensor, labels: Tensor) -> tuple:
+    """-> the tokenizer's name, bits and marginal entropy by position."""
+    return model.cfg.tokenizer, *bits_per_position(model, ar, ids, labels.to(ids.device))
 
 
 def main(args) -> None:
+    need(launched() == (0, 1), "explain.py works in one process; start it without torchrun")
     device = Processes(args.device).device
-    run, model = opened(args.run, device)
+    # All that can be refused is refused before the first picture.
+    run, model, generators = opened(args.run, device)
     val = run.val
     need(len(val) >= 2,
          f"{val.name} has a single held-out image, and tokens are swapped between two")
     if args.against:
-        other, other_model = opened(args.against, device)
+        other, other_model, other_generators = opened(args.against, device)
         need(other.val.fingerprint == val.fingerprint, f"{args.against} holds out other images "
              f"than {args.run}; train both on the same data")
-    page = Page(args.out or os.path.join(args.run, "explain"), model.cfg.image_size)
+        need("ar" in other_generators, f"{args.against} has no ar generator, whose bits are to be "
+             "compared; train it, or leave --against out")
+    name = os.path.basename(os.path.abspath(args.run))
+    intro = (f"{model.cfg.tokenizer}, {model.num_tokens} tokens of {model.cfg.codebook_size} "
+             f"codes, images held out of {val.name}. "
+             f"Made by: python explain.py --run {shlex.quote(args.run)}")
+    page = Page(args.out or os.path.join(args.run, "explain"), model.cfg.image_size,
+                f"What the tokens of {name} mean", intro)
     pixels, labels = held_out(run)
     ids, images = encoded(model, pixels), pixels[:args.images]
 
@@ -294,33 +317,27 @@ def main(args) -> None:
     swaps(page, model, images, ids)
     favourite_codes(page, model, pixels, ids)
 
-    measured = []
-    for kind in ("ar", "maskgit"):
-        if not checkpoint.exists(os.path.join(args.run, f"generator-{kind}.pt")):
+    for kind in GENERATORS:
+        if kind not in generators:
             print(f"no {kind} generator in {args.run}; its pictures are left out")
-            continue
-        generator = Generator.of_run(args.run, kind, model, device)
-        if kind == "maskgit":
-            maskgit_steps(page, model, generator)
-        else:
-            ar_growing(page, model, generator)
-            guidance(page, model, generator)
-            bits = bits_per_position(model, generator, ids, labels.to(device))
-            measured.append((model.cfg.tokenizer, *bits))
-    if args.against:
-        ar = Generator.of_run(args.against, "ar", other_model, device)
+    labelled = val.classes == run.data.classes  # a flat folder's labels say nothing
+    measured = []
+    if "ar" in generators:
+        ar_growing(page, model, generators["ar"])
+        guidance(page, model, generators["ar"])
+        if labelled:
+            measured.append(bits_of(model, generators["ar"], ids, labels))
+    if "maskgit" in generators:
+        maskgit_steps(page, model, generators["maskgit"])
+    if args.against and labelled:
         other_pixels, other_labels = held_out(other)
         other_ids = encoded(other_model, other_pixels)
-        bits = bits_per_position(other_model, ar, other_ids, other_labels.to(device))
-        measured.append((other_model.cfg.tokenizer, *bits))
+        measured.append(bits_of(other_model, other_generators["ar"], other_ids, other_labels))
     if measured:
         order(page, measured, len(ids))
+    elif not labelled:
+        page.add("What order explains", NO_LABELS, "")
     page.add("Training", TRAINING, log_curves(args.run))
-
-    name = os.path.basename(os.path.abspath(args.run))
-    page.write(f"What the tokens of {name} mean",
-               f"{model.cfg.tokenizer}, {model.num_tokens} tokens of {model.cfg.codebook_size} "
-               f"codes, images held out of {val.name}. Made by: python explain.py --run {args.run}")
     print(f"open {os.path.join(page.folder, 'index.html')}")
 
 

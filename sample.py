@@ -33,9 +33,9 @@ from generator import GENERATORS, Generator
 from losses import psnr
 from nativetok import NativeTok, doubling, sample_batch
 from plumbing import checkpoint
-from plumbing.flags import Parser, need, number
+from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import read_image, resize_crop, save_grid, to_float, to_uint8
-from plumbing.processes import Processes, enough_memory, need_room
+from plumbing.processes import Processes, enough_memory, launched, need_room
 from plumbing.samples import class_number, write_npz
 
 
@@ -47,7 +47,7 @@ def parse(argv=None) -> argparse.Namespace:
     """
     parser = Parser(prog="sample.py", usage="%(prog)s --run RUN [flags]", description=__doc__)
     parser.add_argument("--run", required=True, help="folder of the run, made by train.py")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+    parser.add_argument("--device", choices=DEVICES, default="auto",
                         help="where to compute; auto: a GPU if there is one (default: auto)")
     parser.add_argument("--out", metavar="DIR", help="folder for PNGs (default: RUN/samples)")
     # None until it is known that a flag is read at all.
@@ -173,8 +173,8 @@ def write_pictures(args, images: np.ndarray, labels: Tensor, names: list[str]) -
     made = [f"{path}: {args.per_class} samples in a row; rows {', '.join(rows)}{more}"]
     if args.single:
         for j, (image, label) in enumerate(zip(images, labels)):
-            # "tabby, tabby cat" and a/b make no file names
-            name = re.sub(r"[^\w-]+", "-", names[label])
+            # "tabby, tabby cat" and a/b make no file names, nor do 300 letters.
+            name = re.sub(r"[^\w-]+", "-", names[label])[:40]
             file_name = os.path.join(args.out, f"{j:03}_{name}.png")
             with checkpoint.replacing(file_name) as file:
                 Image.fromarray(image).save(file, "PNG")
@@ -214,6 +214,8 @@ def reconstruct(args, tokenizer: NativeTok, device: torch.device) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    need(launched() == (0, 1), "sample.py works in one process, and several would each draw all "
+         "samples; start it without torchrun")
     device = Processes(args.device).device
     tokenizer = NativeTok.of_run(args.run, device)
     if args.reconstruct:

@@ -9,6 +9,7 @@ Out      judge: a dict, one row of the results
 Differs  batches are dealt to the processes by number, so two of them give the numbers of one
 """
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -28,7 +29,7 @@ from evaluation.measures import (
     ssim,
 )
 from evaluation.tinycnn import FEATURES, load_judge, random_twin
-from generator import Generator
+from generator import Generator, mask_schedule
 from losses import mse, to_db
 from nativetok import NativeTok, sample_batch
 from plumbing import checkpoint
@@ -60,7 +61,8 @@ class FeatureNet:
     says_class: bool = False
 
 
-def tinycnn_nets(path: str, data: ImageSet, device: torch.device) -> tuple[list[FeatureNet], float]:
+def tinycnn_nets(path: str, data: ImageSet,
+                 device: torch.device) -> tuple[list[FeatureNet], float | None]:
     """-> the trained classifier and its random twin, and the classifier's held-out accuracy."""
     trained, accuracy = load_judge(path, data)
     nets = []
@@ -144,8 +146,10 @@ def generated(kind: str, model: Generator, tokenizer: NativeTok, n: int, options
     """Samples of a generator: the classes take turns, batch b draws from (seed, b)."""
     labels = torch.arange(n) % model.num_classes
     options = {**options, **swept}
-    if "steps" in model.options and options.get("steps") is None:
-        options["steps"] = model.default_steps
+    if "steps" in model.options:
+        if options.get("steps") is None:
+            options["steps"] = model.default_steps
+        mask_schedule(model.num_tokens, options["steps"])  # raises UserError for too many: now
 
     def batches(numbers):
         for b in numbers:
@@ -171,12 +175,14 @@ def controls(dataset: ImageSet, n: int, size: int, how: Batching) -> list[ImageS
     """Training images made worse: each must come out further from the held-out ones."""
     shuffled = np.random.default_rng(1).permutation(len(dataset))
     labels = dataset.labels[shuffled]
-    present = np.unique(labels)  # a class of an .npz may be without images
+    present = np.unique(labels)  # arrays may have classes without an image
     half = np.isin(labels, present[:(len(present) + 1) // 2])
-    return [real("real, blurred", dataset, shuffled[:n], size, how, change=blurred),
-            real("real, with noise", dataset, shuffled[:n], size, how, change=noisy),
-            real("real, half of the classes", dataset, shuffled[half][:n], size, how),
-            real("real, one class", dataset, shuffled[labels == present[0]][:n], size, how)]
+    one = labels == present[0]
+    sources = [real("real, blurred", dataset, shuffled[:n], size, how, change=blurred),
+               real("real, with noise", dataset, shuffled[:n], size, how, change=noisy),
+               real("real, half of the classes", dataset, shuffled[half][:n], size, how),
+               real("real, one class", dataset, shuffled[one][:n], size, how)]
+    return [source for source in sources if source.n >= 2]  # a covariance takes two
 
 
 # ------------------------------------------------------------------------------------------------
@@ -265,26 +271,35 @@ class Reference:
                          {net.key: stat.features() for net, stat in pairs})
 
 
-def read_reference(path: str, nets: list[FeatureNet]) -> tuple[Reference, list[FeatureNet]]:
-    """An .npz with mu and sigma, from --save_stats or from ADM -> the reference, the net that fits.
-
-    Raises UserError when it is of another network.
-    """
-    with explained(path, "give an .npz with mu and sigma, as --save_stats writes it"), \
-            np.load(path, allow_pickle=False) as file:
+def read_reference(path: str) -> Reference:
+    """An .npz with mu and sigma, from --save_stats or from ADM. Raises UserError for others."""
+    repair = "give an .npz with mu and sigma, as --save_stats writes it"
+    need(os.path.isfile(path), f"{path}: no such file; {repair}")
+    need(zipfile.is_zipfile(path), f"{path}: not an .npz, or a torn one; {repair}")
+    with explained(path, repair), np.load(path, allow_pickle=False) as file:
         need("mu" in file and "sigma" in file, f"{path}: has no mu and sigma; give images with "
              "--data, or statistics that --save_stats wrote")
-        mu, sigma = file["mu"], file["sigma"]
+        mu, sigma = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
         key = str(file["key"]) if "key" in file else "fid"  # ADM's files name no network
         n = int(file["n"]) if "n" in file else None
-    fitting = [net for net in nets if net.key == key]
-    need(fitting, f"{path} holds statistics of {key}, and this is "
-         f"{' and '.join(net.key for net in nets)}: they cannot be compared"
-         + ("; use --features inception" if key == "fid" else ""))
-    f = fitting[0].features
-    need(mu.shape == (f,) and sigma.shape == (f, f),
-         f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit {key}")
-    return Reference(os.path.basename(path), n, {key: mu}, {key: sigma}, {}), fitting
+        need(mu.ndim == 1 and sigma.shape == mu.shape * 2,
+             f"{path}: mu {mu.shape} and sigma {sigma.shape} do not fit; {repair}")
+        need(np.isfinite(mu).all() and np.isfinite(sigma).all(),
+             f"{path}: mu or sigma is not finite; {repair}")
+    return Reference(os.path.basename(path), n, {key: mu}, {key: sigma}, {})
+
+
+def comparable(nets: list[FeatureNet], reference: Reference) -> list[FeatureNet]:
+    """Those of the networks whose statistics the reference holds. Raises UserError for none."""
+    fitting = [net for net in nets if net.key in reference.mu]
+    keys, own = " and ".join(reference.mu), " and ".join(net.key for net in nets)
+    need(fitting, f"{reference.name} holds statistics of {keys}, and this is {own}: they cannot be "
+         "compared" + ("; use --features inception" if "fid" in reference.mu else ""))
+    for net in fitting:
+        f = len(reference.mu[net.key])
+        need(f == net.features,
+             f"{reference.name}: mu has {f} numbers, and {net.key} has {net.features} features")
+    return fitting
 
 
 def judge(source: ImageSource, nets: list[FeatureNet], reference: Reference, how: Batching,

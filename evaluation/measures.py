@@ -104,7 +104,7 @@ class InceptionScore:
 
     def add(self, logits: Tensor, first: int) -> None:
         """logits (m, C) of images first, first + 1, ...; image i is of split i * splits // n."""
-        logp = logits.double().log_softmax(dim=1).cpu().numpy()
+        logp = logits.cpu().double().log_softmax(dim=1).numpy()  # an Apple GPU has no float64
         split = (first + np.arange(len(logp))) * len(self.p) // self.n
         np.add.at(self.p, split, np.exp(logp))
         np.add.at(self.plogp, split, (np.exp(logp) * logp).sum(axis=1))

@@ -55,9 +55,10 @@ def random_twin(classes: int) -> TinyCNN:
 
 
 def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip: bool, steps: int,
-                device: torch.device) -> None:
+                device: torch.device, skip_bad: bool = False) -> None:
     """Train a TinyCNN on `data` for `steps` batches of 64; write it and its accuracy to `path`.
 
+    There is no accuracy where the labels of `val` are not those of `data`, as in a flat folder.
     Half of the batches are out of focus and noisy: a net that has seen sharp images only calls a
     soft diamond a disc, where a person does not hesitate.
     """
@@ -67,7 +68,7 @@ def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip:
     judge = TinyCNN(len(data.classes)).to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.01)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    stream = ImageStream(data, image_size, 64, seed=0, flip=flip)
+    stream = ImageStream(data, image_size, 64, seed=0, flip=flip, skip_bad=skip_bad)
     for images, labels in tqdm(itertools.islice(stream, steps), total=steps, desc="classifier"):
         images = to_float(images.to(device))
         if torch.rand(()) < 0.5:
@@ -81,23 +82,26 @@ def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip:
         loss.backward()
         optimizer.step()
         rates.step()
+    right = None
+    if val.classes == data.classes:
+        right = accuracy(judge.eval(), val, image_size, device, skip_bad)
     checkpoint.save(path, {"classes": data.classes, "data": data.fingerprint, "steps": steps,
-                           "model": judge.state_dict(),
-                           "accuracy": accuracy(judge.eval(), val, image_size, device)})
+                           "model": judge.state_dict(), "accuracy": right})
 
 
 @torch.no_grad()
-def accuracy(judge: TinyCNN, val: ImageSet, image_size: int, device: torch.device) -> float:
+def accuracy(judge: TinyCNN, val: ImageSet, image_size: int, device: torch.device,
+             skip_bad: bool = False) -> float:
     """The share of held-out images whose class the classifier says."""
     hits = []
-    for images, labels in eval_batches(val, image_size, 250):
+    for images, labels in eval_batches(val, image_size, 250, skip_bad=skip_bad):
         logits, _ = judge(to_float(images.to(device)))
         hits.append((logits.argmax(dim=1).cpu() == labels).numpy())
     return float(np.mean(np.concatenate(hits)))
 
 
-def load_judge(path: str, data: ImageSet) -> tuple[TinyCNN, float]:
-    """-> the classifier at `path`, its accuracy on held-out images.
+def load_judge(path: str, data: ImageSet) -> tuple[TinyCNN, float | None]:
+    """-> the classifier at `path`, its accuracy on held-out images if they had labels.
 
     Raises UserError when it learned from other images.
     """

@@ -34,11 +34,15 @@ FIGURE = """<h2>{title}</h2>
 
 
 class Page:
-    """Pictures with captions, and in the end the HTML that shows them."""
+    """Pictures with captions; the HTML that shows them is there after each one of them.
 
-    def __init__(self, folder: str, size: int):
+    size     pixels of a side of the images; small ones are enlarged
+    """
+
+    def __init__(self, folder: str, size: int, title: str = "", intro: str = ""):
         need_room(folder)
         self.folder, self.scale, self.figures = folder, max(1, 64 // size), []
+        self.title, self.intro = title, intro
 
     def grid(self, name: str, title: str, caption: str, rows: list[Tensor]) -> None:
         """A PNG beside the page, of rows of uint8 images (n, H, W, 3), all with the same n."""
@@ -51,9 +55,11 @@ class Page:
         """picture: HTML; the others plain text."""
         self.figures.append(FIGURE.format(title=html.escape(title), picture=picture,
                                           caption=html.escape(caption)))
+        self.write(self.title, self.intro)
 
     def write(self, title: str, intro: str) -> None:
         text = PAGE.format(title=html.escape(title), intro=html.escape(intro),
                            figures="\n".join(self.figures))
         with checkpoint.replacing(os.path.join(self.folder, "index.html")) as file:
-            file.write(text.encode())
+            # A class folder's name may hold bytes that are no text.
+            file.write(text.encode(errors="backslashreplace"))

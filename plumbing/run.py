@@ -177,6 +177,10 @@ class OpenRun:
     val: ImageSet      # what was held out
     saved: dict        # the content of the checkpoint
 
+    def log(self) -> list[dict]:
+        """The rows of log.jsonl, without a torn one; none where there is no log."""
+        return checkpoint.read_jsonl(os.path.join(self.folder, "log.jsonl"))
+
 
 def open_run(folder: str, configs: tuple[type, ...], name: str = "tokenizer.pt",
              program: str = "train.py") -> OpenRun:
@@ -205,6 +209,7 @@ def open_run(folder: str, configs: tuple[type, ...], name: str = "tokenizer.pt",
 def held_out(run: OpenRun, limit: int = 1000) -> tuple[Tensor, Tensor]:
     """-> some of the run's held-out images, uint8 (n, H, W, 3), and their labels (n,)."""
     indices = np.random.default_rng(0).permutation(len(run.val))[:limit]
-    batches = list(eval_batches(run.val, run.configs[0].image_size, 250, indices))
+    batches = list(eval_batches(run.val, run.configs[0].image_size, 250, indices,
+                                skip_bad=run.configs[-1].skip_bad))
     return (torch.cat([images for images, _ in batches]),
             torch.cat([labels for _, labels in batches]))

@@ -199,8 +199,7 @@ def test_a_stopped_run_leaves_the_old_npz_and_nothing_half_written(run, tmp_path
         file.write(b"half")
         raise KeyboardInterrupt
     monkeypatch.setattr(np, "savez", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        command(run, "--npz", path, "--num_samples", 3)
+    assert command(run, "--npz", path, "--num_samples", 3)[0] == 130
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
