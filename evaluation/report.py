@@ -5,6 +5,7 @@ Out      text, and the dictionaries that go into summary.json
 """
 from evaluation.judging import FeatureNet, Reference
 from generator import GENERATORS
+from plumbing.flags import read_log
 from plumbing.run import OpenRun
 
 COLUMNS = ("psnr", "ssim", "inception_score", "precision", "recall", "class_accuracy")
@@ -51,7 +52,7 @@ def run_summary(run: OpenRun, rows: list[dict], accuracy: float | None) -> dict:
             summary["class_accuracy"][row["name"]] = row["class_accuracy"]
     if accuracy is not None:
         summary["class_accuracy"]["classifier_on_real"] = round(accuracy, 4)
-    for row in run.log():
+    for row in read_log(run.folder):
         if "seconds" in row:
             summary["seconds"][row["phase"]] = row["seconds"]
     return summary

@@ -347,19 +347,6 @@ def append_jsonl(path: str | Path, row: dict) -> None:
                         "is the disk full or the folder not writable?") from error
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """The rows of a log, without those that a kill has torn; none where there is no log."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    rows = []
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and "phase" in row]
-
-
 def trim_jsonl(path: str | Path, keep: Callable[[dict], bool]) -> None:
     """Drop the lines of `path` whose row is not to `keep`, and a torn last line, if it exists.
 

@@ -190,3 +190,19 @@ def parse_command(parser: Parser, presets: dict, default: str, configs: tuple[ty
     args.preset = values.pop("preset")
     choose("preset", args.preset, presets)
     return args, build(configs, {**presets[args.preset], **values, **flags})
+
+
+def read_log(folder: str) -> list[dict]:
+    """The rows of a run's log.jsonl, without those that a kill has torn; none without a log."""
+    try:
+        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8", errors="replace") as file:
+            lines = file.readlines()
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict) and "phase" in row]

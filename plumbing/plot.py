@@ -6,10 +6,9 @@ Try      python -m plumbing.plot > curves.html
 """
 import html
 import math
-import os
 from dataclasses import dataclass
 
-from plumbing import checkpoint
+from plumbing.flags import read_log
 
 COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#7b5fb2", "#8c564b", "#e377c2", "#555555", "#b5b000")
 WIDTH, HEIGHT = 860, 320               # of the plot with its axes, in pixels
@@ -114,8 +113,7 @@ def svg(curves: list[Curve], x_label: str, y_label: str, log: bool = False, mark
 
 def log_curves(folder: str) -> str:
     """The losses in a run's log.jsonl, phase after phase; of an autoencoder the error of pixels."""
-    rows = [row for row in checkpoint.read_jsonl(os.path.join(folder, "log.jsonl"))
-            if "learning_rate" in row and "loss" in row]
+    rows = [row for row in read_log(folder) if "learning_rate" in row and "loss" in row]
     curves, ends, offset = [], [], 0
     for k, phase in enumerate(dict.fromkeys(row["phase"] for row in rows)):
         of_phase = [row for row in rows if row["phase"] == phase]

@@ -177,10 +177,6 @@ class OpenRun:
     val: ImageSet      # what was held out
     saved: dict        # the content of the checkpoint
 
-    def log(self) -> list[dict]:
-        """The rows of log.jsonl, without a torn one; none where there is no log."""
-        return checkpoint.read_jsonl(os.path.join(self.folder, "log.jsonl"))
-
 
 def open_run(folder: str, configs: tuple[type, ...], name: str = "tokenizer.pt",
              program: str = "train.py") -> OpenRun:
