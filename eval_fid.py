@@ -9,6 +9,8 @@ Run      python eval_fid.py --run runs/NAME --train_features
                             --sweep cfg_scale=1,1.5,2,3 temperature=0.8,1.0
          python eval_fid.py --images samples.npz --features inception \\
                             --reference VIRTUAL_imagenet256_labeled.npz
+         python eval_fid.py --images samples.npz --judge runs/demo/tinycnn.pt --data shapes
+             samples of any program, by the classifier of a run on the same images
          torchrun --nproc_per_node=8 -- eval_fid.py --run runs/NAME ...
              the same numbers, sooner
 Makes    RUN/summary.json, or --json FILE, with every row as soon as it is known; RUN/tinycnn.pt
@@ -60,7 +62,7 @@ from evaluation.tinycnn import train_judge
 from generator import GENERATORS, Generator
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
-from plumbing.datasets import ImageSet, open_images
+from plumbing.datasets import ImageSet, open_images, train_and_val
 from plumbing.flags import DEVICES, Parser, UserError, need, number
 from plumbing.processes import Processes, need_room, provenance
 from plumbing.run import OpenRun, open_run
@@ -84,6 +86,8 @@ def parse(argv=None) -> argparse.Namespace:
     to = parser.add_argument_group("by what and against what")
     to.add_argument("--features", choices=("tinycnn", "inception"), default="tinycnn",
                     help="whose features (default: tinycnn; inception is FID)")
+    to.add_argument("--judge", metavar="FILE", help="with --images and --data: a TinyCNN that "
+                    "learned from --data; held-out images of it are the reference")
     to.add_argument("--train_features", type=number(int), nargs="?", const=500, default=0,
                     metavar="STEPS", help="train the run's TinyCNN first (default: 500 steps)")
     to.add_argument("--inception", metavar="FILE",
@@ -115,8 +119,10 @@ def parse(argv=None) -> argparse.Namespace:
 
     need(args.run or args.images or (args.data and args.save_stats), "give --run, or --images with "
          "--reference or --data, or --data with --save_stats")
-    need(args.run or args.features == "inception", "TinyCNN features need --run, whose images it "
-         "learned from; or use --features inception")
+    need(args.run or args.judge or args.features == "inception", "TinyCNN features need --run, "
+         "whose images it learned from; or use --judge, or --features inception")
+    need(not args.judge or (args.images and args.data and not args.run),
+         "--judge FILE needs --images and --data, without --run")
     need(args.run or args.data or args.reference,
          "--images need something to be compared with: --reference or --data")
     need(not (args.data and args.reference),
@@ -163,7 +169,7 @@ def refuse_unread(args) -> None:
     if args.reference:
         refuse(("save_stats", "num_reference"), "belongs to reference images, not to --reference")
     if args.features == "inception":
-        refuse(("train_features",), "trains the TinyCNN, which --features inception does not use")
+        refuse(("judge", "train_features"), "belongs to the TinyCNN, not to --features inception")
     else:
         refuse(("inception",), "belongs to --features inception")
     for name in SAMPLING:
@@ -183,7 +189,9 @@ class Given:
     run: OpenRun | None
     tokenizer: NativeTok | None  # of the run
     images: ImageSet | None      # --images
-    compared: ImageSet | None    # --data, or the run's held-out images; None with --reference alone
+    data: ImageSet | None        # what the TinyCNN learned from, and what was held out of it
+    val: ImageSet | None
+    compared: ImageSet | None    # --data, or what was held out; None with --reference alone
     size: int                    # pixels of a side to which all of them are cropped and resized
 
 
@@ -196,10 +204,13 @@ def open_given(args, procs: Processes) -> Given:
         need("base" in run.saved.get("results", {}),
              f"{args.run} has no finished phase yet; let train.py go on")
     images = open_images(args.images) if args.images else None
+    data, val = (run.data, run.val) if run else (None, None)
+    if args.judge:  # cut in two as train.py would with its defaults
+        data, val = train_and_val(args.data, "", 1000, 0)
     if args.reference:
         compared = None
     else:
-        compared = open_images(args.data) if args.data else run.val
+        compared = val if args.judge or not args.data else open_images(args.data)
     if run:
         size = tokenizer.cfg.image_size
         need(images or args.image_size in (None, size), f"--image_size {args.image_size} does not "
@@ -207,7 +218,7 @@ def open_given(args, procs: Processes) -> Given:
     else:
         size = min((images or compared).load(0).shape[:2])
     size = args.image_size or size
-    return Given(run, tokenizer, images, compared, size)
+    return Given(run, tokenizer, images, data, val, compared, size)
 
 
 def output_places(args) -> str | None:
@@ -232,16 +243,17 @@ def feature_nets(args, given: Given, procs: Processes) -> tuple[list[FeatureNet]
     """-> the networks, and the held-out accuracy of the run's classifier, None without labels."""
     if args.features == "inception":
         return [inception_net(args.inception or "", procs.device)], None
-    run, path = given.run, os.path.join(args.run, "tinycnn.pt")
+    run, path = given.run, args.judge or os.path.join(args.run, "tinycnn.pt")
     if args.train_features and procs.main:
-        _, _, train = run.configs
-        train_judge(path, run.data, run.val, given.tokenizer.cfg.image_size, train.flip,
-                    args.train_features, procs.device, train.skip_bad)
+        train = run.configs[2] if run else None
+        train_judge(path, given.data, given.val, run.configs[0].image_size if run else given.size,
+                    bool(run and train.flip), args.train_features, procs.device,
+                    bool(run and train.skip_bad))
     procs.barrier()
-    need(checkpoint.exists(path), f"{args.run} has no classifier yet; add --train_features "
-         "(trained once, then kept)")
-    nets, accuracy = tinycnn_nets(path, run.data, procs.device)
-    return nets, accuracy if run.val.classes == run.data.classes else None
+    need(checkpoint.exists(path), f"{args.run or args.judge} has no classifier yet; add "
+         "--train_features (trained once, then kept)")
+    nets, accuracy = tinycnn_nets(path, given.data, procs.device)
+    return nets, accuracy if given.val.classes == given.data.classes else None
 
 
 def reference_images(args, given: Given, how: Batching) -> ImageSource | None:
@@ -250,7 +262,7 @@ def reference_images(args, given: Given, how: Batching) -> ImageSource | None:
         return None
     # TRAP: the first n images of a folder are those of its first classes.
     chosen = np.random.default_rng(0).permutation(len(compared))[:args.num_reference]
-    labelled = given.run is not None and compared.classes == given.run.data.classes
+    labelled = given.data is not None and compared.classes == given.data.classes
     return real("reference", compared, np.sort(chosen), given.size, how, labelled)
 
 
@@ -276,7 +288,7 @@ def image_sources(args, given: Given, originals: ImageSource | None, how: Batchi
     run, images = given.run, given.images
     if images is not None:
         chosen = np.random.default_rng(0).permutation(len(images))[:args.num_samples]
-        labelled = run is not None and images.classes == run.data.classes
+        labelled = given.data is not None and images.classes == given.data.classes
         return [real(images.name, images, chosen, given.size, how, labelled)]
     if run is None:
         return []
@@ -362,7 +374,7 @@ def main(args) -> None:
         print("\n" + headline(rows, nets, reference, given.size))
         print("\n" + table(rows, nets))
         if accuracy is not None:
-            print(f"\nthe classifier is right on {accuracy:.1%} of {given.run.val.name}, held out")
+            print(f"\nthe classifier is right on {accuracy:.1%} of {given.val.name}, held out")
         if "seconds" in results:
             seconds = ", ".join(f"{phase} {s:.0f}" for phase, s in results["seconds"].items())
             print("\n" + phases_table(given.run.saved["results"]) + f"\n\nseconds: {seconds}")

@@ -1,20 +1,18 @@
 """d2it.sample: maps that are obeyed, samples that repeat, and files that a judge can read."""
-import subprocess
-import sys
-from pathlib import Path
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import eval_fid
 from d2it import sample
 from d2it.grain import spread
 from d2it.model import D2iT
 from helpers import refused
 from plumbing.datasets import open_images
 
-ROOT = Path(__file__).parent.parent.parent
 LABELS = torch.arange(6)
 
 
@@ -25,6 +23,10 @@ def model(finished):
 
 def command(run, *flags):
     sample.main(sample.parse(["--run", str(run), "--device", "cpu", *map(str, flags)]))
+
+
+def judge(*words):
+    eval_fid.main(eval_fid.parse(list(map(str, words))))
 
 
 def test_a_sampled_latent_has_the_blocks_of_its_map(model):
@@ -92,14 +94,20 @@ def test_an_npz_names_its_classes_so_that_a_judge_knows_what_was_asked_for(run, 
     assert images.labels.tolist() == [k % 10 for k in range(12)]
 
 
-def test_eval_fid_judges_the_npz_with_the_judge_of_the_other_system(run, small_run, tmp_path):
+def test_eval_fid_judges_the_npz_by_one_judge_for_both_systems(
+        run, shapes_npz, tmp_path, capsys):
     command(run, "--npz", tmp_path / "x.npz", "--num_samples", 12, "--steps", 2)
-    done = subprocess.run(
-        [sys.executable, "eval_fid.py", "--run", str(small_run), "--images",
-         str(tmp_path / "x.npz"), "--train_features", "2", "--json", str(tmp_path / "x.json"),
-         "--device", "cpu"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "class_accuracy" in done.stdout and "x.npz" in done.stdout
+    words = ["--images", tmp_path / "x.npz", "--judge", tmp_path / "judge.pt", "--data",
+             shapes_npz, "--json", tmp_path / "x.json", "--device", "cpu"]
+    refused(judge, *words, names=["no classifier", "--train_features"])
+    judge(*words, "--train_features", "2")
+    first = capsys.readouterr().out
+    assert "class_accuracy" in first and "x.npz" in first
+    judge(*words)
+    assert first.count("fd_tinycnn") == capsys.readouterr().out.count("fd_tinycnn")
+    row = json.loads((tmp_path / "x.json").read_text())["rows"][0]
+    assert row["n"] == 12 and 0 <= row["class_accuracy"] <= 1
+    refused(judge, *words[:4], names=["--judge", "--data"])
 
 
 def test_reconstructing_shows_image_entropy_map_and_image_again(run, tmp_path, capsys):

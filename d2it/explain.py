@@ -1,0 +1,229 @@
+"""What does D²iT do with an image? Pictures for a trained run, and a page that shows them.
+
+Run      python -m d2it.explain --run runs/NAME [--against runs/COARSE runs/FINE]
+Makes    RUN/explain/index.html, or --out DIR, with its pictures beside it; it needs no network
+Exit     0 done, 1 failure, 2 something to mend
+
+What the page shows:
+  maps             images, the entropy of their cells, which cells are fine
+  reconstructions  what the codes keep, and what other runs' codes keep of the same images
+  latents          three channels of the codes as colours
+  denoising        the rough prediction, the refined one, and their difference
+  painted          one noise and one class under four maps
+  sampled          maps that the grain transformer draws, beside the mean map of the class
+  samples          a class a row, each image above its map
+  training         curves out of log.jsonl
+"""
+from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
+
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2it.diffusion import alpha_sigma, estimates
+from d2it.dvae import DVAE, Codes
+from d2it.grain import count_codes, heat, painted
+from d2it.model import D2iT
+from d2it.presets import CONFIGS
+from losses import mse, to_db
+from plumbing.flags import DEVICES, Parser, number
+from plumbing.images import to_float, to_uint8
+from plumbing.page import Page
+from plumbing.plot import log_curves
+from plumbing.processes import Processes
+from plumbing.run import held_out, open_run
+
+TITLES = {
+    "maps": "Which cells are fine",
+    "reconstructions": "What the codes keep",
+    "latents": "What the second stage sees",
+    "denoising": "Rough and refined",
+    "painted": "One noise, four maps",
+    "sampled": "Maps are drawn, not averaged",
+    "samples": "Samples",
+    "training": "Training"}
+
+
+def parse(argv=None):
+    parser = Parser(prog="python -m d2it.explain", description=__doc__)
+    parser.add_argument("--run", required=True, help="folder of a finished run of d2it.train")
+    parser.add_argument("--against", nargs="+", default=[], metavar="RUN",
+                        help="runs on the same images, with other maps, for the reconstructions")
+    parser.add_argument("--images", type=number(int, 2), default=10, metavar="N",
+                        help="images in each picture (default: 10)")
+    parser.add_argument("--out", metavar="DIR", help="folder for the page (default: RUN/explain)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+    return parser.parse_args(argv)
+
+
+def fixed(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def on(dvae: DVAE, pixels: Tensor) -> Tensor:
+    return pixels.to(dvae.limit.device)
+
+
+def shown(images: Tensor) -> Tensor:
+    return to_uint8(images.clamp(-1, 1)).cpu()
+
+
+# ------------------------------------------------------------------------------------------------
+# the DVAE
+
+def maps(page: Page, dvae: DVAE, pixels: Tensor) -> None:
+    grain, scores = dvae.grain_of(on(dvae, pixels)), dvae.entropy(on(dvae, pixels))
+    codes = ", ".join(str(c) for c in count_codes(grain).tolist())
+    page.grid("maps", TITLES["maps"], "Held-out images; the entropy of each cell, black where it "
+              f"is flat; red cells are fine and have four codes, blue ones have one. {codes} "
+              f"codes, where {4 * grain[0].numel()} would be all. A cell counts as detailed when "
+              "its gray levels are many. Where lies detail that this measure cannot see?",
+              [pixels, heat(scores, pixels.shape[1]), painted(pixels, grain)])
+
+
+def reconstructions(page: Page, dvae: DVAE, pixels: Tensor, others: dict[str, DVAE]) -> None:
+    rows, told = [pixels], []
+    for name, model in {"this run": dvae, **others}.items():
+        codes = model.encode(on(model, pixels), fixed())
+        recon = model.decode(codes).clamp(-1, 1).cpu()
+        off = (shown(recon).float() - pixels.float()).abs().mean(dim=-1, keepdim=True)
+        off = (255 - 4 * off).clamp(0, 255).to(torch.uint8)
+        rows += [shown(recon), off.expand(-1, -1, -1, 3)]
+        dB = to_db(mse(recon, to_float(pixels)).mean()).item()
+        told.append(f"{name} {dB:.1f} dB with {count_codes(codes.grain).float().mean():.0f} codes")
+    page.grid("reconstructions", TITLES["reconstructions"], "Images; then, for each run, what its "
+              f"codes say of them and its error, four times as dark. {'; '.join(told)}. Is what is "
+              "lost lost in fine cells or in coarse ones?", rows)
+
+
+def latents(page: Page, dvae: DVAE, pixels: Tensor) -> None:
+    codes = dvae.encode(on(dvae, pixels), fixed())
+    scale = pixels.shape[1] // codes.z.shape[-1]
+    colours = shown(codes.z[:, :3] / 3).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    page.grid("latents", TITLES["latents"], "The first three numbers of each code as red, green "
+              "and blue; gray is 0, and 3 standard deviations are full colour. Fine cells are four "
+              "squares, coarse ones a single square: the map can be read off the latent.",
+              [pixels, colours, painted(colours, codes.grain)])
+
+
+# ------------------------------------------------------------------------------------------------
+# the two transformers
+
+@torch.no_grad()
+def denoising(page: Page, model: D2iT, count: int, steps: int = 50) -> None:
+    """At eight times of one sampling: what the net takes z to be, rough and refined."""
+    labels, trace = torch.arange(min(count, 4), device=model.dvae.limit.device), []
+    _, grain = model.sample(labels, 1.0, steps, generator=fixed(), trace=trace)
+    rows, path = [], model.content.cfg.path
+    chosen = [trace[k] for k in np.linspace(0, len(trace) - 1, 8).round().astype(int)]
+    for now, z_t, _ in chosen:
+        t = torch.full((len(labels),), now, device=z_t.device)
+        outs = [model.content(z_t, t, labels, grain, refine=on) for on in (False, True)]
+        rough, refined = (estimates(z_t, out, t, path)[0] for out in outs)
+        off = (outs[1] - outs[0]).abs().mean(dim=1, keepdim=True)
+        seen = [model.decode(Codes(z, grain)) for z in (z_t, rough, refined)]
+        scale = seen[0].shape[-1] // off.shape[-1]
+        off = off.repeat_interleave(scale, 2).repeat_interleave(scale, 3).repeat(1, 3, 1, 1)
+        rows.append(torch.cat([shown(x) for x in (*seen, 1 - 4 * off)]))
+    # one row per class and kind, one column per time
+    n = len(labels)
+    columns = torch.stack(rows)                               # (8, 4 kinds * n, H, W, 3)
+    lines = [columns[:, kind * n + k] for k in range(n) for kind in range(4)]
+    times = ", ".join(str(now) for now, _, _ in chosen)
+    alpha = alpha_sigma(torch.tensor([chosen[0][0]]), path)[0].item()
+    page.grid("denoising", TITLES["denoising"], f"From noise to image at times {times} of 1,000; "
+              "four rows for each class: the noisy codes decoded, the image guessed without "
+              "RefineNet, the image guessed with it, and how much it changed (dark is much; coarse "
+              "cells stay white). The first guess divides by the share of the signal, "
+              f"{alpha:.3f}, so its faults look large.", lines)
+
+
+def hand_painted(n: int) -> Tensor:
+    """bool (n, n): a diagonal band, as nobody's detail lies."""
+    place = torch.arange(n)
+    return (place[:, None] - place[None]).abs() <= max(0, n // 8)
+
+
+def four_maps(page: Page, model: D2iT, count: int) -> None:
+    n, device = model.dvae.cfg.side, model.dvae.limit.device
+    labels = torch.arange(len(model.classes), device=device)[:count]
+    predicted = model.maps(labels, fixed(1))
+    variants = [predicted, torch.zeros_like(predicted), torch.ones_like(predicted),
+                hand_painted(n).to(device).expand_as(predicted)]
+    rows = []
+    for grain in variants:
+        pixels = shown(model.decode(model.sample(labels, grain=grain, generator=fixed(2))))
+        rows += [pixels, painted(pixels, grain)]
+    page.grid("painted", TITLES["painted"], "The same noise and class in each column, and under "
+              "each row its map: predicted; all coarse; all fine; painted by hand. Content follows "
+              "the map as far as it was learned: a coarse cell has only ever been a flat one, so "
+              "maps that no image has are questions that training never asked.", rows)
+
+
+def sampled_maps(page: Page, model: D2iT, pixels: Tensor, labels: Tensor) -> None:
+    """Mean map of held-out images, the mean of 100 drawn maps, and eight of these."""
+    n, device, S = model.dvae.cfg.side, model.dvae.limit.device, model.dvae.cfg.cell_size
+    true, rows = model.dvae.grain_of(on(model.dvae, pixels)).float().cpu(), []
+    for label in range(min(6, len(model.classes))):
+        drawn = model.maps(torch.full((100,), label, device=device), fixed(label)).float().cpu()
+        mine = true[labels == label]
+        mean = mine.mean(dim=0) if len(mine) else torch.zeros(n, n)
+        rows.append(torch.cat([torch.stack([mean, drawn.mean(dim=0)]), drawn[:8]]))
+    cells = [spread_to(row, S) for row in rows]
+    names = ", ".join(model.classes[:len(rows)])
+    page.grid("sampled", TITLES["sampled"], f"A class a row ({names}). First the mean map of "
+              "held-out images and the mean of 100 drawn ones, which should look alike; then eight "
+              "of those drawn. A network that always answered with the first would put the same "
+              "haze under every image.", cells)
+
+
+def spread_to(maps: Tensor, S: int) -> Tensor:
+    """maps (m, n, n) from 0 to 1 -> dark to light gray images uint8 (m, n*S, n*S, 3)."""
+    gray = (50 + 150 * maps).to(torch.uint8).repeat_interleave(S, 1).repeat_interleave(S, 2)
+    return gray[..., None].expand(-1, -1, -1, 3)
+
+
+def samples(page: Page, model: D2iT, per_class: int = 10) -> None:
+    labels = torch.arange(min(10, len(model.classes)), device=model.dvae.limit.device)
+    images, grain = model.draw(labels.repeat_interleave(per_class), {"cfg_scale": 2.0}, 0, 0)
+    obeyed = (model.dvae.entropy(images) > model.dvae.limit.item()) == grain  # both on the CPU
+    rows = [row for pair in zip(images.split(per_class), painted(images, grain).split(per_class))
+            for row in pair]
+    page.grid("samples", TITLES["samples"], f"Guidance 2, 50 steps, two rows a class "
+              f"({', '.join(model.classes[:len(labels)])}): images and the maps they were drawn "
+              f"under. {obeyed.float().mean():.0%} of the cells have the grain that was asked for "
+              "when the map is taken anew from the sample.", rows)
+
+
+def main(args) -> None:
+    device = Processes(args.device).device
+    run = open_run(args.run, CONFIGS, "dvae.pt", "-m d2it.train")
+    model = D2iT.of_run(args.run, device)
+    others = {}
+    for folder in args.against:
+        cfg = open_run(folder, CONFIGS, "dvae.pt", "-m d2it.train").configs[0]
+        others[cfg.grain_policy] = DVAE.load(os.path.join(folder, "dvae.pt")).to(device)
+    pixels, labels = held_out(run)
+    few = pixels[:args.images]
+    page = Page(args.out or os.path.join(args.run, "explain"), pixels.shape[1])
+
+    maps(page, model.dvae, few)
+    reconstructions(page, model.dvae, few, others)
+    latents(page, model.dvae, few)
+    denoising(page, model, args.images)
+    four_maps(page, model, args.images)
+    sampled_maps(page, model, pixels, labels)
+    samples(page, model)
+    page.add(TITLES["training"], "Pixel error of the DVAE, nats per cell of the maps, error per "
+             "code of the noise. Gray lines: a stage ends.", log_curves(args.run))
+    cfg = run.configs[0]
+    page.write(f"What D²iT makes of {run.data.name}", f"{cfg.side} x {cfg.side} cells, threshold "
+               f"{model.dvae.limit.item():.3f} nats, policy {cfg.grain_policy}. "
+               f"Made by: python -m d2it.explain --run {args.run}")
+    print(f"open {os.path.join(page.folder, 'index.html')}")
+
+
+if __name__ == "__main__":
+    main_with_user_errors(lambda: main(parse()))
