@@ -16,6 +16,7 @@ Differs  From nanoGPT's loop only in what a long run needs: it can stop and go o
             ...                     # what has to happen after each optimizer step
         if loop.time_to_save:
             save(loop.step)         # steps done, this one included
+    loop.leave_if_stopped(save)     # a signal has come: save, and leave with exit code 3
 
 Try      python loop.py      (prints how the learning rate rises and falls)
 """
@@ -33,11 +34,9 @@ from tqdm import tqdm
 
 from muon import Muon, is_hidden_matrix
 from plumbing.flags import need
-from plumbing.processes import peak_memory, reset_peak_memory
+from plumbing.processes import INTERRUPTED, Interrupted, peak_memory, reset_peak_memory
 from plumbing.run import Run
 from plumbing.start import output_gone
-
-INTERRUPTED = 3  # exit code after a signal, when all is saved
 
 
 def new_optimizer(model: nn.Module, kind: str, weight_decay: float, beta2: float,
@@ -110,8 +109,8 @@ class Loop:
     model      to call: the given model, compiled if asked, with gradients averaged over processes
     step       steps done
     stepped    the last backward() ended a step, and the weights were changed by it
-    time_to_save   every save_every steps, and when a signal has come: after that save the loop ends
-               the program with exit code 3
+    time_to_save   every save_every steps
+    stop       a signal has come; the loop ends after this step, and leave_if_stopped() the program
 
     stream     step -> batches of this process from that step on, tuples of tensors with equal first
     dimensions batch_size   over all processes; rates: peak, end, warm-up steps of the learning rate
@@ -148,7 +147,13 @@ class Loop:
 
             # 2. The batch, cut into micro-batches of equal size. Processes exchange gradients with
             # the last one.
-            batch = [part.to(procs.device, non_blocking=True) for part in next(batches)]
+            try:
+                with procs.interruptible():
+                    batch = next(batches)
+            except Interrupted:  # while it was waited for: nothing of this step has begun
+                self.stop = True
+                break
+            batch = [part.to(procs.device, non_blocking=True) for part in batch]
             size = len(batch[0]) // train.accumulate
             self.terms, self.pieces_left = defaultdict(float), train.accumulate
             for first in range(0, len(batch[0]), size):
@@ -159,11 +164,16 @@ class Loop:
 
             # 3. Whoever iterates has called backward(), and saved if it was time to.
             if self.stop:
-                self.bar.close()
-                self.run.say(f"interrupted: step {self.step} of {self.name} is saved; "
-                             "repeat the command to go on")
-                sys.exit(INTERRUPTED)
+                break
         self.bar.close()
+
+    def leave_if_stopped(self, save: Callable[[int], None]) -> None:
+        """After the loop: if a signal has ended it, save(steps done) and leave with exit code 3."""
+        if self.stop:
+            save(self.step)
+            self.run.say(f"interrupted: step {self.step} of {self.name} is saved; "
+                         "repeat the command to go on")
+            sys.exit(INTERRUPTED)
 
     def backward(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
         """Add the gradients of one micro-batch; with the last one of a step, take the step.
@@ -233,9 +243,8 @@ class Loop:
     @property
     def time_to_save(self) -> bool:
         """Between steps only, and not after the last one: it is saved with the phase's results."""
-        if self.pieces_left:
-            return False
-        return self.stop or (self.step % self.run.train.save_every == 0 and self.step < self.steps)
+        every = self.run.train.save_every
+        return not self.pieces_left and self.step % every == 0 and self.step < self.steps
 
     @property
     def time_to_show(self) -> bool:

@@ -215,6 +215,7 @@ def train_phase(tokenizer: Tokenizer, phase: Phase, number: int, steps_before: i
             show_reconstructions(run, ema, f"{phase.name}-{loop.step:07}")
         if loop.time_to_save:
             tokenizer.save(phase.name, loop.step, optimizer)
+    loop.leave_if_stopped(lambda step: tokenizer.save(phase.name, step, optimizer))
 
     # 4. The averaged weights become the weights: what is frozen from now on, and what later experts
     #    are made for, must be what will be used.
@@ -276,7 +277,7 @@ def train_generator(run: Run, kind: str, change: Callable = lambda tokenizer: to
         return tokenizer.encode(to_float(images.to(procs.device))).cpu()
     ids, labels = cache_tokens(run.path("tokens"), tokenizer.fingerprint, run.data,
                                run.tok.image_size, train.flip, encode, procs, train.workers,
-                               train.skip_bad)
+                               train.skip_bad, train.timeout)
 
     # 2. The generator, its average and its optimizer, from the checkpoint as far as it has come.
     torch.manual_seed(train.seed)
@@ -321,6 +322,7 @@ def train_generator(run: Run, kind: str, change: Callable = lambda tokenizer: to
             show_samples(run, tokenizer, ema, f"{kind}-{loop.step:07}")
         if loop.time_to_save:
             save(loop.step)
+    loop.leave_if_stopped(save)
 
     # 4. How good it is on images that nothing was learned from, if their classes mean the same.
     held_out = {}

@@ -144,6 +144,7 @@ def train_dvae(run: Run) -> None:
         terms = {"pixels": reconstruction(recon, images), "kl": divergence}
         loop.backward(terms["pixels"] + cfg.kl_weight * terms["kl"], terms)
         stage.after(loop, show)
+    loop.leave_if_stopped(stage.save)
 
     # 3. The averaged weights are the ones that stay; their codes are measured, for the diffusion.
     torch.manual_seed(run.train.seed)
@@ -187,6 +188,7 @@ def train_grain(run: Run) -> None:
         loss, _ = loop.model(words(pixels), labels)           # nats per cell
         loop.backward(loss, {})
         stage.after(loop, show)
+    loop.leave_if_stopped(stage.save)
     with torch.no_grad():
         parts = [(stage.ema.loss(words(pixels), labels)[0].item(), len(pixels))
                  for pixels, labels in held_out(run)]
@@ -223,6 +225,7 @@ def train_content(run: Run) -> None:
         loss, terms = diffusion.loss(loop.model, z, labels, grain, cfg.path, cfg.grain_loss)
         loop.backward(loss, terms)
         stage.after(loop, show)
+    loop.leave_if_stopped(stage.save)
 
     torch.manual_seed(train.seed)                             # the same times and noise every time
     total = 0.0

@@ -28,7 +28,7 @@ SHARD, BATCH = 4096, 256
 
 def cache_tokens(folder: str, tokenizer: str, dataset: ImageSet, image_size: int, flip: bool,
                  encode: Callable[[Tensor], Tensor], procs: Processes, workers: int = 0,
-                 skip_bad: bool = False) -> tuple[np.ndarray, np.ndarray]:
+                 skip_bad: bool = False, timeout: int = 600) -> tuple[np.ndarray, np.ndarray]:
     """-> ids uint16 or int32 (n, copies, L), labels int64 (n,), from the cache as far as it exists.
 
     tokenizer   fingerprint of the weights behind `encode`: uint8 (b, S, S, 3) -> int64 (b, L)
@@ -54,7 +54,8 @@ def cache_tokens(folder: str, tokenizer: str, dataset: ImageSet, image_size: int
     for k in tqdm(todo, desc="tokens    ", disable=not procs.main or not todo):
         members = np.arange(k * SHARD, min((k + 1) * SHARD, len(dataset)))
         rows, labels = [], []
-        for images, y in eval_batches(dataset, image_size, BATCH, members, workers, skip_bad):
+        for images, y in eval_batches(dataset, image_size, BATCH, members, workers, skip_bad,
+                                        timeout):
             if procs.stop:
                 procs.leave(f"interrupted: the tokens up to here are in {folder}; "
                             "repeat the command to go on")
