@@ -1,4 +1,5 @@
 # make demo          everything from nothing: packages, training on shapes, samples, pictures
+# make demo-d2it     the same for the second system, d2it/
 # make test          packages and the test suite
 # make test-faults   the slow tests: kill, tear and fill things
 # make lint          ruff, with the rules in pyproject.toml
@@ -7,9 +8,10 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 RUN    := runs/demo
+D2IT   := runs/demo-d2it
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-faults lint clean
+.PHONY: demo demo-d2it test test-faults lint clean
 
 demo: .venv/ready
 	$(BIN)/python train.py --preset tiny --run $(RUN)
@@ -17,6 +19,14 @@ demo: .venv/ready
 	$(BIN)/python sample.py --run $(RUN) --generator maskgit
 	$(BIN)/python eval_fid.py --run $(RUN) --train_features 300 --num_samples 500
 	$(BIN)/python explain.py --run $(RUN)
+
+demo-d2it: .venv/ready
+	$(BIN)/python -m d2it.train --preset d2it-tiny --run $(D2IT)
+	$(BIN)/python -m d2it.sample --run $(D2IT)
+	$(BIN)/python -m d2it.sample --run $(D2IT) --npz $(D2IT)/samples.npz --num_samples 500
+	$(BIN)/python eval_fid.py --images $(D2IT)/samples.npz --data shapes \
+		--judge $(D2IT)/tinycnn.pt --train_features 300 --json $(D2IT)/summary.json
+	$(BIN)/python -m d2it.explain --run $(D2IT)
 
 test: .venv/ready
 	$(BIN)/python -m pytest -q

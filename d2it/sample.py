@@ -139,7 +139,9 @@ def samples(args, device: torch.device) -> None:
                 f"{', '.join(names[c] for c in classes)}"]
     print(*(f"{name} {value:g}," for name, value in args.options.items()),
           f"seed {args.seed}, batch_size {args.batch_size}")
-    print(f"{len(images):,} samples of {count_codes(maps).float().mean():.1f} codes each, "
+    obeyed = model.obeyed(torch.from_numpy(images), maps)
+    print(f"{len(images):,} samples of {count_codes(maps).float().mean():.1f} codes each, maps "
+          f"obeyed {obeyed:.1%} (50% is chance), "
           f"{len(images) / seconds:.1f} images per second on {device.type}")
     print("\n".join(made))
 

@@ -138,3 +138,13 @@ def test_a_run_of_the_other_system_is_refused(small_run):
 
 def test_an_unknown_class_is_answered_with_a_near_one(run):
     refused(command, run, "--classes", "dusc", names=["disc"])
+
+
+def test_maps_are_obeyed_when_detail_lies_where_they_asked_for_it(model):
+    grain = torch.rand(8, 4, 4) < 0.5
+    inside = grain.repeat_interleave(8, 1).repeat_interleave(8, 2)[..., None]
+    noise = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
+    images = torch.where(inside, noise, 90).to(torch.uint8)
+    assert model.obeyed(images, grain) == 1 and model.obeyed(images, ~grain) == 0
+    assert model.obeyed(torch.full_like(images, 90), grain) == 0.5
+    assert model.obeyed(images[:1] * 0, torch.zeros(1, 4, 4).bool()) == 1

@@ -58,13 +58,14 @@ def test_two_far_levels_add_the_entropy_of_their_shares(share):
     assert abs(entropy(cells(one.view(1, 8, 8)), 8).item() - FLAT - told) < 1e-3
 
 
-def test_counting_levels_first_gives_the_papers_sum_over_pixels():
-    pixels = torch.randint(0, 256, (1, 8, 8, 3), dtype=torch.uint8)
-    level = gray(pixels).flatten().double() / 255
+def test_counting_levels_first_gives_the_papers_sum_over_pixels_to_the_bit():
+    seed = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (100, 8, 8, 3), dtype=torch.uint8, generator=seed)
+    level = gray(pixels).flatten(1).double() / 255
     bins = torch.arange(-20, 276).double() / 255
-    p = torch.exp(-0.5 * ((level[:, None] - bins) / 0.01).square()).mean(dim=0)
-    p = p / p.sum()
-    assert abs(entropy(pixels, 8).item() + (p * p.log()).nansum().item()) < 1e-5
+    p = torch.exp(-0.5 * ((level[..., None] - bins) / 0.01).square()).sum(dim=1)    # (100, 296)
+    p = p / p.sum(dim=1, keepdim=True)
+    assert torch.equal(entropy(pixels, 8).flatten(), -torch.xlogy(p, p).sum(dim=1).float())
     assert kernel().shape == (256, 296)
 
 
