@@ -1,4 +1,4 @@
-"""Promises of eval_fid.py and judging.py: numbers that repeat, that notice faults, and that cannot be taken for others."""
+"""Promises of eval_fid.py and judging.py: numbers repeat, notice faults, bear their names."""
 import contextlib
 import io
 import json
@@ -37,7 +37,8 @@ def command(*flags) -> tuple[int, str, str]:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            main_with_user_errors(lambda: eval_fid.main(eval_fid.parse([*map(str, flags), "--device", "cpu", "--batch_size", "16"])))
+            words = [*map(str, flags), "--device", "cpu", "--batch_size", "16"]
+            main_with_user_errors(lambda: eval_fid.main(eval_fid.parse(words)))
         except SystemExit as stop:
             code = stop.code
     return code, out.getvalue(), err.getvalue()
@@ -45,9 +46,10 @@ def command(*flags) -> tuple[int, str, str]:
 
 def rows(run, tmp_path, *flags) -> dict:
     """-> {name: row} of the JSON that the command writes."""
-    code, out, err = command("--run", run, "--num_samples", 20, "--json", tmp_path / "out.json", *flags)
+    path = tmp_path / "out.json"
+    code, out, err = command("--run", run, "--num_samples", 20, "--json", path, *flags)
     assert code == 0, err
-    return {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    return {row["name"]: row for row in json.loads(path.read_text())["rows"]}
 
 
 def refused(*flags, says=()):
@@ -62,22 +64,27 @@ def refused(*flags, says=()):
 
 def test_summary_holds_what_the_readme_promises(run):
     summary = json.loads((run / "summary.json").read_text())
-    assert {"command", "commit", "torch", "device", "seed"} <= set(summary), "a number says where it comes from"
+    origin = {"command", "commit", "torch", "device", "seed"}
+    assert origin <= set(summary), "a number says where it comes from"
     assert set(summary["psnr_by_tokens"]) == set(summary["codebook_used"]) == {"2", "4", "6"}
     assert set(summary["class_accuracy"]) == {"ar", "maskgit", "classifier_on_real"}
-    assert {"base", "grow-4", "grow-6", "finetune", "ar", "maskgit", "eval"} <= set(summary["seconds"])
+    phases = {"base", "grow-4", "grow-6", "finetune", "ar", "maskgit", "eval"}
+    assert phases <= set(summary["seconds"])
     assert summary["reference"] == {"name": "shapes.npz", "n": 60}
     assert [row["name"] for row in summary["rows"]] == ["real", "reconstruction", "ar", "maskgit"]
     (trained,) = (key for key in summary["rows"][0] if key.startswith("fd_tinycnn_"))
     assert len(trained) == len("fd_tinycnn_") + 8
     for row in summary["rows"]:
-        assert row["n"] > 0 and row[trained] >= 0 and 0 <= row["precision"] <= 1 and 0 <= row["class_accuracy"] <= 1
-    assert summary["rows"][2]["settings"]["seed"] == 0 and summary["rows"][3]["settings"]["steps"] == 6
+        assert row["n"] > 0 and row[trained] >= 0
+        assert 0 <= row["precision"] <= 1 and 0 <= row["class_accuracy"] <= 1
+    ar, maskgit = summary["rows"][2:]
+    assert ar["settings"]["seed"] == 0 and maskgit["settings"]["steps"] == 6
 
 
 def test_it_is_never_called_fid_and_small_n_is_warned_of(run):
     out = command("--run", run, "--num_samples", 20)[1]
-    assert "not FID" in out and "warning: not more images than the 128 features" in out and "reference" in out
+    assert "not FID" in out and "reference" in out
+    assert "warning: not more images than the 128 features" in out
     assert "fid" not in out.lower().replace("not fid", "").split()
 
 
@@ -86,8 +93,10 @@ def test_the_same_command_gives_the_same_numbers(run, tmp_path):
 
 
 def test_psnr_of_reconstructions_is_that_of_training(run, tmp_path):
-    row, trained = rows(run, tmp_path)["reconstruction"], json.loads((run / "summary.json").read_text())
-    assert row["psnr"] == pytest.approx(trained["psnr_by_tokens"]["6"], abs=1.5), "other images of the same 60, rounded to bytes"
+    row = rows(run, tmp_path)["reconstruction"]
+    in_training = json.loads((run / "summary.json").read_text())["psnr_by_tokens"]["6"]
+    # other images of the same 60, rounded to bytes
+    assert row["psnr"] == pytest.approx(in_training, abs=1.5)
     assert 0 < row["ssim"] < 1
 
 
@@ -95,9 +104,10 @@ def test_psnr_of_reconstructions_is_that_of_training(run, tmp_path):
 # the same by another way
 
 def test_saved_statistics_stand_in_for_the_images(run, tmp_path):
-    code, _, err = command("--run", run, "--num_samples", 20, "--save_stats", tmp_path / "stats.npz")
+    path = tmp_path / "stats.npz"
+    code, _, err = command("--run", run, "--num_samples", 20, "--save_stats", path)
     assert code == 0, err
-    direct, saved = rows(run, tmp_path), rows(run, tmp_path, "--reference", tmp_path / "stats.npz")
+    direct, saved = rows(run, tmp_path), rows(run, tmp_path, "--reference", path)
     (key,) = (key for key in direct["ar"] if key.startswith("fd_tinycnn_"))
     for name in ("real", "ar", "maskgit"):
         assert saved[name][key] == pytest.approx(direct[name][key], rel=1e-3)
@@ -106,16 +116,22 @@ def test_saved_statistics_stand_in_for_the_images(run, tmp_path):
 
 def test_samples_in_an_npz_are_judged_like_the_run_that_made_them(run, tmp_path):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        sample.main(sample.parse(["--run", str(run), "--generator", "ar", "--npz", str(tmp_path / "s.npz"), "--num_samples", "20",
-                                  "--batch_size", "16", "--device", "cpu"]))
-    direct, file = rows(run, tmp_path)["ar"], rows(run, tmp_path, "--images", tmp_path / "s.npz")["s.npz"]
+        words = ["--run", str(run), "--generator", "ar", "--npz", str(tmp_path / "s.npz"),
+                 "--num_samples", "20", "--batch_size", "16", "--device", "cpu"]
+        sample.main(sample.parse(words))
+    direct = rows(run, tmp_path)["ar"]
+    file = rows(run, tmp_path, "--images", tmp_path / "s.npz")["s.npz"]
     keys = [key for key in direct if key.startswith("fd_")]
-    assert len(keys) == 2 and [file[key] for key in keys] == pytest.approx([direct[key] for key in keys], rel=1e-3)
+    assert len(keys) == 2
+    for key in keys:
+        assert file[key] == pytest.approx(direct[key], rel=1e-3)
 
 
 def test_fewer_images_than_a_folder_holds_are_drawn_from_all_classes(run, tmp_path):
-    shapes = open_images("shapes").subset(np.argsort(open_images("shapes").labels, kind="stable")[:2000])     # sorted by class
-    np.savez(tmp_path / "sorted.npz", x=np.stack([shapes.load(i) for i in range(0, 2000, 5)]), y=shapes.labels[::5])
+    by_class = np.argsort(open_images("shapes").labels, kind="stable")
+    shapes = open_images("shapes").subset(by_class[:2000])
+    images = np.stack([shapes.load(i) for i in range(0, 2000, 5)])
+    np.savez(tmp_path / "sorted.npz", x=images, y=shapes.labels[::5])
     some = rows(run, tmp_path, "--images", tmp_path / "sorted.npz")["sorted.npz"]
     first = rows(run, tmp_path, "--images", some_first(tmp_path, shapes))["first.npz"]
     (key,) = (key for key in some if key.startswith("fd_random_"))
@@ -124,21 +140,27 @@ def test_fewer_images_than_a_folder_holds_are_drawn_from_all_classes(run, tmp_pa
 
 def some_first(tmp_path, shapes) -> Path:
     """What taking the first 20 would have given: one class only."""
-    np.savez(tmp_path / "first.npz", x=np.stack([shapes.load(i) for i in range(20)]), y=shapes.labels[:20])
+    images = np.stack([shapes.load(i) for i in range(20)])
+    np.savez(tmp_path / "first.npz", x=images, y=shapes.labels[:20])
     return tmp_path / "first.npz"
 
 
 def test_two_processes_give_the_numbers_of_one(run, tmp_path):
     one = rows(run, tmp_path)
-    flags = ["--run", run, "--num_samples", 20, "--json", tmp_path / "two.json", "--device", "cpu", "--batch_size", 16]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", "--", "eval_fid.py", *map(str, flags)],
-                          cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    flags = ["--run", run, "--num_samples", 20, "--json", tmp_path / "two.json",
+             "--device", "cpu", "--batch_size", 16]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+                "--master_port=29617", "--"]
+    done = subprocess.run([*torchrun, "eval_fid.py", *map(str, flags)], cwd=ROOT, timeout=120,
+                          capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     two = {row["name"]: row for row in json.loads((tmp_path / "two.json").read_text())["rows"]}
     assert list(one) == list(two)
     for name, row in one.items():
         for key, value in row.items():
-            assert two[name][key] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), (name, key)
+            expected = pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
+            assert two[name][key] == expected, (name, key)
 
 
 def test_features_beyond_the_kept_ones_still_count_in_the_distance(run, tmp_path, monkeypatch):
@@ -165,7 +187,7 @@ def test_controls_leave_out_classes_without_images(tmp_path):
 # does it notice?
 
 def test_images_made_worse_come_out_further_away():
-    """With the random net, which needs no training: more so than real images that were left alone."""
+    """With the random net, which needs no training: more so than images that were left alone."""
     cnn, val, data = random_twin(10), open_images("shapes:val"), open_images("shapes")
     how, procs = Batching(), Processes("cpu")
 
@@ -179,7 +201,8 @@ def test_images_made_worse_come_out_further_away():
     sources = [judging.real("real", data, chosen, 32, how), *judging.controls(data, 400, 32, how)]
     rows = [judging.judge(source, [net], reference, how, procs) for source in sources]
     floor, *worse = rows
-    assert [row["name"] for row in worse] == ["real, blurred", "real, with noise", "real, half of the classes", "real, one class"]
+    assert [row["name"] for row in worse] == ["real, blurred", "real, with noise",
+                                              "real, half of the classes", "real, one class"]
     for row in worse:
         assert row["fd_random"] > 1.5 * floor["fd_random"], row
     assert worse[3]["recall"] < worse[2]["recall"] < floor["recall"]
@@ -190,49 +213,65 @@ def test_images_made_worse_come_out_further_away():
 
 @pytest.fixture
 def fake_inception(monkeypatch):
-    """Inception's place taken by 6 numbers an image, so that its way through the program can be walked in a second."""
+    """Inception's place is taken by 6 numbers an image, so that its way takes a second."""
     def network(images):
-        features = torch.stack([images.float().mean(dim=(1, 2)), images.float().std(dim=(1, 2))], dim=1).flatten(1)
+        x = images.float()
+        features = torch.stack([x.mean(dim=(1, 2)), x.std(dim=(1, 2))], dim=1).flatten(1)
         return features, torch.zeros(len(images), 1008)
     net = FeatureNet("fid", "FID (fake)", network, 6)
     monkeypatch.setattr(eval_fid, "inception_net", lambda path, device: net)
     return network
 
 
-def test_adms_file_is_taken_at_its_word_and_its_images_are_not_looked_at(run, tmp_path, fake_inception):
+def test_adms_file_is_taken_at_its_word_and_its_images_are_not_looked_at(run, tmp_path,
+                                                                         fake_inception):
     images = torch.from_numpy(np.stack([open_images("shapes").load(i) for i in range(50)]))
     seen = FeatureStats(FeatureNet("fid", "", fake_inception, 6), 50)
     seen.statistics.add(fake_inception(images)[0].numpy())
-    np.savez(tmp_path / "adm.npz", mu=seen.statistics.mu, sigma=seen.statistics.sigma, mu_s=np.zeros(3), arr_0=np.zeros((5, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "adm.npz", mu=seen.statistics.mu, sigma=seen.statistics.sigma,
+             mu_s=np.zeros(3), arr_0=np.zeros((5, 8, 8, 3), np.uint8))
     np.savez(tmp_path / "same.npz", arr_0=images.numpy())
-    code, out, err = command("--images", tmp_path / "same.npz", "--reference", tmp_path / "adm.npz", "--features", "inception", "--json", tmp_path / "o.json")
+    code, out, err = command("--images", tmp_path / "same.npz", "--reference", tmp_path / "adm.npz",
+                             "--features", "inception", "--json", tmp_path / "o.json")
     assert code == 0, err
     (row,) = json.loads((tmp_path / "o.json").read_text())["rows"]
-    assert abs(row["fid"]) < 1e-6 * np.trace(seen.statistics.sigma) and row["inception_score"] == pytest.approx(1)
-    assert "adm.npz, n unknown" in out and "FID (fake)" in out and not (tmp_path / "summary.json").exists()
+    assert abs(row["fid"]) < 1e-6 * np.trace(seen.statistics.sigma)
+    assert row["inception_score"] == pytest.approx(1)
+    assert "adm.npz, n unknown" in out and "FID (fake)" in out
+    assert not (tmp_path / "summary.json").exists()
 
 
 def test_a_run_gets_rfid_gfid_and_inception_score(run, tmp_path, fake_inception):
+    measured = {"fid", "inception_score", "inception_score_10_splits", "precision", "recall"}
     for name, row in rows(run, tmp_path, "--features", "inception").items():
-        assert {"fid", "inception_score", "inception_score_10_splits", "precision", "recall"} <= set(row), name
+        assert measured <= set(row), name
         assert "class_accuracy" not in row, "Inception's 1008 classes are not the run's"
 
 
 def test_statistics_of_two_networks_are_never_compared(run, tmp_path, fake_inception):
-    assert command("--run", run, "--num_samples", 20, "--save_stats", tmp_path / "fid.npz", "--features", "inception")[0] == 0
-    refused("--run", run, "--reference", tmp_path / "fid.npz", says=("statistics of fid", "cannot be compared", "--features inception"))
+    path = tmp_path / "fid.npz"
+    code, _, err = command("--run", run, "--num_samples", 20, "--save_stats", path,
+                           "--features", "inception")
+    assert code == 0, err
+    refused("--run", run, "--reference", path,
+            says=("statistics of fid", "cannot be compared", "--features inception"))
 
 
 # ------------------------------------------------------------------------------------------------
 # sweeps
 
 def test_a_sweep_tries_every_combination_that_a_generator_reads(run, tmp_path):
-    code, out, err = command("--run", run, "--num_samples", 20, "--json", tmp_path / "o.json", "--sweep", "cfg_scale=1,2.5", "steps=1,3")
+    code, out, err = command("--run", run, "--num_samples", 20, "--json", tmp_path / "o.json",
+                             "--sweep", "cfg_scale=1,2.5", "steps=1,3")
     assert code == 0, err
     found = json.loads((tmp_path / "o.json").read_text())
     swept = [(row["name"], row.get("swept")) for row in found["rows"][2:]]
-    assert swept == [("ar", {"cfg_scale": s}) for s in (1.0, 2.5)] + [("maskgit", {"cfg_scale": s, "steps": n}) for s in (1.0, 2.5) for n in (1, 3)]
-    assert all(row["settings"][name] == value for row in found["rows"][2:] for name, value in row["swept"].items())
+    of_ar = [("ar", {"cfg_scale": scale}) for scale in (1.0, 2.5)]
+    of_maskgit = [("maskgit", {"cfg_scale": scale, "steps": steps})
+                  for scale in (1.0, 2.5) for steps in (1, 3)]
+    assert swept == of_ar + of_maskgit
+    for row in found["rows"][2:]:
+        assert row["swept"].items() <= row["settings"].items()
     assert "maskgit cfg_scale=2.5 steps=3" in out
     assert "ar" not in found["class_accuracy"], "the best of a sweep is not the run's accuracy"
 

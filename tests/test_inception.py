@@ -1,18 +1,22 @@
-"""inception.py is the network that FID is defined by: compared with the two that everybody uses, without needing them.
+"""inception.py is the network that FID is defined by, as the two that everybody uses have it.
 
-tests/golden/inception.npz holds what torch-fidelity 0.4.0 said for the weights and images made below. Recipe, in an
-environment that is thrown away afterwards:
+tests/golden/inception.npz holds what torch-fidelity 0.4.0 said for the weights and images made
+below. Recipe, in an environment that is thrown away afterwards:
 
     pip install --no-deps --target site torch-fidelity==0.4.0 pytorch-fid==0.3.0 torchvision
-    (torchvision without its compiled operators: put empty modules named torchvision, torchvision.models,
-     torchvision.transforms with the right __path__ into sys.modules before anything imports them)
+    (torchvision without its compiled operators: put empty modules named torchvision,
+     torchvision.models, torchvision.transforms with the right __path__ into sys.modules before
+     anything imports them)
     torch.save(random_state(...), "state.pth")
-    net = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], feature_extractor_weights_path="state.pth")
+    net = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"],
+                                      feature_extractor_weights_path="state.pth")
     features, logits = net(image);    stored: features[0, ::16], logits[0, ::8] of every image
 
-pytorch-fid's network (its downloader replaced by one that returns the same state) gave the same features to 3e-7 for
-images resized and scaled by torch-fidelity; by itself it resizes in another way and has no logits.
+pytorch-fid's network (its downloader replaced by one that returns the same state) gave the same
+features to 3e-7 for images resized and scaled by torch-fidelity; by itself it resizes in another
+way and has no logits.
 """
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -48,21 +52,25 @@ def random_state(keys_and_shapes: dict) -> dict:
 def image(height: int, width: int) -> torch.Tensor:
     """Noise over a slope that differs between rows, columns and channels: (1, 3, H, W) uint8."""
     noise = np.random.default_rng(height * 1000 + width).integers(0, 96, (height, width, 3))
-    slope = np.linspace(0, 80, height)[:, None, None] + np.linspace(0, 40, width)[:, None] + np.array([0, 20, 39])
+    slope = (np.linspace(0, 80, height)[:, None, None] + np.linspace(0, 40, width)[:, None]
+             + np.array([0, 20, 39]))
     return torch.from_numpy((noise + slope).astype(np.uint8)).permute(2, 0, 1)[None]
 
 
 @pytest.fixture(scope="module")
 def net() -> FIDInceptionV3:
-    return FIDInceptionV3.from_state(random_state({k: tuple(v.shape) for k, v in FIDInceptionV3().state_dict().items()}))
+    shapes = {key: tuple(value.shape) for key, value in FIDInceptionV3().state_dict().items()}
+    return FIDInceptionV3.from_state(random_state(shapes))
 
 
 def difference(net, size) -> tuple[float, float]:
     """Largest difference to the golden features and logits, in units of their largest value."""
-    golden = np.load(GOLDEN)
+    golden, differences = np.load(GOLDEN), []
     features, logits = net(image(*size))
-    return tuple(float(np.abs(mine[0, ::step].numpy() - golden[f"{name}-{size[0]}x{size[1]}"]).max() / np.abs(golden[f"{name}-{size[0]}x{size[1]}"]).max())
-                 for name, mine, step in (("features", features, 16), ("logits", logits, 8)))
+    for name, ours in (("features", features[0, ::16]), ("logits", logits[0, ::8])):
+        theirs = golden[f"{name}-{size[0]}x{size[1]}"]
+        differences.append(float(np.abs(ours.numpy() - theirs).max() / np.abs(theirs).max()))
+    return tuple(differences)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -82,7 +90,8 @@ def broken(monkeypatch, net, fault):
         monkeypatch.setattr(inception, "mean3", lambda x: F.avg_pool2d(x, 3, 1, 1))
     elif fault == "maximum and average pooling swapped":
         first, last = net.Mixed_7b.pool, net.Mixed_7c.pool
-        monkeypatch.setattr(net.Mixed_7b, "pool", last), monkeypatch.setattr(net.Mixed_7c, "pool", first)
+        monkeypatch.setattr(net.Mixed_7b, "pool", last)
+        monkeypatch.setattr(net.Mixed_7c, "pool", first)
     elif fault == "average pooling in the last block":
         monkeypatch.setattr(net.Mixed_7c, "pool", inception.mean3)
     elif fault == "default epsilon":
@@ -90,17 +99,22 @@ def broken(monkeypatch, net, fault):
             if isinstance(module, torch.nn.BatchNorm2d):
                 monkeypatch.setattr(module, "eps", 1e-5)
     elif fault == "half-pixel resize":
-        monkeypatch.setattr(inception, "resize", lambda x: F.interpolate(x, (299, 299), mode="bilinear"))
+        resize = functools.partial(F.interpolate, size=(299, 299), mode="bilinear")
+        monkeypatch.setattr(inception, "resize", resize)
     elif fault == "antialiased resize":
-        monkeypatch.setattr(inception, "resize", lambda x: F.interpolate(x, (299, 299), mode="bilinear", antialias=True))
+        resize = functools.partial(F.interpolate, size=(299, 299), mode="bilinear", antialias=True)
+        monkeypatch.setattr(inception, "resize", resize)
     elif fault == "BGR":
         monkeypatch.setattr(inception, "resize", lambda x, same=inception.resize: same(x.flip(1)))
     elif fault == "range 2x/255 - 1":
-        monkeypatch.setattr(inception, "resize", lambda x, same=inception.resize: same(x) / 255 * 256)
+        same = inception.resize
+        monkeypatch.setattr(inception, "resize", lambda x: same(x) / 255 * 256)
 
 
-@pytest.mark.parametrize("fault", ["pooling counts padding", "maximum and average pooling swapped", "average pooling in the last block",
-                                   "default epsilon", "half-pixel resize", "antialiased resize", "BGR", "range 2x/255 - 1"])
+@pytest.mark.parametrize("fault", [
+    "pooling counts padding", "maximum and average pooling swapped",
+    "average pooling in the last block", "default epsilon", "half-pixel resize",
+    "antialiased resize", "BGR", "range 2x/255 - 1"])
 def test_the_comparison_notices(monkeypatch, net, fault):
     broken(monkeypatch, net, fault)
     assert difference(net, (48, 64))[0] > 1e-4
@@ -135,7 +149,8 @@ def test_only_bytes_are_taken(net):
 def test_weights_with_another_hash_are_refused(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"something else")
     refused(FIDInceptionV3.load, str(tmp_path / "weights.pth"), names=("SHA-256", "weights.pth"))
-    refused(FIDInceptionV3.load, str(tmp_path / "missing.pth"), names=("missing.pth", "--inception"))
+    refused(FIDInceptionV3.load, str(tmp_path / "missing.pth"),
+            names=("missing.pth", "--inception"))
 
 
 def test_without_a_network_one_line_says_what_to_put_where(monkeypatch, tmp_path):

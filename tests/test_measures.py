@@ -1,8 +1,9 @@
-"""Promises of measures.py: the published formulas, the same whether images come at once or in pieces.
+"""Promises of measures.py: the published formulas, whether images come at once or in pieces.
 
-GOLDEN_FRECHET came from scipy 1.17's linalg.sqrtm in float64, |mu1 - mu2|^2 + tr(s1 + s2 - 2 sqrtm(s1 @ s2)).real, on sets()
-below; GOLDEN_SSIM from scikit-image's structural_similarity with gaussian_weights=True, sigma=1.5,
-use_sample_covariance=False, data_range=2, channel_axis=2, on images().  Neither package is needed here.
+GOLDEN_FRECHET came from scipy 1.17's linalg.sqrtm in float64,
+|mu1 - mu2|^2 + tr(s1 + s2 - 2 sqrtm(s1 @ s2)).real, on sets() below; GOLDEN_SSIM from
+scikit-image's structural_similarity with gaussian_weights=True, sigma=1.5, data_range=2,
+use_sample_covariance=False, channel_axis=2, on images(). Neither package is needed here.
 """
 import math
 
@@ -36,10 +37,12 @@ def sets(case: str) -> tuple[np.ndarray, np.ndarray]:
     if case == "full rank":
         return rng.standard_normal((500, 64)) @ mix, rng.standard_normal((400, 64)) + 0.3
     if case == "rank-deficient":  # 20 of 64 dimensions, not the same ones
-        return rng.standard_normal((500, 20)) @ mix[:20], rng.standard_normal((500, 20)) @ mix[10:30] + 0.1
+        x, y = rng.standard_normal((500, 20)), rng.standard_normal((500, 20))
+        return x @ mix[:20], y @ mix[10:30] + 0.1
     if case == "ill-conditioned":
         scale = np.logspace(-3, 3, 64)
-        return rng.standard_normal((500, 64)) * scale, rng.standard_normal((500, 64)) * scale * 1.1 + 0.01
+        x, y = rng.standard_normal((500, 64)), rng.standard_normal((500, 64))
+        return x * scale, y * scale * 1.1 + 0.01
     if case == "fewer images than features":
         return rng.standard_normal((20, 64)), rng.standard_normal((30, 64)) + 0.2
     raise KeyError(case)
@@ -48,7 +51,8 @@ def sets(case: str) -> tuple[np.ndarray, np.ndarray]:
 def images() -> tuple[torch.Tensor, torch.Tensor]:
     """(2, 3, 24, 32) in [-1, 1], and the same with noise."""
     rng = np.random.default_rng(11)
-    a = np.sin(np.linspace(0, 9, 24)[:, None, None] + np.linspace(0, 5, 32)[:, None] * np.arange(1, 4)) * 0.8
+    across = np.linspace(0, 5, 32)[:, None] * np.arange(1, 4)
+    a = np.sin(np.linspace(0, 9, 24)[:, None, None] + across) * 0.8
     a = np.stack([a, a[::-1] * 0.5])
     b = (a + 0.1 * rng.standard_normal(a.shape)).clip(-1, 1)
     return tuple(torch.from_numpy(x.copy()).permute(0, 3, 1, 2).float() for x in (a, b))
@@ -61,7 +65,7 @@ def moments(x):
 # ------------------------------------------------------------------------------------------------
 # Fréchet distance
 
-@pytest.mark.parametrize("case", ["full rank", "rank-deficient", "ill-conditioned", "fewer images than features"])
+@pytest.mark.parametrize("case", GOLDEN_FRECHET)
 def test_frechet_distance_equals_scipys(case):
     x, y = sets(case)
     size = np.trace(np.cov(x, rowvar=False)) + np.trace(np.cov(y, rowvar=False))
@@ -69,7 +73,7 @@ def test_frechet_distance_equals_scipys(case):
     assert abs(frechet_from_features(x, y) - GOLDEN_FRECHET[case]) < 1e-6 * size
 
 
-@pytest.mark.parametrize("case", ["full rank", "rank-deficient", "ill-conditioned", "fewer images than features"])
+@pytest.mark.parametrize("case", GOLDEN_FRECHET)
 def test_frechet_distance_of_equal_sets_is_nothing(case):
     for x in sets(case):
         trace = np.trace(np.cov(x, rowvar=False))
@@ -78,7 +82,7 @@ def test_frechet_distance_of_equal_sets_is_nothing(case):
 
 
 def test_many_images_never_become_a_matrix_of_images_by_images(monkeypatch):
-    """Either way gives the same distance, and no decomposition is larger than images or features."""
+    """Either way gives the same distance, and nothing larger than f x f is decomposed."""
     rng, sizes = np.random.default_rng(0), []
     original = np.linalg.svd
 
@@ -143,7 +147,7 @@ def scored(logits, pieces, splits=10):
 
 def test_inception_score_anchors_sure_and_balanced_is_the_number_of_classes_and_unsure_is_1():
     sure = torch.eye(5).repeat(20, 1) * 100
-    assert scored(sure, 7)[0] == pytest.approx(5) and scored(sure, 7)[1] == pytest.approx(5) and scored(sure, 7)[2] == pytest.approx(0, abs=1e-6)
+    assert scored(sure, 7) == pytest.approx((5, 5, 0), abs=1e-5)
     assert scored(torch.zeros(100, 5), 7)[0] == pytest.approx(1)
     assert scored(sure[:1].repeat(100, 1), 7)[0] == pytest.approx(1)  # always the same class
 
@@ -156,7 +160,8 @@ def test_inception_score_in_pieces_equals_its_formula():
         return torch.exp((p * (p.log() - p.mean(0).log())).sum(1).mean()).item()
     whole, mean, std = scored(logits, 33)
     parts = [formula(part) for part in p.split(20)]
-    assert whole == pytest.approx(formula(p)) and mean == pytest.approx(np.mean(parts)) and std == pytest.approx(np.std(parts))
+    expected = formula(p), np.mean(parts), np.std(parts)
+    assert (whole, mean, std) == pytest.approx(expected)
 
 
 def test_inception_score_of_two_processes_merges_to_that_of_one():
@@ -178,10 +183,12 @@ def test_precision_and_recall_equal_the_plain_double_loop():
     def share(points, centres):
         # [0] is itself
         reach = [sorted((c - other).norm().item() for other in centres)[3] for c in centres]
-        return sum(any((p - c).norm().item() <= r for c, r in zip(centres, reach)) for p in points) / len(points)
+        inside = [any((p - c).norm().item() <= r for c, r in zip(centres, reach)) for p in points]
+        return sum(inside) / len(points)
     precision, recall = precision_recall(real, fake, chunk=7)
     assert 0.2 < recall < 1 and precision > 0.2
-    assert precision == pytest.approx(share(fake, real)) and recall == pytest.approx(share(real, fake))
+    assert precision == pytest.approx(share(fake, real))
+    assert recall == pytest.approx(share(real, fake))
 
 
 def test_precision_and_recall_anchors():
@@ -189,7 +196,8 @@ def test_precision_and_recall_anchors():
     real = torch.randn(200, 4, generator=rng)
     assert precision_recall(real, real) == (1, 1)
     assert precision_recall(real, real + 100) == (0, 0)
-    precision, recall = precision_recall(real, real[:5].repeat(40, 1) + 0.001 * torch.randn(200, 4, generator=rng))
+    five = real[:5].repeat(40, 1) + 0.001 * torch.randn(200, 4, generator=rng)
+    precision, recall = precision_recall(real, five)
     assert precision > 0.9 and recall < 0.1, "five samples over and over look real and cover little"
     refused(precision_recall, real[:3], real, names=("3 images",))
 

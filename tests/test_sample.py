@@ -1,4 +1,4 @@
-"""Promises of sample.py: the pictures asked for, the same ones again when asked again, and a line to mend what is wrong."""
+"""Promises of sample.py: the pictures asked for, the same ones again, and a line where it fails."""
 import contextlib
 import io
 import shutil
@@ -24,27 +24,32 @@ from plumbing.images import read_image, to_float, to_uint8
 
 CLASSES = ["cat", "dog", "tabby, tabby cat"]
 SIZE, L, MARGIN, SCALE = 16, 4, 2, 4  # SCALE: small pictures are enlarged to 64 pixels
-TOK = TokenizerConfig(image_size=SIZE, patch_size=8, encoder_width=16, encoder_depth=1, encoder_heads=2, expert_width=16, expert_depth=1,
-                      expert_heads=2, token_schedule=(2, L), codebook_size=16, code_dim=4, decoder_width=16, decoder_depth=1, decoder_heads=2)
+TOK = TokenizerConfig(
+    image_size=SIZE, patch_size=8, token_schedule=(2, L), codebook_size=16, code_dim=4,
+    encoder_width=16, encoder_depth=1, encoder_heads=2, expert_width=16, expert_depth=1,
+    expert_heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
 GEN = GeneratorConfig(generator_width=16, generator_depth=1, generator_heads=2)
 KINDS = pytest.mark.parametrize("kind", ["ar", "maskgit"])
 
 
 def make_run(folder: Path, classes=CLASSES) -> Path:
-    """A run as train.py leaves it, as far as sampling reads it, with weights so loud that every input shows."""
+    """A run as far as sampling reads it, with weights so loud that every input shows."""
     folder.mkdir()
     torch.manual_seed(0)
     tokenizer = NativeTok(TOK).grow_to(L)
-    generators = {kind: Kind(GEN, L, TOK.codebook_size, len(classes)) for kind, Kind in GENERATORS.items()}
+    generators = {kind: Kind(GEN, L, TOK.codebook_size, len(classes))
+                  for kind, Kind in GENERATORS.items()}
     for model in (tokenizer, *generators.values()):
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.4)
-    checkpoint.save(folder / "tokenizer.pt", {"tokenizer_config": as_dict(TOK), "num_tokens": L, "ema": tokenizer.state_dict()})
+    checkpoint.save(folder / "tokenizer.pt", {
+        "tokenizer_config": as_dict(TOK), "num_tokens": L, "ema": tokenizer.state_dict()})
     fingerprint = NativeTok.load(folder / "tokenizer.pt").fingerprint
     for kind, model in generators.items():
         checkpoint.save(folder / f"generator-{kind}.pt", {
-            "kind": kind, "generator_config": as_dict(GEN), "num_tokens": L, "codebook_size": TOK.codebook_size,
-            "classes": classes, "tokenizer": fingerprint, "ema": model.state_dict()})
+            "kind": kind, "generator_config": as_dict(GEN), "num_tokens": L,
+            "codebook_size": TOK.codebook_size, "classes": classes, "tokenizer": fingerprint,
+            "ema": model.state_dict()})
     return folder
 
 
@@ -59,7 +64,8 @@ def command(run, *flags) -> tuple[int, str, str]:
     device = [] if "--device" in flags else ["--device", "cpu"]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            main_with_user_errors(lambda: sample.main(sample.parse(["--run", str(run), *device, *map(str, flags)])))
+            words = ["--run", str(run), *device, *map(str, flags)]
+            main_with_user_errors(lambda: sample.main(sample.parse(words)))
         except SystemExit as stop:
             code = stop.code
     return code, out.getvalue(), err.getvalue()
@@ -84,7 +90,8 @@ def cells(path) -> np.ndarray:
     sheet = np.asarray(Image.open(path))[MARGIN:, MARGIN:]
     rows, columns = (n // step for n in sheet.shape[:2])
     assert sheet.shape == (rows * step, columns * step, 3)
-    return sheet.reshape(rows, step, columns, step, 3).swapaxes(1, 2)[:, :, :SIZE * SCALE:SCALE, :SIZE * SCALE:SCALE]
+    squares = sheet.reshape(rows, step, columns, step, 3).swapaxes(1, 2)
+    return squares[:, :, :SIZE * SCALE:SCALE, :SIZE * SCALE:SCALE]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -99,7 +106,8 @@ def test_one_row_per_class_and_the_same_pictures_again(run, tmp_path, kind):
     grid = cells(tmp_path / "a" / name)
     assert grid.shape == (3, 5, SIZE, SIZE, 3)
     assert len(np.unique(grid.reshape(15, -1), axis=0)) > 5, "samples must differ"
-    for text in (kind, str(tmp_path / "a" / name), "cfg_scale 2", "seed 0", "images per second", "15 samples", *CLASSES):
+    for text in (kind, str(tmp_path / "a" / name), "cfg_scale 2", "seed 0", "images per second",
+                 "15 samples", *CLASSES):
         assert text in said
 
 
@@ -136,9 +144,11 @@ def test_options_reach_the_generator(run, kind, monkeypatch, tmp_path):
         seen.update(options)
         return original(self, labels, generator=generator, **options)
     monkeypatch.setattr(GENERATORS[kind], "sample", watched)
-    own = {"ar": {"top_k": 3, "top_p": 0.5}, "maskgit": {"steps": 2, "randomize_temperature": 1.5}}[kind]
-    asked = {"cfg_scale": 3.0, "temperature": 0.5, **own}
-    good(run, "--generator", kind, "--out", tmp_path, *(x for name, value in asked.items() for x in (f"--{name}", value)))
+    own = {"ar": {"top_k": 3, "top_p": 0.5},
+           "maskgit": {"steps": 2, "randomize_temperature": 1.5}}
+    asked = {"cfg_scale": 3.0, "temperature": 0.5, **own[kind]}
+    flags = [word for name, value in asked.items() for word in (f"--{name}", value)]
+    good(run, "--generator", kind, "--out", tmp_path, *flags)
     assert seen == asked
 
 
@@ -153,7 +163,8 @@ def test_pictures_go_to_the_run_unless_told_otherwise(run):
 
 def test_single_files_hold_the_pictures_of_the_grid(run, tmp_path):
     good(run, "--out", tmp_path, "--per_class", 2, "--single")
-    names = [f"{j:03}_{name}.png" for j, name in enumerate(("cat", "cat", "dog", "dog", "tabby-tabby-cat", "tabby-tabby-cat"))]
+    twice = ("cat", "cat", "dog", "dog", "tabby-tabby-cat", "tabby-tabby-cat")
+    names = [f"{j:03}_{name}.png" for j, name in enumerate(twice)]
     assert sorted(p.name for p in tmp_path.iterdir()) == [*names, "sample-ar.png"]
     grid = cells(tmp_path / "sample-ar.png").reshape(6, SIZE, SIZE, 3)
     assert np.array_equal(grid, [np.asarray(Image.open(tmp_path / name)) for name in names])
@@ -165,20 +176,23 @@ def test_single_files_hold_the_pictures_of_the_grid(run, tmp_path):
 @KINDS
 def test_npz_holds_nhwc_bytes_and_balanced_labels_and_repeats(run, tmp_path, kind):
     for name in ("a.npz", "b.npz"):
-        said = good(run, "--generator", kind, "--npz", tmp_path / name, "--num_samples", 20, "--batch_size", 9)
+        said = good(run, "--generator", kind, "--npz", tmp_path / name, "--num_samples", 20,
+                    "--batch_size", 9)
     assert str(tmp_path / "b.npz") in said and "(20, 16, 16, 3)" in said
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
         images, labels = file["arr_0"], file["arr_1"]
     assert images.shape == (20, SIZE, SIZE, 3) and images.dtype == np.uint8
     assert labels.dtype == np.int64 and np.bincount(labels).tolist() == [7, 7, 6]
-    assert not np.array_equal(images[:9], images[9:18]), "two batches of the same labels must draw different numbers"
+    # Two batches of the same labels must draw different numbers.
+    assert not np.array_equal(images[:9], images[9:18])
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["a.npz", "b.npz"]
 
 
 def test_npz_images_show_the_classes_of_their_labels(run, tmp_path):
     """At temperature 0 a class has one picture, which must stand wherever its label does."""
-    good(run, "--npz", tmp_path / "x.npz", "--num_samples", 7, "--batch_size", 2, "--temperature", 0)
+    good(run, "--npz", tmp_path / "x.npz", "--num_samples", 7, "--batch_size", 2,
+         "--temperature", 0)
     good(run, "--out", tmp_path, "--per_class", 1, "--temperature", 0)
     file, grid = np.load(tmp_path / "x.npz"), cells(tmp_path / "sample-ar.png")
     assert len(np.unique(grid.reshape(3, -1), axis=0)) == 3
@@ -208,7 +222,9 @@ def test_a_stopped_run_leaves_the_old_npz_and_nothing_half_written(run, tmp_path
 
 @pytest.fixture
 def photos(tmp_path) -> list[str]:
-    return [put(tmp_path / f"photo{k}.png", encoded(Image.fromarray(noise(k, SIZE, SIZE)), "PNG")) for k in range(2)]
+    images = [Image.fromarray(noise(k, SIZE, SIZE)) for k in range(2)]
+    return [put(tmp_path / f"photo{k}.png", encoded(image, "PNG"))
+            for k, image in enumerate(images)]
 
 
 def test_a_row_is_the_original_then_each_prefix_then_all_tokens(run, tmp_path, photos):
@@ -228,7 +244,8 @@ def test_a_row_is_the_original_then_each_prefix_then_all_tokens(run, tmp_path, p
 
 def test_prefixes_double_unless_told_otherwise(run, tmp_path, photos):
     assert "first 1 2 4 tokens" in good(run, "--reconstruct", photos[0], "--out", tmp_path)
-    assert "first 4 tokens" in good(run, "--reconstruct", photos[0], "--prefixes", 4, 4, "--out", tmp_path)
+    said = good(run, "--reconstruct", photos[0], "--prefixes", 4, 4, "--out", tmp_path)
+    assert "first 4 tokens" in said
 
 
 def test_a_photo_of_any_shape_is_cropped(run, tmp_path):
@@ -283,8 +300,9 @@ def test_a_wrong_use_is_one_line(run, flags, says):
 
 def test_a_broken_image_or_a_prefix_too_long_leaves_no_picture(run, tmp_path, photos):
     broken = put(tmp_path / "broken.png", Path(photos[0]).read_bytes()[:200])
-    refused(run, "--reconstruct", photos[1], broken, "--out", tmp_path / "out", says=["broken.png"])
-    refused(run, "--reconstruct", photos[0], "--prefixes", 1, L + 1, "--out", tmp_path / "out", says=[f"1 to {L}"])
+    out = ("--out", tmp_path / "out")
+    refused(run, "--reconstruct", photos[1], broken, *out, says=["broken.png"])
+    refused(run, "--reconstruct", photos[0], "--prefixes", 1, L + 1, *out, says=[f"1 to {L}"])
     assert not (tmp_path / "out").exists()
 
 
@@ -299,7 +317,8 @@ def test_what_is_missing_in_a_run_is_named_with_the_command_that_makes_it(run, t
     refused(tmp_path / "absent", says=["absent", "train.py"])
     refused(tmp_path, says=["no tokenizer.pt", f"python train.py --run {tmp_path}"])
     shutil.copy(run / "tokenizer.pt", tmp_path)
-    refused(tmp_path, "--generator", "maskgit", says=["no maskgit generator", f"python train.py --run {tmp_path} --stage 3"])
+    refused(tmp_path, "--generator", "maskgit",
+            says=["no maskgit generator", f"python train.py --run {tmp_path} --stage 3"])
 
 
 @KINDS
@@ -308,15 +327,18 @@ def test_a_generator_of_another_tokenizer_is_refused(run, tmp_path, kind):
     saved = checkpoint.load(tmp_path / "run" / "tokenizer.pt")
     saved["ema"]["quantizer.codebook"][0] += 1
     checkpoint.save(tmp_path / "run" / "tokenizer.pt", saved)
-    refused(tmp_path / "run", "--generator", kind, says=["another tokenizer", f"generator-{kind}", "--stage 3"])
+    refused(tmp_path / "run", "--generator", kind,
+            says=["another tokenizer", f"generator-{kind}", "--stage 3"])
 
 
-def test_running_out_of_memory_says_what_to_lower(run, monkeypatch):
-    for error in (torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        def sampled(*arguments, **options):
-            raise error
-        monkeypatch.setattr(GENERATORS["ar"], "sample", sampled)
-        refused(run, says=["out of memory", "lower --batch_size"])
+@pytest.mark.parametrize("error", [
+    torch.cuda.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_running_out_of_memory_says_what_to_lower(run, monkeypatch, error):
+    def sampled(*arguments, **options):
+        raise error
+    monkeypatch.setattr(GENERATORS["ar"], "sample", sampled)
+    refused(run, says=["out of memory", "lower --batch_size"])
 
 
 def test_an_error_of_the_program_is_not_taken_for_lack_of_memory(run, monkeypatch):
@@ -336,12 +358,14 @@ def test_a_gpu_that_is_not_there_is_one_line(run):
 # as a program
 
 def program(*flags) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, Path(sample.__file__), *map(str, flags)], capture_output=True, text=True, timeout=120)
-
+    return subprocess.run([sys.executable, Path(sample.__file__), *map(str, flags)],
+                          capture_output=True, text=True, timeout=120)
 
 
 def test_the_program_writes_what_it_says_and_exits_with_2_on_an_unknown_class(run, tmp_path):
     done = program("--run", run, "--device", "cpu", "--out", tmp_path, "--classes", "dog")
-    assert done.returncode == 0 and str(tmp_path / "sample-ar.png") in done.stdout and (tmp_path / "sample-ar.png").exists()
+    path = tmp_path / "sample-ar.png"
+    assert done.returncode == 0 and str(path) in done.stdout and path.exists()
     done = program("--run", run, "--device", "cpu", "--classes", "dgo")
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1 and "'dog'" in done.stderr
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "'dog'" in done.stderr

@@ -1,4 +1,4 @@
-"""Promises of tinycnn.py: it learns its classes, is bound to its images, and its random twin is always the same."""
+"""Promises of tinycnn.py: it learns its classes, is bound to its images; its twin never changes."""
 import pytest
 import torch
 
@@ -33,7 +33,8 @@ def test_it_is_refused_for_other_images(judged):
 
 def test_one_class_is_nothing_to_learn(tmp_path):
     data = open_images(str(folder_of(tmp_path / "flat", 4, classes=("only",))))
-    refused(train_judge, str(tmp_path / "x.pt"), data, data, 8, False, 2, torch.device("cpu"), names=("single class", "inception"))
+    refused(train_judge, str(tmp_path / "x.pt"), data, data, 8, False, 2, torch.device("cpu"),
+            names=("single class", "inception"))
 
 
 def test_the_random_twin_is_the_same_every_time_and_leaves_random_numbers_alone():
