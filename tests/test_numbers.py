@@ -189,6 +189,17 @@ def test_the_table_of_trials_is_what_trials_makes_of_its_rows():
     assert trials.table(results("trials")["rows"]) in section("What one change does") + "\n"
 
 
+def test_the_table_of_exercises_is_that_of_its_result_file():
+    page = (ROOT / "EXERCISES.md").read_text(encoding="utf-8")
+    rows, found = tables(page)[0], results("exercises")["rows"]
+    assert [row[0] for row in rows] == [made["try"] for made in found]
+    for cells, made in zip(rows, found):
+        grown = made["perplexity_of_new_after_growth"]
+        values = [*made["psnr_by_tokens"].values(), made["perplexity"], made["ar_nats_a_token"]]
+        assert all(map(shown, cells[1:6] + cells[7:], values)), (cells, values)
+        assert cells[6] == "-" if grown is None else shown(cells[6], grown), cells
+
+
 def test_values_in_the_table_of_speed_are_those_of_the_result_file():
     """Every number in the value column is one of bench.py's, rounded as it is written there."""
     measured = [row["value"] for row in results("bench-cpu")["rows"]]
