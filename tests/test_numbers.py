@@ -78,10 +78,10 @@ def test_parameters_in_the_table_of_presets_are_those_of_the_models(row):
         classes = 1000 if "imagenet" in name else 10
         ar = ARGenerator(gen, tok.num_tokens, tok.codebook_size, classes)
         counts.append(count_parameters(ar))
+    counts = [count / 1e6 for count in counts]
     cells = re.findall(r"[\d.]+", parameters + " " + generator)
-    assert len(cells) == len(counts)
-    for cell, count in zip(cells, counts):
-        assert shown(cell, count / 1e6), f"{name}: {count / 1e6:.2f} M, the page says {cell}"
+    right = len(cells) == len(counts) and all(map(shown, cells, counts))
+    assert right, f"{name} has {', '.join(f'{count:.2f}' for count in counts)} million"
 
 
 def test_every_preset_has_its_row():
