@@ -156,7 +156,8 @@ class TrainConfig:
     reseed_every: int = 100
     # weight of the ConvNeXt-S feature loss; needs torchvision [TiTok: 0.1 stage 2]
     perceptual_weight: float = 0.0
-    adversarial_weight: float = 0.0  # weight of the adversarial loss [TiTok: 0.01]
+    # weight of the adversarial loss; at 1 it pulls as hard as the pixel error does [VQGAN: 0.8]
+    adversarial_weight: float = 0.0
     adversarial_start: int = 20000  # tokenizer step at which the adversarial loss begins [TiTok]
     # steps before adversarial_start in which the discriminator learns without being asked; one that
     # judges with random weights throws the reconstruction back [ours]

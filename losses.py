@@ -227,9 +227,17 @@ class Adversary:
         """images, recon (B, 3, H, W): what the next learn() learns from."""
         self.seen = images, recon.detach()
 
-    def judge(self, recon: Tensor) -> Tensor:
-        """recon (B, 3, H, W) -> the tokenizer's adversarial loss, a scalar."""
-        return generator_loss(self.net(recon))
+    def judge(self, recon: Tensor, error: Tensor) -> Tensor:
+        """recon (B, 3, H, W), its pixel error -> the tokenizer's adversarial loss, a scalar.
+
+        Scaled so that it pulls at recon as hard as the pixel error does [VQGAN, which compares at
+        the last layer]: else its weight would mean something else with every discriminator, and
+        0.1 of a fresh one throws a reconstruction back.
+        """
+        loss = generator_loss(self.net(recon))
+        pixels, = torch.autograd.grad(error, recon, retain_graph=True)
+        own, = torch.autograd.grad(loss, recon, retain_graph=True)
+        return loss * (pixels.norm() / own.norm().clamp_min(1e-8)).clamp_max(1e4)
 
     def learn(self) -> None:
         """One step of the discriminator on what it saw last; nothing if it has seen nothing new."""

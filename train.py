@@ -204,7 +204,7 @@ def train_phase(tokenizer: Tokenizer, phase: Phase, number: int, steps_before: i
         if adversary and train.adversary_learns(steps_before + loop.step):
             adversary.see(images, recon)
         if adversary and train.adversary_judges(steps_before + loop.step):
-            terms["adversarial"] = adversary.judge(recon)
+            terms["adversarial"] = adversary.judge(recon, terms["pixels"])
         loss = sum(weights[name] * term for name, term in terms.items())
         loop.backward(loss, terms)
         if loop.stepped:
@@ -378,7 +378,7 @@ def check_belongs(run: Run) -> None:
     need_equal_pieces("batch_size", train.batch_size, world, train.accumulate)
     need_equal_pieces("generator_batch_size", train.generator_batch_size, world, train.accumulate)
     run.compare(run.path("tokenizer.pt"), settings("tokenizer", tok, train))
-    for kind in GENERATORS:
+    for kind in train.generator_kinds:
         run.compare(run.path(f"generator-{kind}.pt"), settings("generator", gen, train))
 
 

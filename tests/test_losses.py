@@ -203,6 +203,19 @@ def test_an_inner_patch_of_70_pixels_decides_each_verdict():
     assert rows.max() - rows.min() + 1 == 70
 
 
+def test_at_weight_1_the_adversary_pulls_as_hard_as_the_pixel_error():
+    torch.manual_seed(0)
+    adversary = losses.Adversary(1e-4, torch.device("cpu"))
+    images, recon = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32, requires_grad=True)
+    for factor in (1.0, 100.0):  # whatever the scale of the discriminator's verdicts
+        with torch.no_grad():
+            list(adversary.net.parameters())[-2].mul_(factor)
+        error = losses.reconstruction(recon, images)
+        pixels, = torch.autograd.grad(error, recon, retain_graph=True)
+        own, = torch.autograd.grad(adversary.judge(recon, error), recon)
+        assert own.norm().item() == pytest.approx(pixels.norm().item(), rel=1e-4)
+
+
 def test_the_discriminator_judges_each_image_alone_and_has_no_running_state():
     discriminator, images = losses.Discriminator(width=16), pair(batch=4)[0]
     together = discriminator(images)
