@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
             same.setdefault(u.shape[1:], []).append((w, u))
         for (rows, columns), pairs in same.items():
             done = newton_schulz_fast(torch.cat([u for _, u in pairs]))
-            for (w, u), o in zip(pairs, done.split([len(u) for _, u in pairs])):
+            for (w, _), o in zip(pairs, done.split([len(u) for _, u in pairs])):
                 w.mul_(1 - group["lr"] * group["weight_decay"])
                 w.add_(o, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 

@@ -1,6 +1,6 @@
-"""The house: plumbing <- method <- evaluation <- entries <- experiments, and d2it beside the entries.
+"""The house: plumbing <- method <- evaluation <- entries <- experiments, d2it beside the entries.
 
-A file imports only from the left, and nothing imports in a circle, so it can be read from the bottom up.
+A file imports only from the left, and nothing imports in a circle: read it from the bottom up.
 """
 import ast
 import graphlib
