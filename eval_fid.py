@@ -233,6 +233,8 @@ def output_places(args) -> str | None:
         path = os.path.join(args.run, "summary.json")
     if args.run and os.path.isdir(args.run) and (args.train_features or not args.json):
         need_room(args.run)
+    if args.judge and args.train_features:
+        need_room(os.path.dirname(args.judge) or ".")
     return path
 
 
