@@ -192,8 +192,8 @@ def samples(page: Page, model: D2iT, per_class: int = 10) -> None:
             for row in pair]
     page.grid("samples", TITLES["samples"], f"Guidance 2, 50 steps, two rows a class "
               f"({', '.join(model.classes[:len(labels)])}): images and the maps they were drawn "
-              f"under. Maps obeyed {model.obeyed(images, grain):.0%}: cells that have the grain "
-              "that was asked for when the map is taken anew from the sample; 50% is chance.", rows)
+              f"under. Maps obeyed: {model.obeyed(images, grain):.0%}; the maps of their "
+              f"neighbours would be {model.obeyed(images, grain.roll(1, 0)):.0%}.", rows)
 
 
 def main(args) -> None:

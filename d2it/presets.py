@@ -137,15 +137,15 @@ SMALL = dict(  # 32x32 images in cells of 8: 4x4 cells, 16 to 64 codes
     image_size=32, cell_size=8, dvae_width=16, dvae_mults=(1, 2, 2, 4), dvae_blocks=1,
     content_width=128, content_depth=4, refine_depth=2, content_heads=4,
     grain_width=96, grain_depth=3, grain_heads=6,
-    batch_size=64, warmup_steps=50, ema_decay=0.995,
+    optimizer="muon", batch_size=32, warmup_steps=50, ema_decay=0.995,
     dvae_learning_rate=2e-3, grain_learning_rate=1e-3, content_learning_rate=1e-3,
     log_every=20, save_every=100, sample_every=300)
 PRESETS = {
     # the built-in shapes, minutes on a CPU
-    "d2it-tiny": dict(SMALL, flip=False, dvae_steps=600, grain_steps=300, content_steps=900),
+    "d2it-tiny": dict(SMALL, flip=False, dvae_steps=800, grain_steps=400, content_steps=1600),
     # your own images at 32x32, --data needed
     "d2it-cifar": dict(SMALL, dvae_width=32, content_width=192, content_heads=6,
-                       dvae_steps=6000, grain_steps=2000, content_steps=20000,
+                       dvae_steps=8000, grain_steps=3000, content_steps=30000,
                        save_every=500, sample_every=2000, ema_decay=0.999),
     # your own images at 64x64: 8x8 cells, the smallest size at which a map is worth predicting
     "d2it-64": dict(SMALL, image_size=64, dvae_width=32, dvae_blocks=2, content_width=384,
