@@ -17,7 +17,7 @@ demo: .venv/ready
 	$(BIN)/python train.py --preset tiny --run $(RUN)
 	$(BIN)/python sample.py --run $(RUN) --generator ar
 	$(BIN)/python sample.py --run $(RUN) --generator maskgit
-	$(BIN)/python eval_fid.py --run $(RUN) --train_features 300 --num_samples 500
+	$(BIN)/python eval_fid.py --run $(RUN) --train_features 150 --num_samples 500
 	$(BIN)/python explain.py --run $(RUN)
 
 demo-d2it: .venv/ready

@@ -235,8 +235,8 @@ PRESETS = {
     "tiny": dict(  # the built-in shapes, stages 1 to 3 in minutes on a CPU
         SMALL, codebook_size=256, flip=False, continuous_steps=70, base_steps=420, grow_steps=175,
         finetune_steps=630, generator_width=128, generator_depth=4, generator_dropout=0.0,
-        generator_batch_size=64, generator_steps=400, log_every=20, save_every=250,
-        sample_every=250),
+        label_smoothing=0.0, generator_batch_size=64, generator_steps=500, log_every=20,
+        save_every=250, sample_every=250),
     "cifar": dict(  # real 32x32 images, --data needed; about 40 minutes on 2 CPU cores
         SMALL, codebook_size=512, encoder_depth=2, decoder_depth=2, decoder_reads="attention",
         continuous_steps=200, base_steps=2500, grow_steps=800, finetune_steps=6000,
