@@ -16,9 +16,11 @@ from pathlib import Path
 
 from plumbing.flags import UserError
 
-# libgomp, which divides torch's work between cores, lets a core that waits spin. Beside any other
-# busy program that is many times slower than sleeping [ours: measured]. Read as torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# libgomp, which divides torch's work between cores, lets a core that waits spin: for good by its
+# default, which beside another busy program is ten times slower than one thread. A short spin is
+# 1.25 times as fast as one thread on two quiet cores (none at all: 0.7), and no slower on busy ones
+# [ours: experiments/LOG.md]. Read as torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 ROOT = Path(__file__).resolve().parent.parent
 
 
