@@ -239,7 +239,7 @@ PRESETS = {
         save_every=250, sample_every=250),
     "cifar": dict(  # real 32x32 images, --data needed; about 40 minutes on 2 CPU cores
         SMALL, codebook_size=512, encoder_depth=2, decoder_depth=2, decoder_reads="attention",
-        continuous_steps=200, base_steps=2500, grow_steps=800, finetune_steps=6000,
+        continuous_steps=200, base_steps=2000, grow_steps=600, finetune_steps=4300,
         generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=1500,
         save_every=500, sample_every=1000),
     "imagenet-32": dict(IMAGENET, token_schedule=(32,)),
