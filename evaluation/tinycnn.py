@@ -7,7 +7,7 @@ Differs  from FID's network: a distance in these features depends on the data, t
          compared. There are two: the one trained on the run's images sees what makes a class and is
          blind to some faults (noise: half of what it learned from was noisy); its twin with random
          weights knows nothing, but any change of texture moves its features
-Try      python -m evaluation.tinycnn      (trains on the shapes, CPU, half a minute)
+Try      python -m evaluation.tinycnn      (trains on the shapes, CPU, ten seconds)
 """
 import itertools
 
@@ -121,7 +121,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "tinycnn.pt")
         data, val = open_images("shapes"), open_images("shapes:val")
-        train_judge(path, data, val, 32, False, 150, torch.device("cpu"))
+        train_judge(path, data, val, 32, False, 50, torch.device("cpu"))
         judge, right = load_judge(path, data)
-    print(f"right on {right:.1%} of held-out shapes after 150 steps; "
+    print(f"right on {right:.1%} of held-out shapes after 50 steps; "
           f"a coin with {len(data.classes)} sides: {1 / len(data.classes):.0%}")
