@@ -92,6 +92,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert logs[0] == logs[1]
 
 
+def test_pictures_and_the_log_leave_the_weights_alone(finished, training, tmp_path):
+    training(tmp_path / "run", "--sample_every", "1", "--log_every", "3")
+    for name in ("dvae", "grain", "content"):
+        mine, other = (checkpoint.load(f / f"{name}.pt") for f in (tmp_path / "run", finished))
+        assert same_content(mine, other), name
+
+
 def one_of_two(rank: int, folder: str, data: str, port: int, stop: tuple | None) -> None:
     """A process of two; rank 0 gets a signal when it has logged stop = (phase, step)."""
     torch.set_num_threads(1)
