@@ -5,21 +5,26 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from PIL import Image
 
 from d2it import presets, train
 from d2it.content import Content
 from d2it.dvae import DVAE
 from d2it.model import D2iT
 from d2it.presets import CONFIGS, PRESETS, load_preset, parse_run, settings
+from d2it.progress import held_out
 from generator import ARGenerator, Generator
 from helpers import refused, same_content
 from layers import count_parameters
 from plumbing import checkpoint
 from plumbing import run as run_folder
+from plumbing.datasets import open_images
 from plumbing.flags import as_dict, build
 from small_d2it import SMALL
 
@@ -178,14 +183,15 @@ def test_the_shapes_have_one_size(training, tmp_path):
                                               "--device", "cpu"])), names=["32x32", "--data"])
 
 
-def test_held_out_images_of_other_classes_get_the_label_none(training, tmp_path, shapes_npz):
-    folder = tmp_path / "flat"
-    folder.mkdir()
-    from PIL import Image
+def test_held_out_images_of_other_classes_get_the_label_none(shapes_npz, tmp_path):
     for k in range(4):
-        Image.new("RGB", (32, 32), (40 * k, 0, 0)).save(folder / f"{k}.png")
-    training(tmp_path / "run", "--val_data", str(folder))
-    assert D2iT.of_run(str(tmp_path / "run"), CPU).classes[0] == "disc"
+        Image.new("RGB", (32, 32), (40 * k, 0, 0)).save(tmp_path / f"{k}.png")
+    data, flat = open_images(shapes_npz), open_images(str(tmp_path))
+    for val, expected in ((flat, [10] * 4), (data, data.labels[:4].tolist())):
+        run = SimpleNamespace(data=data, val=val, configs=load_preset("d2it-tiny"),
+                              train=load_preset("d2it-tiny")[2], eval_indices=np.arange(4),
+                              procs=SimpleNamespace(device=CPU))
+        assert next(held_out(run))[1].tolist() == expected
 
 
 # ------------------------------------------------------------------------------------------------
