@@ -44,9 +44,15 @@ def another(name: str, value):
         return value / 2 or 0.5
     if isinstance(value, list):
         return [3, 5, 9]
-    return {"tokenizer": "titok", "expert": "block", "generators": "ar", "precision": "fp32"}.get(
-        name, value + "x"
-    )
+    choices = {
+        "tokenizer": "titok",
+        "expert": "block",
+        "decoder_reads": "linear",
+        "optimizer": "muon",
+        "generators": "ar",
+        "precision": "fp32",
+    }
+    return choices.get(name, value + "x")
 
 
 def as_flag(name: str, value) -> list[str]:
