@@ -17,7 +17,7 @@ from plumbing.batches import eval_batches
 from plumbing.datasets import ImageSet, train_and_val
 from plumbing.flags import UserError, as_dict, as_flags, build, need, read_run
 from plumbing.images import save_grid, to_uint8
-from plumbing.processes import Processes, lock_folder
+from plumbing.processes import Processes, forget_holder, lock_folder
 
 EVAL_IMAGES = 2000  # held-out images by which a phase is judged
 BUILT_IN = ("", "shapes", "shapes:val")  # values of --data that name no place on a disk
@@ -78,6 +78,7 @@ class Run:
     def end(self) -> None:
         self.procs.end()
         if self.procs.main:
+            forget_holder(self.lock)
             self.lock.close()
 
     def path(self, name: str) -> str:

@@ -29,6 +29,10 @@ def test_a_refused_command_changes_nothing(finished, data):
     assert after == before
 
 
+def test_a_run_that_is_over_names_no_writer(finished):
+    assert (finished / ".lock").read_bytes() == b""
+
+
 def test_moved_images_are_the_same_images(finished, data, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     moved = shutil.copy(data, tmp_path / "elsewhere.npz")
