@@ -115,7 +115,12 @@ class Listing:
     passed: Counter = field(default_factory=Counter)  # other files: ending -> how many
 
     def pass_over(self, name: str) -> None:
-        self.passed[os.path.splitext(name)[1].lower() or "without an ending"] += 1
+        ending = os.path.splitext(name)[1].lower()
+        # What no file system would call an ending (a damaged name, a line break) is not repeated.
+        known = re.fullmatch(r"\.[\w+-]{1,12}", ending)
+        if ending and not known:
+            ending = "with a damaged ending"
+        self.passed[ending or "without an ending"] += 1
 
     def passed_over(self) -> str:
         """"3 files passed over: 2 .heic, 1 .txt", or nothing."""

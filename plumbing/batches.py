@@ -66,6 +66,13 @@ def obey_only_the_parent(worker: int) -> None:
             pass
         os._exit(0)
 
+    def report(kind, error, trace):
+        # Errors of images travel with their batch. What comes here is the thread that hands tensors
+        # over, when the main process has left in the middle of it: nobody waits for them any more.
+        if not issubclass(kind, (OSError, EOFError)):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = report
     if not hasattr(signal, "pthread_sigmask"):  # Windows, where only Ctrl-C reaches a whole group
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return

@@ -329,3 +329,11 @@ def test_an_npz_that_unpacks_to_far_too_much_is_refused_unread(tmp_path, monkeyp
     np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros((20000, 32, 32, 3), np.uint8))
     path = str(tmp_path / "bomb.npz")
     refused(datasets.open_images, path, names=("bomb.npz", "unpack to more than"))
+
+
+def test_a_damaged_name_does_not_break_the_line(tmp_path, capsys):
+    folder = folder_of(tmp_path / "images", 3)
+    (folder / "x.a\nb").write_text("")
+    datasets.open_images(str(folder))
+    told = capsys.readouterr()
+    assert "1 with a damaged ending" in told.out + told.err and (told.out + told.err).count("\n") == 1
