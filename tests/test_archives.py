@@ -335,5 +335,6 @@ def test_a_damaged_name_does_not_break_the_line(tmp_path, capsys):
     folder = folder_of(tmp_path / "images", 3)
     (folder / "x.a\nb").write_text("")
     datasets.open_images(str(folder))
-    told = capsys.readouterr()
-    assert "1 with a damaged ending" in told.out + told.err and (told.out + told.err).count("\n") == 1
+    captured = capsys.readouterr()
+    told = captured.out + captured.err
+    assert "1 with a damaged ending" in told and told.count("\n") == 1
