@@ -3,6 +3,7 @@ import copy
 import io
 import itertools
 import json
+import signal
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 import config
 import train
+from plumbing import checkpoint
 from plumbing.datasets import open_images
 from plumbing.flags import UserError
 
@@ -132,3 +134,15 @@ def train_shapes(folder, data, *flags) -> None:
 
 def rows(folder) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def interrupt_at(monkeypatch, phase: str, step: int) -> None:
+    """SIGTERM as soon as that line of the log is written."""
+    write = checkpoint.append_jsonl
+
+    def write_and_interrupt(path, row):
+        write(path, row)
+        if (row["phase"], row["step"]) == (phase, step):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint, "append_jsonl", write_and_interrupt)

@@ -1,6 +1,5 @@
 """train.py and loop.py: phases, steps, exact resume, several processes."""
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,25 +11,13 @@ import config
 import loop
 import train
 from config import CONFIGS
-from helpers import SMALL, rows, same_content, train_shapes, without_times
+from helpers import SMALL, interrupt_at, rows, same_content, train_shapes, without_times
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
 from plumbing.flags import UserError, build
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-def interrupt_at(monkeypatch, phase: str, step: int) -> None:
-    """SIGTERM as soon as that line of the log is written."""
-    write = checkpoint.append_jsonl
-
-    def write_and_interrupt(path, row):
-        write(path, row)
-        if (row["phase"], row["step"]) == (phase, step):
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(checkpoint, "append_jsonl", write_and_interrupt)
 
 
 # ------------------------------------------------------------------------------------------------

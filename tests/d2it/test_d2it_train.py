@@ -1,10 +1,7 @@
 """d2it.train: three stages, exact resume in each, and one line for each thing that does not fit."""
 import contextlib
-import json
 import os
 import shutil
-import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +17,7 @@ from d2it.model import D2iT
 from d2it.presets import CONFIGS, PRESETS, load_preset, parse_run, settings
 from d2it.progress import held_out
 from generator import ARGenerator, Generator
-from helpers import refused, same_content
+from helpers import interrupt_at, refused, rows, same_content
 from layers import count_parameters
 from plumbing import checkpoint
 from plumbing import run as run_folder
@@ -29,21 +26,6 @@ from plumbing.flags import as_dict, build
 from small_d2it import SMALL
 
 CPU = torch.device("cpu")
-
-
-def rows(folder) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-
-
-def interrupt_at(monkeypatch, phase: str, step: int) -> None:
-    """SIGTERM as soon as that line of the log is written."""
-    write = checkpoint.append_jsonl
-
-    def write_and_interrupt(path, row):
-        write(path, row)
-        if (row["phase"], row["step"]) == (phase, step):
-            signal.raise_signal(signal.SIGTERM)
-    monkeypatch.setattr(checkpoint, "append_jsonl", write_and_interrupt)
 
 
 # ------------------------------------------------------------------------------------------------
