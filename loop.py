@@ -40,7 +40,7 @@ from plumbing.start import output_gone
 
 
 def new_optimizer(model: nn.Module, kind: str, weight_decay: float, beta2: float,
-                  muon_scale: float = 1.0) -> torch.optim.Optimizer:
+                  muon_scale: float = 1.0) -> Muon:
     """An optimizer for what learns in `model`: "adamw", or "muon" for its hidden matrices.
 
     Weight decay touches matrices only: biases, norms, positions, queries and codes map nothing.
@@ -56,12 +56,8 @@ def new_optimizer(model: nn.Module, kind: str, weight_decay: float, beta2: float
         if kind == "muon" and is_hidden_matrix(name, p):
             matrices, scale = 3 if "qkv" in name else 1, muon_scale
         groups.setdefault((matrices, scale, decay), []).append(p)
-    groups = [dict(params=params, scale=scale, weight_decay=decay, **(
-        {"matrices": matrices} if kind == "muon" else {}))
-        for (matrices, scale, decay), params in groups.items()]
-    if kind == "muon":
-        return Muon(groups, betas=(0.9, beta2))
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, beta2), fused=True)
+    return Muon([dict(params=params, matrices=matrices, scale=scale, weight_decay=decay)
+                 for (matrices, scale, decay), params in groups.items()], betas=(0.9, beta2))
 
 
 def learning_rate(step: int, steps: int, peak: float, end: float, warmup: int) -> float:
@@ -119,7 +115,7 @@ class Loop:
     """
 
     def __init__(self, run: Run, name: str, model: nn.Module, ema: nn.Module,
-                 optimizer: torch.optim.Optimizer, stream: Callable[[int], Iterator], steps: int,
+                 optimizer: Muon, stream: Callable[[int], Iterator], steps: int,
                  batch_size: int, rates: tuple[float, float, int], start: int = 0):
         self.run, self.name, self.ema, self.optimizer = run, name, ema, optimizer
         self.stream, self.steps, self.batch_size, self.rates = stream, steps, batch_size, rates
@@ -214,7 +210,7 @@ class Loop:
             update_ema(self.ema, self.bare, train.ema_decay, self.step)
             for name, value in {**self.terms, "grad_norm": norm}.items():
                 self.sums[name].append(value)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.step += 1
         self.bar.update()
         if self.step % train.log_every == 0 or self.step == self.steps:

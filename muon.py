@@ -64,12 +64,25 @@ def newton_schulz_fast(u: Tensor, steps: int = 5) -> Tensor:
     return total @ x
 
 
-class Muon(torch.optim.Optimizer):
-    """groups: dicts of params with `matrices`: 0 AdamW, 1 Muon, 3 Muon on q, k, v stored as one."""
+class Muon:
+    """groups: dicts of params with `matrices`: 0 AdamW, 1 Muon, 3 Muon on q, k, v stored as one.
+
+    Used and saved as torch.optim's are, but derived from none of them: making the first of those
+    imports torch's compiler, about 3 s at every start [ours: measured].
+    """
 
     def __init__(self, groups: list[dict], momentum=0.95, betas=(0.9, 0.999)):
         defaults = dict(lr=0.0, matrices=1, momentum=momentum, betas=betas, weight_decay=0.0)
-        super().__init__(groups, defaults)
+        self.param_groups = [{**defaults, **g, "params": list(g["params"])} for g in groups]
+        self.state = {}  # parameter -> {name: tensor}
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
@@ -80,11 +93,33 @@ class Muon(torch.optim.Optimizer):
 
     def states(self, params: list[nn.Parameter], *names: str) -> list[list[Tensor]]:
         for p in params:
-            if not self.state[p]:
-                self.state[p].update({name: torch.zeros_like(p) for name in names})
+            if p not in self.state:
+                self.state[p] = {name: torch.zeros_like(p) for name in names}
                 if "step" in names:
                     self.state[p]["step"] = torch.zeros((), device=p.device)
         return [[self.state[p][name] for p in params] for name in names]
+
+    def state_dict(self) -> dict:
+        """In torch's form: a parameter is its number, in the order of the groups."""
+        number = {p: i for i, p in enumerate(self.params)}
+        return {"state": {number[p]: state for p, state in self.state.items()},
+                "param_groups": [{**group, "params": [number[p] for p in group["params"]]}
+                                 for group in self.param_groups]}
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Raises ValueError when it is the state of other parameters."""
+        params, groups = self.params, saved["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError("its groups hold other numbers of parameters")
+        for i, state in saved["state"].items():
+            p = params[i]
+            for name, tensor in state.items():
+                if name != "step" and tensor.shape != p.shape:
+                    raise ValueError(f"{name} of parameter {i} is {tuple(tensor.shape)}, "
+                                     f"not {tuple(p.shape)}")
+            self.state[p] = {name: t.to(p.device, copy=True) for name, t in state.items()}
+        for group, old in zip(self.param_groups, groups):
+            group.update({name: value for name, value in old.items() if name != "params"})
 
     def muon(self, params: list[nn.Parameter], group: dict) -> None:
         b, (m,) = group["momentum"], self.states(params, "momentum")

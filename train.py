@@ -32,6 +32,7 @@ from generator import GENERATORS
 from layers import count_parameters
 from loop import Loop, LossOf, frozen_copy, need_equal_pieces, new_optimizer
 from losses import Adversary, Perceptual, reconstruction
+from muon import Muon
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
 from plumbing.batches import ImageStream
@@ -131,7 +132,7 @@ class Tokenizer:
             if self.saved:
                 self.adversary.load(self.saved["adversary"] or {}, self.path)
 
-    def save(self, phase: str, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, phase: str, step: int, optimizer: Muon) -> None:
         self.run.save(self.path, tokenizer_config=as_dict(self.run.tok), settings=self.fixed,
                       num_tokens=self.model.num_tokens, phase=phase, step=step,
                       results=self.results, model=self.model.state_dict(),

@@ -258,10 +258,10 @@ def load_strict(module: nn.Module, state: dict, what: str) -> None:
     module.load_state_dict(state, strict=True)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, what: str,
-                   may_be_new: bool = False) -> None:
+def load_optimizer(optimizer, state: dict, what: str, may_be_new: bool = False) -> None:
     """Load `state` into `optimizer`, or raise UserError when it belongs to other parameters.
 
+    optimizer    of torch.optim, or used alike
     may_be_new   it may be that of an optimizer that has not made a step
 
     TRAP: torch loads a state without the moments of a parameter as well, and that parameter then

@@ -1,5 +1,8 @@
 """Promises of muon.py: a step is that of each matrix alone, AdamW is torch's, a state goes on."""
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +134,26 @@ def test_muon_has_the_hidden_matrices_and_adamw_everything_else():
     code = by_number[id(tokenizer.quantizer.codebook)]
     assert (code["matrices"], code["scale"], code["weight_decay"]) == (0, 1.0, 0.0)
     assert len(by_number) == len(list(tokenizer.parameters())), "each parameter learns once"
+
+
+def test_a_state_of_other_parameters_is_refused():
+    state = Muon([dict(params=[nn.Parameter(torch.zeros(2, 3))])])
+    state.params[0].grad = torch.ones(2, 3)
+    state.step()
+    for other in ([(3, 2)], [(2, 3), (2, 3)]):
+        optimizer = Muon([dict(params=[nn.Parameter(torch.zeros(shape)) for shape in other])])
+        with pytest.raises(ValueError):
+            optimizer.load_state_dict(state.state_dict())
+
+
+def test_training_starts_without_torchs_compiler():
+    """Whoever makes an optimizer of torch.optim imports torch._dynamo, and waits for 3 s."""
+    code = ("import sys, torch, loop\n"
+            "net = torch.nn.Linear(2, 2)\n"
+            "optimizer = loop.new_optimizer(net, 'adamw', 0.0, 0.9)\n"
+            "net(torch.ones(1, 2)).sum().backward()\n"
+            "optimizer.step(), optimizer.zero_grad(), optimizer.load_state_dict("
+            "optimizer.state_dict())\n"
+            "sys.exit('torch._dynamo' in sys.modules)")
+    root = Path(__file__).parent.parent
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
