@@ -80,7 +80,11 @@ class RefineNet(nn.Module):
     """Corrections of fine codes: h (B, n², D), cells (B, n², 4C) -> (B, n², 4C), 0 where coarse.
 
     Fine cells are packed side by side first, so an image pays for the detail that it has.
+
+    everywhere   True: it looks at the codes of all cells, for an experiment; as before, only what
+                 it says of fine ones is used
     """
+    everywhere = False
 
     def __init__(self, cfg: ContentConfig, channels: int, side: int):
         super().__init__()
@@ -95,6 +99,8 @@ class RefineNet(nn.Module):
 
     def forward(self, h: Tensor, cells: Tensor, c: Tensor, grain: Tensor) -> Tensor:
         (B, N, D), C = h.shape, self.embed.in_features
+        if self.everywhere:
+            grain = torch.ones_like(grain)
         h, keep, index = pack(h, grain)                       # (B, M, D), M the most of any image
         codes = pack(cells, grain)[0].view(B, -1, 4, C)       # (B, M, 4, C)
         x = self.split(h).view(B, -1, 4, D) + self.embed(codes) + self.position[index]

@@ -113,8 +113,11 @@ class DVAE(nn.Module):
 
     They are buffers, so they are saved, loaded and fingerprinted with the weights.
     TRAP: the averaged copy of the weights has buffers of its own; set them in both (train.py).
+
+    own_maps   pixels -> grain, in place of the policy's: maps that an experiment hands in
     """
     fingerprint = ""  # of these very weights and settings; load() knows it
+    own_maps = None
 
     def __init__(self, cfg: DVAEConfig):
         super().__init__()
@@ -142,6 +145,8 @@ class DVAE(nn.Module):
         cfg, size = self.cfg, self.cfg.image_size
         need(pixels.shape[1:] == (size, size, 3),
              f"images are {tuple(pixels.shape)}, this DVAE takes (B, {size}, {size}, 3)")
+        if self.own_maps is not None:
+            return self.own_maps(pixels)
         return grain_map(pixels, cfg.cell_size, self.limit.item(), cfg.grain_policy, self.places)
 
     # --- codes

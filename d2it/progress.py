@@ -3,7 +3,7 @@
 In       a Run, a DVAE
 Out      batches of pixels; PSNR of the whole image and by the grain of its cells
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -38,15 +38,20 @@ def held_out(run: Run, limit: int | None = None) -> Iterator[tuple[Tensor, Tenso
 
 
 @torch.no_grad()
-def reconstruction_quality(run: Run, model: DVAE) -> dict:
-    """PSNR over all pixels, and over those in fine and in coarse cells; codes per image."""
+def reconstruction_quality(model: DVAE, batches: Iterable[tuple[Tensor, Tensor]],
+                           maps: Callable[[Tensor], Tensor] | None = None) -> dict:
+    """PSNR over all pixels, and over those in fine and in coarse cells; codes per image.
+
+    batches   pixels (b, S, S, 3) and labels (b,)
+    maps      whose fine cells these are (default: the model's own)
+    """
     noise = torch.Generator().manual_seed(0)
     error, count, codes, n = torch.zeros(2), torch.zeros(2), 0.0, 0
-    for pixels, _ in held_out(run):
+    for pixels, _ in batches:
         encoded = model.encode(pixels, noise)
         off = (model.decode(encoded).clamp(-1, 1) - to_float(pixels)).square().mean(dim=1).cpu()
-        S = run.configs[0].cell_size
-        fine = encoded.grain.cpu().repeat_interleave(S, dim=1).repeat_interleave(S, dim=2)
+        S, grain = model.cfg.cell_size, maps(pixels) if maps else encoded.grain
+        fine = grain.cpu().repeat_interleave(S, dim=1).repeat_interleave(S, dim=2)
         error += torch.stack([off[~fine].sum(), off[fine].sum()])
         count += torch.stack([(~fine).sum(), fine.sum()])
         codes, n = codes + count_codes(encoded.grain).sum().item(), n + len(pixels)

@@ -115,9 +115,9 @@ class Stage:
 # ------------------------------------------------------------------------------------------------
 # stage 1
 
-def train_dvae(run: Run) -> None:
+def train_dvae(run: Run, change: Callable) -> None:
     cfg = run.configs[0]
-    stage = Stage(run, 1, lambda: DVAE(cfg), dvae_config=as_dict(cfg))
+    stage = Stage(run, 1, lambda: change(DVAE(cfg)), dvae_config=as_dict(cfg))
     if stage.finished:
         return
     model, ema = stage.model, stage.ema
@@ -150,7 +150,7 @@ def train_dvae(run: Run) -> None:
     torch.manual_seed(run.train.seed)
     ema.measure(some_training_images(run))
     model.load_state_dict(ema.state_dict())
-    stage.finish(show, **reconstruction_quality(run, ema))
+    stage.finish(show, **reconstruction_quality(ema, held_out(run)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -199,12 +199,12 @@ def train_grain(run: Run) -> None:
 # ------------------------------------------------------------------------------------------------
 # stage 3
 
-def train_content(run: Run) -> None:
+def train_content(run: Run, change: Callable) -> None:
     dvae_cfg, cfg, train = run.configs
     dvae, classes = finished_dvae(run), len(run.data.classes)
-    stage = Stage(run, 3, lambda: Content(cfg, dvae_cfg.code_dim, dvae_cfg.side, classes),
-                  content_config=as_dict(cfg), channels=dvae_cfg.code_dim, side=dvae_cfg.side,
-                  dvae=dvae.fingerprint)
+    C, n = dvae_cfg.code_dim, dvae_cfg.side
+    stage = Stage(run, 3, lambda: change(Content(cfg, C, n, classes)), content_config=as_dict(cfg),
+                  channels=C, side=n, dvae=dvae.fingerprint)
     if stage.finished:
         return
 
@@ -212,7 +212,7 @@ def train_content(run: Run) -> None:
         """Held-out images, their maps, and samples under these maps: this stage by itself."""
         pixels, labels = next(held_out(run, 12))
         grain = dvae.grain_of(pixels)
-        start = grained_noise(grain, dvae_cfg.code_dim, torch.Generator().manual_seed(train.seed))
+        start = grained_noise(grain, C, torch.Generator().manual_seed(train.seed))
         z = diffusion.sample(stage.ema, start, labels, grain, classes, cfg.path, 50, 2.0)
         pixels = pixels.cpu()
         run.grid(name, [to_float(pixels), to_float(painted(pixels, grain)),
@@ -251,7 +251,13 @@ def check_belongs(run: Run) -> None:
         run.compare(run.path(name), settings(number, *run.configs))
 
 
-def main(args) -> None:
+def main(args, change_dvae: Callable = lambda dvae: dvae,
+         change_content: Callable = lambda content: content) -> None:
+    """Run the stages that args ask for.
+
+    Experiments change what is trained by two functions, which are given the new networks before
+    anything is learned.
+    """
     run = Run(args, (args.dvae, args.content, args.train))
     check_belongs(run)
     run.begin()
@@ -259,9 +265,12 @@ def main(args) -> None:
             f"({torch.get_num_threads()} threads each); images {run.data.name}: "
             f"{len(run.data):,} to learn from, {len(run.val):,} held out")
     with enough_memory("lower --batch_size or raise --accumulate, and repeat the command"):
-        for number, train_stage in ((1, train_dvae), (2, train_grain), (3, train_content)):
-            if args.stage in (None, number):
-                train_stage(run)
+        if args.stage in (None, 1):
+            train_dvae(run, change_dvae)
+        if args.stage in (None, 2):
+            train_grain(run)
+        if args.stage in (None, 3):
+            train_content(run, change_content)
     run.say(f"finished; samples: python -m d2it.sample --run {run.folder}")
     run.end()
 
