@@ -28,6 +28,7 @@ Exit     0 finished, 1 failure, 2 something to mend, 3 interrupted and saved
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -124,12 +125,20 @@ def train_stages(flags: list[str], *stages: int, **changes: Callable) -> None:
     changes   change_model, change_tokenizer of train.main
     Exits with 3 when interrupted, as train.py does.
     """
-    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    try:
+    with handlers_of_its_own():
         for stage in stages:
             stage_args = config.parse_run("", [*flags, "--stage", str(stage)])
             train.main(stage_args, **changes)
-    finally:  # nobody listens to train.py's handlers any more
+
+
+@contextlib.contextmanager
+def handlers_of_its_own():
+    """For a training program inside another one: when it is over, nobody listens to its handlers
+    any more."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
         for number, handler in before.items():
             if signal.getsignal(number) != handler:
                 signal.signal(number, handler)

@@ -119,14 +119,13 @@ def measure_tokens(inside: NativeTok, tokenizer: NativeTok | Permuted, train_arg
 class Judge:
     """The TinyCNN that judges all arms of a data set, and the held-out images as its reference.
 
-    path   of the classifier, which is trained here when it is not there yet
+    path   of the classifier, which is trained here, for `steps`, when it is not there yet
     """
 
-    def __init__(self, path: str, train_args, args, seed: int, data: ImageSet, val: ImageSet,
-                 procs: Processes):
-        size, flip = train_args.tok.image_size, train_args.train.flip
+    def __init__(self, path: str, size: int, flip: bool, steps: int, seed: int, data: ImageSet,
+                 val: ImageSet, procs: Processes):
         if not checkpoint.exists(path):
-            train_judge(path, data, val, size, flip, args.judge_steps, procs.device)
+            train_judge(path, data, val, size, flip, steps, procs.device)
         (self.net, _), self.accuracy = tinycnn_nets(path, data, procs.device)
         self.how, self.procs = Batching(batch_size=BATCH, seed=seed), procs
         self.held_out = real("held out", val, np.arange(len(val)), size, self.how)
@@ -172,8 +171,8 @@ def measure(arm: str, seed: int, source: str, train_args, args, procs: Processes
     device, folder = procs.device, train_args.run
     inside = NativeTok.of_run(source, device)
     tokenizer = in_order_of(arm, seed, inside)
-    judge_of_all = Judge(os.path.join(args.out, "tinycnn.pt"), train_args, args, seed, data, val,
-                         procs)
+    judge_of_all = Judge(os.path.join(args.out, "tinycnn.pt"), train_args.tok.image_size,
+                         train_args.train.flip, args.judge_steps, seed, data, val, procs)
     how, key = judge_of_all.how, judge_of_all.net.key
 
     # 1. Real images and reconstructions.
