@@ -171,13 +171,16 @@ class MoCET(nn.Module):
         return sum(len(group) for group in self.groups)
 
     def forward_loop(self, x_latent: Tensor, quantizer: VectorQuantizer,
-                     trace: list | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                     trace: list | None = None, force: dict[int, Tensor] | None = None
+                     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One expert after the other, slowly: the reading that tests hold forward against.
 
         trace   a list to which each layer of each expert appends its attention
                 (B, heads, N + tokens so far + 1)
+        force   {position from 0: ids (B,)}, an intervention: there these ids are said, whatever the
+                expert wanted, and the experts after it answer to them
         """
-        cfg, heads, said = self.cfg, self.cfg.expert_heads, []
+        cfg, heads, said, force = self.cfg, self.cfg.expert_heads, [], force or {}
         rows = x_latent  # (B, N, E), later followed by the tokens
         for expert in [group.expert(i) for group in self.groups for i in range(len(group))]:
             h = expert.query.expand(len(rows), -1)  # (B, E)
@@ -191,6 +194,8 @@ class MoCET(nn.Module):
                 h = x[:, -1]
             z_i = F.linear(norm(h), expert.head, expert.head_bias)  # (B, d)
             z_q_i, id_i, z_i = quantizer.quantize(z_i, quantizer.codes())
+            if len(said) in force:  # an intervention: whatever it wanted to say, it says this
+                z_q_i, id_i = quantizer.say(z_i, force[len(said)])
             rows = torch.cat([rows, self.as_prior(z_q_i, expert)], dim=1)
             said.append((z_q_i, id_i, z_i))
         z_q, ids, z = (torch.stack(parts, dim=1) for parts in zip(*said))
@@ -222,9 +227,10 @@ class MoCET(nn.Module):
     # --------------------------------------------------------------------------------------------
     # the same, fast
 
-    def forward(self, x_latent: Tensor,
-                quantizer: VectorQuantizer) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        cfg, heads, said = self.cfg, self.cfg.expert_heads, []
+    def forward(self, x_latent: Tensor, quantizer: VectorQuantizer,
+                force: dict[int, Tensor] | None = None
+                ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        cfg, heads, said, force = self.cfg, self.cfg.expert_heads, [], force or {}
         codes, cx = quantizer.codes(), norm(x_latent)  # (K, d), (B, N, E)
         prior = cx[:, :0]  # (B, 0, E) query form: prior tokens as context rows
         rows = x_latent  # (B, N, E) block form: everything so far, as it is
@@ -245,6 +251,8 @@ class MoCET(nn.Module):
                     h = x[:, -1]
                 z_i = F.linear(norm(h), expert.head, expert.head_bias)  # (B, d)
                 z_q_i, id_i, z_i = quantizer.quantize(z_i, codes)
+                if len(said) in force:
+                    z_q_i, id_i = quantizer.say(z_i, force[len(said)])
                 token = self.as_prior(z_q_i, expert)  # (B, 1, E)
                 if query_form:
                     prior = torch.cat([prior, norm(token)], dim=1)

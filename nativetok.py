@@ -59,23 +59,37 @@ class NativeTok(nn.Module):
         # Autocast may hand over bf16. Losses of pixels need more than its two to three digits.
         return self.decoder(z_q).float(), ids, losses
 
-    def tokenize(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """images (B, 3, H, W) -> z_q (B, L, d), ids (B, L), losses."""
+    def tokenize(self, images: Tensor, force: dict[int, Tensor] | None = None
+                 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """images (B, 3, H, W) -> z_q (B, L, d), ids (B, L), losses. A baseline knows no force."""
         if self.cfg.tokenizer == "nativetok":
-            return self.mocet(self.mit(images), self.quantizer)
+            return self.mocet(self.mit(images), self.quantizer, force)
         return self.titok(images, self.quantizer)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> ids (B, L). Raises UserError for images of another size."""
-        size = self.cfg.image_size
+    def encode(self, images: Tensor, force: dict[int, Tensor] | None = None) -> Tensor:
+        """images (B, 3, H, W) -> ids (B, L).
+
+        force   {position from 0: ids (B,)}, an intervention: these tokens are said, whatever the
+                image is. Later experts read them and answer; a baseline's tokens come all at
+                once, so only the forced ones change.
+        Raises UserError for images of another size, and for a position or an id that is not there.
+        """
+        size, K, force = self.cfg.image_size, self.cfg.codebook_size, force or {}
         # TRAP: larger images would give more patches than there are positions, and an error far
         # from here; patches of the same number in another shape would even run.
         need(images.shape[1:] == (3, size, size),
              f"images are {tuple(images.shape)}, this tokenizer takes (B, 3, {size}, {size})")
         # TRAP: of nan the nearest code is number 0, and nobody would see it in the ids.
         need(images.isfinite().all(), "images to encode are not finite (nan or inf)")
+        for i, said in force.items():
+            need(0 <= i < self.num_tokens and bool(((0 <= said) & (said < K)).all()),
+                 f"cannot force position {i}: positions are 0 to {self.num_tokens - 1}, "
+                 f"ids 0 to {K - 1}")
         with eval_mode(self):
-            return self.tokenize(images)[1]
+            ids = self.tokenize(images, force)[1]
+        for i, said in force.items():
+            ids[:, i] = said  # for a baseline: experts have said so already
+        return ids
 
     def decode(self, ids: Tensor) -> Tensor:
         """ids (B, k), any k from 1 to L -> images (B, 3, H, W). Raises UserError for another k."""

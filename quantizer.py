@@ -67,6 +67,13 @@ class VectorQuantizer(nn.Module):
             # Straight-through: argmax has no gradient, so that at z_q is handed to z unchanged.
             return z + (e - z).detach(), ids, z
 
+    def say(self, z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised z (..., d), ids (...) to say in the nearest ones' place -> z_q (..., d), ids.
+
+        With the nearest ones it is to the bit what quantize() returns.
+        """
+        return z + (self.lookup(ids) - z).detach(), ids
+
     def losses(self, z: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Normalised z (..., d) and its ids (...) -> unweighted losses.
 
