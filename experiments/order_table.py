@@ -207,13 +207,18 @@ def write_csv(results: dict[str, list[dict]], out: str) -> None:
             for title, row in columns(result).items():
                 line |= {f"{title}: {name}": value for name, value in row.items()}
             lines.append(line)
+    with checkpoint.replacing(os.path.join(out, "table.csv")) as file:
+        file.write(csv_text(lines).encode())
+
+
+def csv_text(lines: list[dict]) -> str:
+    """Dictionaries as lines of a CSV; a column for each name that any of them has."""
     heads = list(dict.fromkeys(name for line in lines for name in line))
     text = io.StringIO()
     writer = csv.DictWriter(text, heads, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    with checkpoint.replacing(os.path.join(out, "table.csv")) as file:
-        file.write(text.getvalue().encode())
+    return text.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------
