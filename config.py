@@ -144,6 +144,9 @@ class TrainConfig:
     # of hidden matrices, the generators' too: adamw [TiTok] or muon [ours: see muon.py]
     optimizer: str = "adamw"
     muon_learning_rate: float = 0.02  # Muon's peak; it rises and falls like learning_rate [Jordan]
+    # the codebook's learning rate, as a multiple of the others': codes that learn faster lie nearer
+    # to what is said, and that distance is what quantization costs [ours: experiments/LOG.md]
+    codebook_rate: float = 1.0
     beta2: float = 0.999  # AdamW's second decay; the first is 0.9 [TiTok]
     weight_decay: float = 1e-4  # AdamW's weight decay, on matrices only [TiTok]
     grad_clip: float = 1.0  # largest gradient norm, 0 for no limit [TiTok]
@@ -191,8 +194,8 @@ class TrainConfig:
                      "finetune_steps", "generator_steps")
         shares(self, "ema_decay")
         not_negative(self, "learning_rate", "min_learning_rate", "finetune_learning_rate",
-                     "weight_decay", "grad_clip", "muon_learning_rate", "generator_learning_rate",
-                     "generator_min_learning_rate", "generator_weight_decay", "perceptual_weight",
+                     "weight_decay", "grad_clip", "muon_learning_rate", "codebook_rate",
+                     "generator_learning_rate", "generator_min_learning_rate", "generator_weight_decay", "perceptual_weight",
                      "adversarial_weight", "warmup_steps", "generator_warmup_steps", "reseed_every",
                      "adversarial_start", "adversarial_warmup", "workers", "seed")
         for name in ("beta2", "generator_beta2"):  # at 1 the average would never take anything in
@@ -239,7 +242,8 @@ PRESETS = {
         save_every=250, sample_every=250),
     "cifar": dict(  # real 32x32 images, --data needed; about 40 minutes on 2 CPU cores
         SMALL, codebook_size=512, encoder_depth=2, decoder_depth=2, decoder_reads="attention",
-        continuous_steps=200, base_steps=2000, grow_steps=600, finetune_steps=4300,
+        codebook_rate=5.0, continuous_steps=200, base_steps=2000, grow_steps=600,
+        finetune_steps=10000,
         generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=1500,
         save_every=500, sample_every=1000),
     "imagenet-32": dict(IMAGENET, token_schedule=(32,)),

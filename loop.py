@@ -40,7 +40,7 @@ from plumbing.start import output_gone
 
 
 def new_optimizer(model: nn.Module, kind: str, weight_decay: float, beta2: float,
-                  muon_scale: float = 1.0) -> Muon:
+                  muon_scale: float = 1.0, codebook_scale: float = 1.0) -> Muon:
     """An optimizer for what learns in `model`: "adamw", or "muon" for its hidden matrices.
 
     Weight decay touches matrices only: biases, norms, positions, queries and codes map nothing.
@@ -52,7 +52,7 @@ def new_optimizer(model: nn.Module, kind: str, weight_decay: float, beta2: float
             continue
         # Experts' matrices are stacked: (n, out, in).
         decay = weight_decay if p.ndim >= 3 or (p.ndim == 2 and name.endswith("weight")) else 0.0
-        matrices, scale = 0, 1.0
+        matrices, scale = 0, codebook_scale if name.endswith("codebook") else 1.0
         if kind == "muon" and is_hidden_matrix(name, p):
             matrices, scale = 3 if "qkv" in name else 1, muon_scale
         groups.setdefault((matrices, scale, decay), []).append(p)

@@ -171,7 +171,8 @@ def train_phase(tokenizer: Tokenizer, phase: Phase, number: int, steps_before: i
     #    next one, in which other parts learn, so every phase has a new optimizer.
     freeze(model, phase.learns)
     optimizer = new_optimizer(model, train.optimizer, train.weight_decay, train.beta2,
-                              train.muon_learning_rate / (train.learning_rate or 1))
+                              train.muon_learning_rate / (train.learning_rate or 1),
+                              train.codebook_rate)
     start = saved["step"] if saved and saved["phase"] == phase.name else 0
     if start:
         checkpoint.load_optimizer(optimizer, saved["optimizer"], f"{tokenizer.path}: optimizer")

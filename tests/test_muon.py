@@ -72,6 +72,16 @@ def test_torchs_own_muon_takes_the_same_step_on_a_single_matrix():
     assert (moved - expected).norm() / expected.norm() < 0.03
 
 
+@pytest.mark.parametrize("kind", ("adamw", "muon"))
+def test_the_codebook_and_nothing_else_learns_at_its_own_rate(kind):
+    model = NativeTok(config.load_preset("tiny")[0])
+    groups = new_optimizer(model, kind, 0.0, 0.99, 7.0, 5.0).param_groups
+    scale = {id(p): group["scale"] for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        hidden = kind == "muon" and is_hidden_matrix(name, p)
+        assert scale[id(p)] == (5.0 if name == "quantizer.codebook" else 7.0 if hidden else 1.0)
+
+
 def test_adamw_is_torchs():
     torch.manual_seed(0)
     mine = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5))]
