@@ -195,9 +195,10 @@ class TrainConfig:
         shares(self, "ema_decay")
         not_negative(self, "learning_rate", "min_learning_rate", "finetune_learning_rate",
                      "weight_decay", "grad_clip", "muon_learning_rate", "codebook_rate",
-                     "generator_learning_rate", "generator_min_learning_rate", "generator_weight_decay", "perceptual_weight",
-                     "adversarial_weight", "warmup_steps", "generator_warmup_steps", "reseed_every",
-                     "adversarial_start", "adversarial_warmup", "workers", "seed")
+                     "generator_learning_rate", "generator_min_learning_rate",
+                     "generator_weight_decay", "perceptual_weight", "adversarial_weight",
+                     "warmup_steps", "generator_warmup_steps", "reseed_every", "adversarial_start",
+                     "adversarial_warmup", "workers", "seed")
         for name in ("beta2", "generator_beta2"):  # at 1 the average would never take anything in
             value = getattr(self, name)
             need(0 <= value < 1, f"{name} {value} must be 0 or above, and below 1")
