@@ -10,6 +10,8 @@ BIN    := .venv/bin
 RUN    := runs/demo
 D2IT   := runs/demo-d2it
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# a process per core, each with tests of its own (pytest-xdist); plain pytest runs them too
+SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo demo-d2it test test-faults lint clean
 
@@ -28,11 +30,11 @@ demo-d2it: .venv/ready
 		--judge $(D2IT)/tinycnn.pt --train_features 300 --json $(D2IT)/summary.json
 	$(BIN)/python -m d2it.explain --run $(D2IT)
 
-test: .venv/ready
-	$(BIN)/python -m pytest -q
+test: .venv/ready-dev
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
-test-faults: .venv/ready
-	$(BIN)/python -m pytest -q -m faults
+test-faults: .venv/ready-dev
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m faults
 
 lint: .venv/ready-dev
 	$(BIN)/python -m ruff check .

@@ -164,27 +164,38 @@ class Batches:
         skipped = set()
         with stop_signals_blocked() if workers else contextlib.nullcontext():
             batches = iter(loader)
-        while True:
-            try:
-                images, labels, errors, failure = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if "DataLoader timed out" not in str(error):
-                    raise
-                raise UserError(
-                    f"no batch came from {workers} data workers in {timeout} seconds; is the disk "
-                    f"that slow, or {SHARED} full? {MEND_SHARED}, or raise --timeout") from None
-            need(not failure, failure)
-            for error in errors:
-                if self.limit and error not in skipped:
-                    print(f"skipped {error}", file=sys.stderr)
-                skipped.add(error)
-            if len(skipped) > self.limit:
-                raise UserError(errors[-1] + self.advice if not self.limit else
-                                f"{len(skipped)} of {len(self.dataset)} images cannot be read, "
-                                "more than 1%; mend the data")
-            yield images, labels
+        try:
+            while True:
+                batch = wait_for(batches, workers, timeout)
+                if batch is None:
+                    return
+                images, labels, errors, failure = batch
+                need(not failure, failure)
+                for error in errors:
+                    if self.limit and error not in skipped:
+                        print(f"skipped {error}", file=sys.stderr)
+                    skipped.add(error)
+                if len(skipped) > self.limit:
+                    raise UserError(errors[-1] + self.advice if not self.limit else
+                                    f"{len(skipped)} of {len(self.dataset)} images cannot be read, "
+                                    "more than 1%; mend the data")
+                yield images, labels
+        finally:
+            # Now, so that its workers are told to end. An error that holds this frame would leave
+            # it to the garbage collector, which takes their queues first and waits 5 s for each.
+            del batches
+
+
+def wait_for(batches, workers: int, timeout: int):
+    """The next of DataLoader's batches, or None at their end; UserError when none comes in time."""
+    try:
+        return next(batches, None)
+    except RuntimeError as error:
+        if "DataLoader timed out" not in str(error):
+            raise
+        raise UserError(
+            f"no batch came from {workers} data workers in {timeout} seconds; is the disk that "
+            f"slow, or {SHARED} full? {MEND_SHARED}, or raise --timeout") from None
 
 
 # ------------------------------------------------------------------------------------------------

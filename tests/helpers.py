@@ -1,12 +1,19 @@
-"""What several test files need: images to feed in, and what a UserError must look like."""
+"""What several test files need: images to feed in, programs to start, what a UserError is like."""
 import copy
 import io
 import itertools
 import json
+import multiprocessing
+import os
+import runpy
 import signal
+import socket
+import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +26,7 @@ from plumbing import checkpoint
 from plumbing.datasets import open_images
 from plumbing.flags import UserError
 
+ROOT = Path(__file__).parent.parent
 RED = (200, 30, 60)
 # train.py's flags for a run of seconds, with every phase in it.
 SMALL = ("--preset tiny --encoder_width 32 --encoder_heads 2 --expert_width 32 --expert_heads 2 "
@@ -146,3 +154,78 @@ def interrupt_at(monkeypatch, phase: str, step: int) -> None:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(checkpoint, "append_jsonl", write_and_interrupt)
+
+
+# ------------------------------------------------------------------------------------------------
+# programs, as their users start them
+
+# A server imports torch once and forks for each program: that saves 3 s of every start. A process
+# that has run tests is no good to fork: it has threads, patches and settings.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "numpy", "PIL.Image", "tqdm"])
+
+
+def run_as_main(words: list[str], folder: str, said: str, environment: dict[str, str]) -> None:
+    """In the child: `python WORDS...` in `folder`, its output to the files said.out, said.err."""
+    for number, ending in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(said + ending, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    os.environ.update(environment)
+    os.chdir(folder)
+    import torch
+    torch.set_num_threads(1)
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+def start_program(*words, folder=ROOT, said="", **environment: str):
+    """`python WORDS...` in a process of its own, a multiprocessing.Process that has been started.
+
+    said   what files its output goes to, less .out and .err
+    """
+    said = str(said) or os.path.join(tempfile.mkdtemp(), "said")
+    child = SERVER.Process(target=run_as_main, args=(list(map(str, words)), str(folder), said,
+                                                     environment))
+    child.start()
+    child.said = said
+    return child
+
+
+def ended(child, timeout: float = 120) -> SimpleNamespace:
+    """Wait for a started program -> .returncode .stdout .stderr"""
+    child.join(timeout)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+    texts = [Path(child.said + ending) for ending in (".out", ".err")]
+    out, err = (path.read_text("utf-8", "replace") if path.exists() else "" for path in texts)
+    for path in texts:
+        path.unlink(missing_ok=True)
+    return SimpleNamespace(returncode=child.exitcode, stdout=out, stderr=err)
+
+
+def program(*words, **options) -> SimpleNamespace:
+    """`python WORDS...` to its end, as subprocess.run(capture_output=True) gives it."""
+    return ended(start_program(*words, **options))
+
+
+def ranks(n: int, *words, **options) -> list[SimpleNamespace]:
+    """The same on n processes, with the environment that torchrun gives each."""
+    place = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
+                 MASTER_PORT=str(free_port()))
+    children = [start_program(*words, RANK=str(rank), LOCAL_RANK=str(rank), **place, **options)
+                for rank in range(n)]
+    return [ended(child) for child in children]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

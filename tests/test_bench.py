@@ -1,11 +1,8 @@
 """Promises of bench.py and timing.py: both sides are measured in turn, targets are compared the
 right way round, waiting is told from working."""
 import json
-import subprocess
-import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +10,8 @@ import torch
 from experiments import bench
 from experiments.bench import waiting
 from experiments.timing import Bench, in_child
-from helpers import refused
+from helpers import program, refused
 
-ROOT = Path(__file__).parent.parent
 
 
 def small(**changes) -> Bench:
@@ -75,8 +71,7 @@ def test_a_row_by_itself_writes_json_with_device_command_and_result(tmp_path, mo
 
 
 def test_an_unknown_row_gets_one_line():
-    done = subprocess.run([sys.executable, "-m", "experiments.bench", "--rows", "speed"],
-                          cwd=ROOT, capture_output=True, text=True)
+    done = program("-m", "experiments.bench", "--rows", "speed")
     assert done.returncode == 2
     assert "query_block" in done.stderr and done.stderr.count("\n") == 1
 

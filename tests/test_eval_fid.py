@@ -2,10 +2,7 @@
 import contextlib
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +14,11 @@ import sample
 from evaluation import judging
 from evaluation.judging import Batching, FeatureNet, FeatureStats, Reference, extract
 from evaluation.tinycnn import random_twin
+from helpers import ranks
 from plumbing.start import main_with_user_errors
 from plumbing.datasets import open_images
 from plumbing.processes import Processes
 
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +146,8 @@ def test_two_processes_give_the_numbers_of_one(run, tmp_path):
     one = rows(run, tmp_path)
     flags = ["--run", run, "--num_samples", 20, "--json", tmp_path / "two.json",
              "--device", "cpu", "--batch_size", 16]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                "--master_port=29617", "--"]
-    done = subprocess.run([*torchrun, "eval_fid.py", *map(str, flags)], cwd=ROOT, timeout=120,
-                          capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    for rank in ranks(2, "eval_fid.py", *flags):
+        assert rank.returncode == 0, rank.stderr
     two = {row["name"]: row for row in json.loads((tmp_path / "two.json").read_text())["rows"]}
     assert list(one) == list(two)
     for name, row in one.items():

@@ -2,8 +2,6 @@
 as they claim, records say where they come from."""
 import inspect
 import json
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -15,17 +13,15 @@ from PIL import Image
 import config
 import train
 from experiments import photos, trials
-from helpers import some_shapes
+from helpers import ROOT, program, some_shapes
 from nativetok import NativeTok
 from plumbing.datasets import open_images
 from plumbing.flags import as_dict, as_flags
 
-ROOT = Path(__file__).parent.parent
 
 
-def call(name: str, *flags) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", f"experiments.{name}", *map(str, flags)],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+def call(name: str, *flags):
+    return program("-m", f"experiments.{name}", *flags)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,10 +1,7 @@
 """Promises of losses.py: every loss equals its formula, each gradient reaches whom it should."""
 import math
-import os
-import subprocess
 import sys
 import types
-from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -12,9 +9,9 @@ import torch
 from torch import nn
 
 import losses
+from helpers import ranks
 from plumbing.flags import UserError
 
-ROOT = Path(__file__).parent.parent
 
 
 def pair(size: int = 32, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,9 +294,9 @@ def test_lecam_pulls_the_logits_and_not_the_anchors():
 
 
 TWO_RANKS = """
-import sys, torch, torch.distributed as dist, losses
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+import torch, torch.distributed as dist, losses
+dist.init_process_group("gloo")
+rank = dist.get_rank()
 lecam = losses.LeCam(decay=0.5)
 lecam.update(torch.tensor([1. + rank]), torch.tensor([-4. * rank]))
 print(lecam.real_anchor.item(), lecam.fake_anchor.item())
@@ -307,21 +304,6 @@ dist.destroy_process_group()
 """
 
 
-def test_lecam_anchors_are_averaged_over_ranks(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "meeting")],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    try:
-        # The last line: some versions of gloo say that they are connected, on stdout.
-        said = [rank.communicate(timeout=60)[0].splitlines()[-1] for rank in ranks]
-        assert said == ["0.75 -1.0"] * 2
-    finally:
-        for rank in ranks:
-            rank.kill()
+def test_lecam_anchors_are_averaged_over_ranks():
+    # The last line: some versions of gloo say that they are connected, on stdout.
+    assert [rank.stdout.splitlines()[-1] for rank in ranks(2, "-c", TWO_RANKS)] == ["0.75 -1.0"] * 2

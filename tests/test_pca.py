@@ -1,14 +1,10 @@
 """experiments/pca.py, the yardstick: quantizers as good as known ones, bits dealt out well."""
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 
 from experiments import pca
-from helpers import some_shapes
+from helpers import program, some_shapes
 
-ROOT = Path(__file__).parent.parent
 
 
 def test_levels_for_a_normal_variable_are_lloyd_and_maxs():
@@ -29,9 +25,7 @@ def test_every_value_gets_its_nearest_level():
 
 def test_more_bits_give_more_decibels_and_images_without_bits_are_their_mean(tmp_path):
     data = some_shapes(tmp_path / "shapes.npz", 400)
-    done = subprocess.run([sys.executable, "-m", "experiments.pca", "--data", data,
-                           "--image_size", "8", "--bits", "4", "16", "64"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = program("-m", "experiments.pca", "--data", data, "--image_size", 8, "--bits", 4, 16, 64)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.strip().splitlines()]
     assert [int(line[0]) for line in lines] == [4, 16, 64]

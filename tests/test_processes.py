@@ -3,14 +3,13 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import refused
+from helpers import program, refused
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from plumbing import processes
@@ -94,8 +93,7 @@ def test_where_there_are_no_locks_it_says_so_and_goes_on(tmp_path, monkeypatch, 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak")
 def test_peak_memory_is_that_since_the_reset_and_counts_what_is_gone_again():
     """In a process of its own: what others have left behind here would be used again."""
-    done = subprocess.run([sys.executable, "-c", PEAKS], cwd=Path(__file__).parent.parent,
-                          capture_output=True, text=True)
+    done = program("-c", PEAKS)
     assert done.returncode == 0, done.stderr
 
 
@@ -297,7 +295,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_memory_is_used_again_instead_of_being_fetched_anew():
     faults = {}
     for way in ("plain", "keep"):
-        done = subprocess.run([sys.executable, "-c", PAGE_FAULTS, way], capture_output=True,
-                              text=True, check=True, cwd=Path(__file__).parent.parent)
+        done = program("-c", PAGE_FAULTS, way)
         faults[way] = int(done.stdout)
     assert faults["keep"] < 1000 and faults["keep"] <= faults["plain"], faults

@@ -1,16 +1,12 @@
 """Promises of quantizer.py: the nearest code, gradients for whom they are, no code stays dead."""
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from config import TokenizerConfig
+from helpers import ranks
 from quantizer import VectorQuantizer, shared_sample, usage
 
-ROOT = Path(__file__).parent.parent
 K, d = 16, 4
 
 
@@ -248,9 +244,8 @@ TWO_RANKS = """
 import sys, torch, torch.distributed as dist
 from config import TokenizerConfig
 from quantizer import VectorQuantizer
-torch.set_num_threads(1)
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
 quantizer = VectorQuantizer(TokenizerConfig(codebook_size=16, code_dim=4))
 torch.manual_seed(0)
 quantizer.codebook.data = torch.nn.functional.normalize(torch.randn(16, 4), dim=-1)
@@ -261,22 +256,15 @@ near_codes = before[[2 * rank] * 4]
 quantizer(near_codes + 0.01 * torch.randn(4, 4))
 moved = quantizer.reseed()
 torch.save({"before": before, "moved": moved, "after": quantizer.codebook.detach(),
-            "recent": quantizer.recent}, f"{sys.argv[2]}-{rank}")
+            "recent": quantizer.recent}, f"{sys.argv[1]}-{rank}")
 dist.destroy_process_group()
 """
 
 
 def test_two_processes_reseed_the_same_codes_onto_the_same_vectors_of_both(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", TWO_RANKS]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "meeting")], env=environment)
-             for rank in range(2)]
-    try:
-        assert [process.wait(timeout=60) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-    one, two = (torch.load(tmp_path / f"meeting-{rank}", weights_only=True) for rank in range(2))
+    done = ranks(2, "-c", TWO_RANKS, tmp_path / "of")
+    assert [rank.returncode for rank in done] == [0, 0], done
+    one, two = (torch.load(tmp_path / f"of-{rank}", weights_only=True) for rank in range(2))
     assert torch.equal(one["after"], two["after"]) and torch.equal(one["moved"], two["moved"])
     assert one["moved"].tolist() == [False] * 3 + [True] * 13, "a code that one process used stays"
     assert torch.equal(one["after"][:3], one["before"][:3])

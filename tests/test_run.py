@@ -1,19 +1,18 @@
 """plumbing/run.py: what belongs to a run folder, who may write there, what is refused and how."""
-import itertools
 import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import loop
-from helpers import SMALL, some_shapes, train_shapes
+from helpers import ROOT, SMALL, program, some_shapes, start_program, train_shapes
 from plumbing import checkpoint
 from plumbing.flags import UserError
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick")
 
 # ------------------------------------------------------------------------------------------------
@@ -46,22 +45,16 @@ def test_moved_images_are_the_same_images(finished, data, tmp_path):
 
 def test_a_folder_has_one_writer(data, tmp_path):
     """The second program is turned away at its start; what the first writes stays its own."""
-    command = [sys.executable, "train.py", *SMALL, "--run", str(tmp_path), "--data", data]
-    first = subprocess.Popen(
-        [*command, "--base_steps", "2000"],
-        cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command = ["train.py", *SMALL, "--run", tmp_path / "run", "--data", data]
+    first = start_program(*command, "--base_steps", 2000)
     try:
-        assert "base: 2 tokens" in "".join(itertools.islice(first.stdout, 7))
-        second = subprocess.run([*command, "--seed", "1"], cwd=ROOT, capture_output=True, text=True)
+        while not (tmp_path / "run" / "log.jsonl").exists() and first.is_alive():
+            time.sleep(0.05)
+        second = program(*command, "--seed", 1)
         assert second.returncode == 2 and str(first.pid) in second.stderr, second.stderr
-        assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
     finally:
         first.kill()
-        first.communicate()
 
 
 def test_a_closed_pipe_saves_and_stops(data, tmp_path):
@@ -115,12 +108,7 @@ def test_what_cannot_work_is_said_in_one_line(data, tmp_path, flags, message):
     ],
 )
 def test_a_wrong_command_ends_with_code_2_and_one_line(tmp_path, flags, message):
-    done = subprocess.run(
-        [sys.executable, "train.py", "--preset", "tiny", "--run", str(tmp_path / "run"), *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = program("train.py", "--preset", "tiny", "--run", tmp_path / "run", *flags)
     assert (
         done.returncode == 2
         and message in done.stderr

@@ -2,8 +2,6 @@
 import contextlib
 import io
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from PIL import Image
 import sample
 from config import GeneratorConfig, TokenizerConfig
 from generator import GENERATORS
-from helpers import encoded, noise, put
+from helpers import encoded, noise, program, put
 from losses import psnr
 from nativetok import NativeTok
 from plumbing import checkpoint
@@ -357,15 +355,11 @@ def test_a_gpu_that_is_not_there_is_one_line(run):
 # ------------------------------------------------------------------------------------------------
 # as a program
 
-def program(*flags) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, Path(sample.__file__), *map(str, flags)],
-                          capture_output=True, text=True, timeout=120)
-
-
 def test_the_program_writes_what_it_says_and_exits_with_2_on_an_unknown_class(run, tmp_path):
-    done = program("--run", run, "--device", "cpu", "--out", tmp_path, "--classes", "dog")
+    flags = ["--run", run, "--device", "cpu", "--out", tmp_path]
+    done = program("sample.py", *flags, "--classes", "dog")
     path = tmp_path / "sample-ar.png"
     assert done.returncode == 0 and str(path) in done.stdout and path.exists()
-    done = program("--run", run, "--device", "cpu", "--classes", "dgo")
+    done = program("sample.py", "--run", run, "--device", "cpu", "--classes", "dgo")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "'dog'" in done.stderr

@@ -1,7 +1,5 @@
 """train.py and loop.py: phases, steps, exact resume, several processes."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +9,19 @@ import config
 import loop
 import train
 from config import CONFIGS
-from helpers import SMALL, interrupt_at, rows, same_content, train_shapes, without_times
+from helpers import (
+    SMALL,
+    interrupt_at,
+    ranks,
+    rows,
+    same_content,
+    train_shapes,
+    without_times,
+)
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
 from plumbing.flags import UserError, build
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick")
 
 
@@ -168,24 +173,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run(
 
 def test_two_processes_go_on_where_one_stopped(data, tmp_path):
     train_shapes(tmp_path, data, "--stage", "1")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_port=29611",
-        "--",
-        "train.py",
-        *SMALL,
-        "--run",
-        str(tmp_path),
-        "--data",
-        data,
-        "--stage",
-        "2",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in ranks(2, "train.py", *SMALL, "--run", tmp_path, "--data", data, "--stage", 2):
+        assert rank.returncode == 0, rank.stderr[-2000:]
     assert list(checkpoint.load(tmp_path / "tokenizer.pt")["results"]) == [
         "base",
         "grow-4",
