@@ -183,6 +183,21 @@ def test_two_processes_go_on_where_one_stopped(data, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("optimizer", ("muon", "adamw"))
+def test_two_processes_take_the_steps_of_one(data, tmp_path, optimizer):
+    """Up to rounding, where the loss is a mean over images: the entropy term and the redrawing of
+    codes look at the batch of a process."""
+    flags = ["--optimizer", optimizer, "--stage", "1", "--base_steps", "4", "--tail_drop", "0",
+             "--continuous_steps", "0", "--entropy_weight", "0", "--reseed_every", "0"]
+    train_shapes(tmp_path / "one", data, *flags)
+    command = ["train.py", *SMALL, "--run", tmp_path / "two", "--data", data, *flags]
+    for rank in ranks(2, *command):
+        assert rank.returncode == 0, rank.stderr[-2000:]
+    one, two = (checkpoint.load(tmp_path / run / "tokenizer.pt")["model"] for run in ("one", "two"))
+    for name, weights in one.items():  # a step of Muon moves them by about 1e-2
+        assert torch.allclose(weights, two[name], atol=2e-4), name
+
+
 def strict_rows(folder):
     """The log as a program reads it that takes JSON at its word."""
 
