@@ -1,7 +1,8 @@
 """Measuring times fairly: ways in turn, medians, the machine's own peaks, children for memory.
 
 In       functions to be timed
-Out      Bench: .seconds(), .row(), and .rows, what bench.py prints and keeps; in_child()
+Out      Bench: .seconds(), .row(), and .rows, what bench.py prints and keeps; in_child();
+         Operations: what torch calls inside a with, how often, and for how long
 """
 import functools
 import json
@@ -9,10 +10,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from plumbing.flags import need
 from plumbing.processes import Processes
@@ -72,6 +75,24 @@ class Bench:
         a = torch.randn(8192, 8192, device=self.device)
         x = torch.randn(8192, device=self.device)
         return a.numel() * 4 / self.seconds(partial(torch.mv, a, x), repeats=7)[0]
+
+
+class Operations(TorchDispatchMode):
+    """with Operations() as done: .calls and .seconds of each operation by name, gradients included.
+
+    Seconds are those of the calling thread's clock on a CPU; a GPU works on after a call.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.seconds = Counter(), Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        began = time.perf_counter()
+        result = operation(*args, **(kwargs or {}))
+        self.seconds[str(operation)] += time.perf_counter() - began
+        self.calls[str(operation)] += 1
+        return result
 
 
 def in_child(bench: Bench, module: str, *what) -> list[float]:
