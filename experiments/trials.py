@@ -1,7 +1,7 @@
 """Small trials: one change at a time against one base, before a long run is spent on it.
 
-The base is CIFAR-10-sized: 16 tokens from the start, experts of width 64, 800 steps; then 600 steps
-of a small AR generator. These are leads, not results: short runs, one seed unless --seeds says
+The base is the preset cifar, shorter: 16 tokens from the start, 800 steps; then 400 steps of a
+small AR generator. These are leads, not results: short runs, one seed unless --seeds says
 more. Differences below 0.2 dB mean little.
 
 Run      python -m experiments.trials --data cifar10/train --val_data cifar10/test       all of them
@@ -29,11 +29,10 @@ from plumbing.flags import Parser, as_flags, choose
 from plumbing.processes import Processes, provenance
 
 BASE = dict(
-    token_schedule=(16,), expert_width=64, base_steps=800, continuous_steps=150, flip=False,
-    tail_drop=0.0, generators="ar", generator_width=192, generator_batch_size=32,
-    generator_dropout=0.0, generator_steps=600, sample_every=100000)
-GROWN = dict(token_schedule=(8, 12, 16), base_steps=240, grow_steps=60, finetune_steps=440)
-BRIEF = dict(token_schedule=(8, 12, 16), base_steps=500, grow_steps=110, finetune_steps=80)
+    token_schedule=(16,), base_steps=800, continuous_steps=130, generators="ar",
+    generator_width=128, generator_steps=400, sample_every=100000)
+GROWN = dict(token_schedule=(4, 8, 16), base_steps=200, grow_steps=60, finetune_steps=480)
+BRIEF = dict(token_schedule=(4, 8, 16), base_steps=500, grow_steps=110, finetune_steps=80)
 DETACHED = "no gradient through the prefix"  # the model's setting, not one of train.py's
 TRIALS = {  # name: settings of train.py that differ from BASE
     "base": {},
@@ -41,6 +40,8 @@ TRIALS = {  # name: settings of train.py that differ from BASE
     "experts of two layers": dict(expert_depth=2),
     "experts twice as wide": dict(expert_width=128),
     "MIT twice as deep": dict(encoder_depth=4),
+    "AdamW": dict(optimizer="adamw", learning_rate=1e-3),
+    "one rate for all": dict(codebook_rate=1.0),
     "no entropy term": dict(entropy_weight=0.0),
     "grown, long fine-tune": GROWN,
     "grown, brief fine-tune": BRIEF,
