@@ -9,8 +9,8 @@ Out      .loss(ids, labels)            -> scalar, dict of detached tensors
          .sample(labels, ...)          -> ids (B, L)
 Differs  - positions are both rotary and learned, see Generator
          - scale 1 is plain guidance; TiTok counts from there in its constant and its linear ramp,
-           so its guidance_scale 3.0 is 4.0 here (its power-cosine ramp counts as we do)
-         - the guidance ramp ends at its scale; TiTok's linear one stops one step short of it
+           so its guidance_scale 3.0 is 4.0 here (its power-cosine ramp counts as we do); our ramp
+           ends at its scale, TiTok's linear one stops one step short of it
          - MaskGIT's tokens are drawn at `temperature`; TiTok heats them like the confidences, so
            its randomize_temperature of 9.5 to 11 does not carry over
 Try      python generator.py           (CPU, about a second)
@@ -25,13 +25,15 @@ No pixels here, only ids. What a row of the transformer reads, and below it what
 """
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import GeneratorConfig
-from layers import KVCache, LlamaBlock, RMSNorm, eval_mode, rotary_table
+from layers import KVCache, LlamaBlock, RMSNorm, eval_mode, few_rows, join_w1_w3, rotary_table
 from plumbing import checkpoint
 from plumbing.flags import need
 
@@ -44,10 +46,7 @@ def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
 
 
 def gumbel(shape, generator: torch.Generator | None, device) -> Tensor:
-    """Standard Gumbel noise, float32, on `device`.
-
-    It is drawn on the generator's own device, so a CPU generator serves every machine alike.
-    """
+    """Standard Gumbel noise, float32; drawn where the generator is, so that a CPU's serves all."""
     u = torch.rand(shape, generator=generator, device=generator.device if generator else device)
     # TRAP: torch.rand can return 0; its noise is -inf, and annealed to 0 * -inf it is NaN.
     return -torch.log(-torch.log(u.clamp_min(1e-20))).to(device)
@@ -75,10 +74,7 @@ def top_k_top_p(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 def sample_from(logits: Tensor, generator: torch.Generator | None, temperature: float = 1.0,
                 top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """logits (..., K) -> ids (...) drawn from softmax(logits / temperature).
-
-    Temperature 0 takes the likeliest.
-    """
+    """logits (..., K) -> ids (...) drawn from softmax(logits / temperature); 0: the likeliest."""
     need(temperature >= 0, f"temperature {temperature} must be 0 (the likeliest token) or above")
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -102,6 +98,8 @@ class Generator(nn.Module):
     """
     causal: bool              # does a row see earlier rows only?
     options: tuple[str, ...]  # the settings of sample() that a command line can give
+    compiled = False          # compile() sets these for an object
+    block_newest = staticmethod(LlamaBlock.newest)
 
     def __init__(self, cfg: GeneratorConfig, num_tokens: int, codebook_size: int, num_classes: int):
         super().__init__()
@@ -126,7 +124,7 @@ class Generator(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Everything is normal with std 0.02 [GPT-2, LlamaGen]: the first loss is close to log K.
+        """Everything is normal with std 0.02 [GPT-2]: the first loss is close to log K.
 
         That includes the head, which LlamaGen starts from zero [ours; no record is kept of trials].
         """
@@ -134,45 +132,41 @@ class Generator(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-        # 2 * depth branches add to the residual stream; scaled like this, their sum has the
-        # variance of one [GPT-2].
+        # Scaled like this the sum of all 2 * depth branches has the variance of one [GPT-2].
         for block in self.blocks:
             for branch in (block.attention.out, block.mlp.w2):
                 nn.init.normal_(branch.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
 
-    def forward(self, labels: Tensor, ids: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """labels (B,), ids (B, T) -> logits (B, 1+T, K).
-
-        Row 0 stands at the class, row t at token t. With caches (one per block) only the rows that
-        are not cached yet are computed and returned.
-        """
-        done = caches[0].length if caches else 0
-        # R = 1+T - done rows are new; row 0 is the class.
-        if done:
-            x = self.token(ids[:, done - 1:])  # (B, R, D)
-        else:
-            x = torch.cat([self.label(labels)[:, None], self.token(ids)], dim=1)  # (B, R, D)
-        x = x + self.position[done:done + x.shape[1]]
-        rotary = self.rotary[done:done + x.shape[1]]  # (R, D/heads/2, 2)
-        for i, block in enumerate(self.blocks):
-            x = block(x, rotary, self.causal, caches[i] if caches else None)
+    def forward(self, labels: Tensor, ids: Tensor) -> Tensor:
+        """labels (B,), ids (B, T) -> logits (B, 1+T, K): of the class, then of each token."""
+        x = torch.cat([self.label(labels)[:, None], self.token(ids)], dim=1)  # (B, R, D)
+        x = x + self.position[:x.shape[1]]
+        for block in self.blocks:
+            x = block(x, self.rotary[:x.shape[1]], self.causal)
         return self.head(self.norm(x))  # (B, R, K)
 
     def guided(self, labels: Tensor, ids: Tensor, scale: float,
-               caches: list[KVCache] | None = None) -> Tensor:
-        """forward() under guidance, in float32.
+               forward: Callable | None = None) -> Tensor:
+        """forward() under guidance, in float32: at scale 1 as it is, else both halves as one batch.
 
-        At scale 1 it is forward(); else both halves run as one batch.
+        forward   to be called in its place; see ARGenerator.newest
         """
+        forward = forward or self
         if scale == 1:
-            logits = self(labels, ids, caches).float()
+            logits = forward(labels, ids).float()
         else:
             no_class = torch.full_like(labels, self.num_classes)
-            both = self(torch.cat([labels, no_class]), torch.cat([ids, ids]), caches)  # (2B, R, K)
+            both = forward(torch.cat([labels, no_class]), torch.cat([ids, ids]))  # (2B, R, K)
             logits = guide(*both.float().chunk(2), scale)
         # TRAP: the argmax of nan is a valid id.
         need(logits.isfinite().all(), f"logits at cfg_scale {scale:g} are not finite (nan or inf)")
         return logits
+
+    def compile(self) -> None:
+        """From now on blocks run compiled. One is, when it is first called; all share its code."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self.block_newest, self.compiled = torch.compile(LlamaBlock.newest, dynamic=False), True
 
     def hide_labels(self, labels: Tensor) -> Tensor:
         """In training a share of labels becomes "no class", for guidance's unconditional side."""
@@ -189,7 +183,7 @@ class Generator(nn.Module):
 
     @staticmethod
     def load(path) -> "ARGenerator | MaskGITGenerator":
-        """Rebuild a generator from its checkpoint alone, with the averaged weights, in eval mode.
+        """A generator from its checkpoint alone, with the averaged weights, in eval mode.
 
         Raises UserError for a checkpoint that holds something else (a tokenizer, say).
         """
@@ -198,17 +192,14 @@ class Generator(nn.Module):
              f"{path} holds no generator; try generator-ar.pt or generator-maskgit.pt")
         Kind, cfg = GENERATORS[saved["kind"]], GeneratorConfig(**saved["generator_config"])
         model = Kind(cfg, saved["num_tokens"], saved["codebook_size"], len(saved["classes"]))
-        checkpoint.load_strict(model, saved["ema"], f"generator weights in {path}")
+        checkpoint.load_strict(model, join_w1_w3(saved["ema"]), f"generator weights in {path}")
         model.classes, model.tokenizer_fingerprint = saved["classes"], saved["tokenizer"]
         return model.eval()
 
     @staticmethod
     def of_run(folder: str, kind: str, tokenizer: nn.Module,
                device: torch.device) -> "ARGenerator | MaskGITGenerator":
-        """The run's generator of this kind.
-
-        Raises UserError unless it has learned the ids of this very tokenizer.
-        """
+        """The run's, of this kind. Raises UserError unless it has learned this tokenizer's ids."""
         path = os.path.join(folder, f"generator-{kind}.pt")
         train = f"python train.py --run {folder} --stage 3"
         need(checkpoint.exists(path), f"{folder} has no {kind} generator; train it: {train}")
@@ -228,10 +219,8 @@ class ARGenerator(Generator):
     options = ("cfg_scale", "temperature", "top_k", "top_p")
 
     def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
-        """Mean cross-entropy in nats, and "nll_by_position" (L,).
-
-        That says how hard each token is to predict from those before. The sum over positions is
-        the cost of an image; an order that helps the generator makes it small.
+        """Mean cross-entropy in nats, and "nll_by_position" (L,): how hard each token is to predict
+        from those before. Their sum, the cost of an image, is small in an order that helps.
         """
         logits = self(self.hide_labels(labels), ids[:, :-1])  # (B, L, K)
         nll = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none")
@@ -248,12 +237,13 @@ class ARGenerator(Generator):
         or a setting out of range.
         """
         self.check(labels)
-        ids = labels.new_empty(len(labels), 0)
-        halves = 1 if cfg_scale == 1 else 2  # see guided()
-        caches = self.new_caches(halves * len(labels)) if use_cache else None
+        ids, forward = labels.new_empty(len(labels), 0), self
+        if use_cache:
+            halves = 1 if cfg_scale == 1 else 2  # see guided()
+            forward = partial(self.newest, caches=self.new_caches(halves * len(labels)))
         with eval_mode(self):
             for _ in range(self.num_tokens):
-                logits = self.guided(labels, ids, cfg_scale, caches)[:, -1]  # (B, K)
+                logits = self.guided(labels, ids, cfg_scale, forward)[:, -1]  # (B, K)
                 new = sample_from(logits, generator, temperature, top_k, top_p)  # (B,)
                 ids = torch.cat([ids, new[:, None]], dim=1)  # (B, T) -> (B, T+1)
         return ids
@@ -263,14 +253,25 @@ class ARGenerator(Generator):
         heads, device, dtype = self.cfg.generator_heads, self.position.device, self.position.dtype
         return [KVCache(batch, heads, rows, D // heads, device, dtype) for _ in self.blocks]
 
+    def newest(self, labels: Tensor, ids: Tensor, caches: list[KVCache]) -> Tensor:
+        """The last row of forward(), (B, 1, K), when those before it are in the caches: fast."""
+        T, L = ids.shape[1], len(self.position)
+        x = self.token(ids[:, -1]) if T else self.label(labels)  # (B, D)
+        t, seen, mask = torch.tensor([T], device=x.device), T + 1, None
+        if self.compiled:  # one shape for all steps
+            seen, mask = L, torch.where(torch.arange(L, device=x.device) <= t, 0.0, -math.inf)
+        x = x + self.position[t]
+        for block, cache in zip(self.blocks, caches):
+            x = self.block_newest(block, x, self.rotary[t], cache, t, seen, mask)
+        return few_rows(self.norm(x), self.head.weight)[:, None]
+
 
 # ------------------------------------------------------------------------------------------------
 # MaskGIT: predict all masked tokens at once, keep the confident ones, repeat
 
 def random_masks(batch: int, length: int, device=None) -> Tensor:
-    """bool (B, L), True is masked: at least one token of each row [TiTok].
+    """bool (B, L), True is masked: arccos(u) / (pi/2) of a row, u ~ U(0, 1), at least one [TiTok].
 
-    The masked share of a row is arccos(u) / (pi/2) with u ~ U(0, 1).
     On average 64% are masked; many rows are masked almost fully, as at the start of sampling.
     """
     share = torch.acos(torch.rand(batch, 1, device=device)) / (math.pi / 2)
@@ -281,10 +282,9 @@ def random_masks(batch: int, length: int, device=None) -> Tensor:
 
 
 def mask_schedule(length: int, steps: int) -> list[int]:
-    """How many tokens are still masked after each step [TiTok].
+    """How many tokens are still masked after each step: L arccos(progress) / (pi/2) [TiTok].
 
-    It is L arccos(progress) / (pi/2), rounded down. Every step reveals at least one token, the last
-    step all that are left. Raises UserError if that cannot be.
+    Every step reveals at least one, the last all that are left. Raises UserError if that cannot be.
     """
     need(1 <= steps <= length,
          f"steps {steps} must be from 1 to {length}, as each reveals at least one token")
@@ -313,8 +313,7 @@ class MaskGITGenerator(Generator):
     def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """Mean of the smoothed cross-entropy: masked tokens weigh 1, others unmasked_weight.
 
-        dict   "masked_share", how much was masked; "masked_accuracy", the share of masked tokens
-               guessed exactly
+        dict   "masked_share"; "masked_accuracy", the share of masked tokens guessed exactly
         """
         masked = random_masks(*ids.shape, ids.device)  # (B, L)
         hidden = ids.masked_fill(masked, self.mask_id)  # (B, L)
@@ -337,8 +336,7 @@ class MaskGITGenerator(Generator):
                                to 1 it holds from the start
         randomize_temperature  Gumbel noise on the confidences, annealed to 0, so that not every
                                sample starts from the same few safe tokens [MaskGIT paper: 4.5]
-        trace                  a list to which the ids after every step are appended, mask_id where
-                               still masked
+        trace                  a list that gets the ids after every step, mask_id where masked
 
         The same generator state repeats the same ids. Raises UserError for an unknown class or a
         setting out of range.

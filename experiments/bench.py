@@ -174,11 +174,9 @@ def zeros(bench: Bench, *shape: int) -> Tensor:
 @torch.no_grad()
 def guided_steps(model: ARGenerator, labels: Tensor, ids: Tensor, steps: range, use_cache: bool):
     """Steps t of guided sampling, each after t tokens: from a cache that long, or recomputed."""
+    newest = partial(model.newest, caches=model.new_caches(2 * len(labels)))
     for t in steps:
-        caches = model.new_caches(2 * len(labels)) if use_cache else None
-        for cache in caches or ():
-            cache.length = t
-        model.guided(labels, ids[:, :t], 2.0, caches)
+        model.guided(labels, ids[:, :t], 2.0, newest if use_cache else None)
 
 
 def cache_against_recomputing(bench: Bench) -> None:

@@ -177,28 +177,6 @@ def test_attention_without_a_mask_has_no_order():
     torch.testing.assert_close(module(x[:, order]), module(x)[:, order])
 
 
-@pytest.mark.parametrize("prefix", [1, 4])
-def test_cached_attention_equals_the_whole_sequence_at_once(prefix):
-    module, x, table = attention(), some(B, T, D), rotary_table(T, D // HEADS)
-    with torch.no_grad():
-        cache = KVCache(B, HEADS, T, D // HEADS)
-        rows = [module(x[:, :prefix], causal=True, rotary=table[:prefix], cache=cache)]
-        rows += [
-            module(x[:, t : t + 1], causal=True, rotary=table[t : t + 1], cache=cache)
-            for t in range(prefix, T)
-        ]
-        assert cache.length == T
-        torch.testing.assert_close(torch.cat(rows, dim=1), module(x, causal=True, rotary=table))
-
-
-def test_a_cache_takes_no_second_piece():
-    module, cache = attention(), KVCache(B, HEADS, T, D // HEADS)
-    with torch.no_grad():
-        module(some(B, 2, D), causal=True, cache=cache)
-        with pytest.raises(AssertionError, match="one piece"):
-            module(some(B, 2, D), causal=True, cache=cache)
-
-
 # ------------------------------------------------------------------------------------------------
 # blocks
 
@@ -213,8 +191,9 @@ def test_rms_norm_equals_its_formula_and_computes_in_float32():
 
 def test_swiglu_equals_its_formula_at_the_cost_of_an_mlp():
     module, x = SwiGLU(D), some(B, T, D)
-    gate = x @ module.w1.weight.T
-    expected = (gate * gate.sigmoid() * (x @ module.w3.weight.T)) @ module.w2.weight.T
+    w1, w3 = module.w13.weight.chunk(2)
+    gate = x @ w1.T
+    expected = (gate * gate.sigmoid() * (x @ w3.T)) @ module.w2.weight.T
     torch.testing.assert_close(module(x), expected)
     mlp = 8 * 768 ** 2
     assert abs(layers.count_parameters(SwiGLU(768)) / mlp - 1) < 0.01
@@ -244,6 +223,37 @@ def test_dropout_acts_in_training_alone():
     assert not torch.equal(run(block, x), run(block, x))
     block.eval()
     assert torch.equal(run(block, x), run(block, x))
+
+
+# ------------------------------------------------------------------------------------------------
+# one row after the other
+
+@pytest.mark.parametrize("dtype, exact", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("one_shape", [False, True])
+@pytest.mark.parametrize("batch", [2, 5])
+def test_rows_one_by_one_equal_the_whole_sequence_at_once(batch, one_shape, dtype, exact):
+    """In a cache that held other numbers before, as those of another batch."""
+    torch.manual_seed(0)
+    block, x = LlamaBlock(D, HEADS).to(dtype).eval(), some(batch, T, D).to(dtype)
+    table, cache = rotary_table(T, D // HEADS), KVCache(batch, HEADS, T, D // HEADS, dtype=dtype)
+    nn.init.normal_(cache.k), nn.init.normal_(cache.v)
+    rows = []
+    with torch.no_grad():
+        for t in range(T):
+            mask = torch.where(torch.arange(T) <= t, 0.0, -math.inf) if one_shape else None
+            place, seen = torch.tensor([t]), T if one_shape else t + 1
+            rows.append(block.newest(x[:, t], table[place], cache, place, seen, mask))
+        assert rows[0].dtype == dtype
+        expected = block(x, table, causal=True)
+    torch.testing.assert_close(torch.stack(rows, dim=1), expected, rtol=exact, atol=exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_of_few_rows_is_a_linear_layer(dtype):
+    weight = some(16, D, seed=1).to(dtype)
+    for rows in range(1, 7):
+        x = some(rows, D).to(dtype)
+        torch.testing.assert_close(layers.few_rows(x, weight), F.linear(x, weight))
 
 
 # ------------------------------------------------------------------------------------------------
