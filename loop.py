@@ -54,7 +54,8 @@ def new_optimizer(model: nn.Module, kind: str, weight_decay: float, beta2: float
         decay = weight_decay if p.ndim >= 3 or (p.ndim == 2 and name.endswith("weight")) else 0.0
         matrices, scale = 0, codebook_scale if name.endswith("codebook") else 1.0
         if kind == "muon" and is_hidden_matrix(name, p):
-            matrices, scale = 3 if "qkv" in name else 1, muon_scale
+            matrices = 3 if "qkv" in name else 2 if "w13" in name else 1  # stored as one
+            scale = muon_scale
         groups.setdefault((matrices, scale, decay), []).append(p)
     return Muon([dict(params=params, matrices=matrices, scale=scale, weight_decay=decay)
                  for (matrices, scale, decay), params in groups.items()], betas=(0.9, beta2))

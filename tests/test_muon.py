@@ -82,6 +82,15 @@ def test_the_codebook_and_nothing_else_learns_at_its_own_rate(kind):
         assert scale[id(p)] == (5.0 if name == "quantizer.codebook" else 7.0 if hidden else 1.0)
 
 
+def test_what_is_stored_as_one_is_as_many_matrices_to_muon():
+    model = ARGenerator(config.load_preset("tiny")[1], 16, 256, 10)
+    groups = new_optimizer(model, "muon", 0.0, 0.99).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices = {names[id(p)].split(".")[-2]: g["matrices"] for g in groups for p in g["params"]
+                if g["matrices"]}
+    assert matrices == {"qkv": 3, "out": 1, "w13": 2, "w2": 1}
+
+
 def test_adamw_is_torchs():
     torch.manual_seed(0)
     mine = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(5))]
@@ -130,7 +139,7 @@ def test_muon_has_the_hidden_matrices_and_adamw_everything_else():
              if is_hidden_matrix(name, p)}
     assert {"mit.blocks.0.attention.qkv.weight", "mit.dimension_switcher.weight",
             "mocet.groups.0.layers.0.wq", "mocet.groups.0.layers.0.w1",
-            "decoder.blocks.0.mlp.0.weight", "blocks.0.mlp.w3.weight"} <= taken
+            "decoder.blocks.0.mlp.0.weight", "blocks.0.mlp.w13.weight"} <= taken
     outer = {"mit.embed.weight", "mit.pos", "mocet.embed_code.weight", "mocet.groups.0.head",
              "mocet.groups.0.query", "mocet.groups.0.layers.0.b1", "quantizer.codebook",
              "decoder.paint.0", "decoder.to_pixels.weight", "token.weight", "label.weight",
