@@ -1,4 +1,4 @@
-"""Every setting of the program: three frozen dataclasses, five presets, one command line.
+"""Every setting of the program: three frozen dataclasses, the presets, one command line.
 
 In       a preset's name, then command-line flags; the later one wins: default, preset, flag
 Out      TokenizerConfig, GeneratorConfig, TrainConfig
@@ -6,7 +6,8 @@ How      each field below becomes a flag, and the comment behind it becomes the 
          so there is one list of settings and it cannot disagree with itself
 Sources  [paper] NativeTok, arXiv 2601.22837, as far as its summaries tell; [TiTok] the public
          1d-tokenizer recipe; [MaskGIT] its MaskGIT part; [LlamaGen] the public AR recipe;
-         [ours] our choice, measured where README.md or experiments/README.md says so
+         [2024] the first author's earlier public experiments, order_1-d; [ours] our choice,
+         measured where README.md or experiments/README.md says so
 Try      python config.py      (prints the presets side by side)
 """
 import argparse
@@ -33,6 +34,14 @@ class TokenizerConfig:
     expert_width: int = 256
     expert_depth: int = 2  # layers of an expert [paper]
     expert_heads: int = 4  # attention heads of an expert [ours: 64 channels each]
+    # own parameters for each expert [paper], or shared: one expert for all positions, with a query
+    # and a place for each; a control
+    experts: str = "own"
+    head: str = "own"  # own head for each expert [ours], or shared: one for all [2024]
+    # what experts read of the tokens before theirs: codes, with a place [ours], or hidden: an
+    # expert's output before head and quantizer, as it is [2024]; later experts then no longer see
+    # what the ids say, and no id that is forced moves a later one
+    prior: str = "codes"
     # tokens after stage 1, then after each growth step [paper]
     token_schedule: tuple[int, ...] = (32, 64, 128)
     codebook_size: int = 4096  # number of codes, shared by all positions [TiTok]
@@ -53,6 +62,9 @@ class TokenizerConfig:
     def __post_init__(self):
         choose("tokenizer", self.tokenizer, ("nativetok", "titok", "titok-causal"))
         choose("expert", self.expert, ("query", "block"))
+        choose("experts", self.experts, ("own", "shared"))
+        choose("head", self.head, ("own", "shared"))
+        choose("prior", self.prior, ("codes", "hidden"))
         choose("decoder_reads", self.decoder_reads, ("attention", "linear"))
         at_least_one(self, "image_size", "patch_size", "encoder_width", "encoder_depth",
                      "encoder_heads", "expert_width", "expert_depth", "expert_heads",
@@ -250,6 +262,12 @@ PRESETS = {
     "imagenet-32": dict(IMAGENET, token_schedule=(32,)),
     "imagenet-64": dict(IMAGENET, token_schedule=(32, 64)),
     "imagenet-128": dict(IMAGENET, token_schedule=(32, 64, 128)),
+    # Not run. Sizes and choices of [2024]; its recipe, its CLS row and its way through another
+    # model's tokens to pixels are not here.
+    "imagenet-32-2024": dict(
+        IMAGENET, token_schedule=(32,), encoder_width=1024, encoder_depth=18, encoder_heads=16,
+        expert="block", prior="hidden", head="shared", decoder_width=1024, decoder_depth=24,
+        decoder_heads=16),
 }
 
 

@@ -7,7 +7,9 @@ Out      z_q (B, L, d), ids (B, L), losses {"codebook", "commitment", "entropy"}
 Differs  Experts read the prior tokens quantized and with a place, as the generator will see them,
          and each has a head of its own [ours]. In the first author's earlier public experiments
          they read each other's outputs as they are, share one head, and all is quantized at the
-         end; what the paper does is not known to us. Norms inside an expert have no scale and
+         end: prior "hidden" and head "shared". What the paper does is not known to us. With
+         "hidden" later experts no longer see what the ids say: they read what no generator will
+         ever see, and forcing an id moves no later one. Norms inside an expert have no scale and
          shift of their own: the matrices behind them can hold both [ours].
 
 Two forms of an expert share the same parameters:
@@ -57,57 +59,69 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 # what an expert has learned
 
 class ExpertGroup(nn.Module):
-    """The parameters of the n experts that one growth step adds, stacked as (n, out, in)."""
+    """The parameters of the n experts that one growth step adds, stacked as (n, out, in).
 
-    def __init__(self, n: int, cfg: TokenizerConfig):
+    What all experts of all groups share (cfg.experts, cfg.head) is a stack of one, and lies in the
+    first group; hence `first` below.
+    """
+
+    def __init__(self, n: int, cfg: TokenizerConfig, is_first: bool):
         super().__init__()
         E, d = cfg.expert_width, cfg.code_dim
 
-        def matrices(out, into):
+        def matrices(n, out, into):
             bound = (6 / (out + into)) ** 0.5  # Xavier-uniform, like every ViT here
             return nn.Parameter(torch.empty(n, out, into).uniform_(-bound, bound))
 
         # Unit-scale queries make attention pick other patches for each expert from the first step.
         self.query = nn.Parameter(torch.randn(n, E))
-        self.pos = nn.Parameter(torch.randn(n, E))  # the place of token i, for those who read it
+        if cfg.prior == "codes":  # the place of token i, for those who read it
+            self.pos = nn.Parameter(torch.randn(n, E))
+        own = n if cfg.experts == "own" else int(is_first)
         self.layers = nn.ModuleList(nn.ParameterDict(dict(
-            wq=matrices(E, E), wk=matrices(E, E), wv=matrices(E, E),
-            wo=matrices(E, E), bo=nn.Parameter(torch.zeros(n, E)),
-            w1=matrices(4 * E, E), b1=nn.Parameter(torch.zeros(n, 4 * E)),
-            w2=matrices(E, 4 * E), b2=nn.Parameter(torch.zeros(n, E)),
-        )) for _ in range(cfg.expert_depth))
-        self.head = matrices(d, E)
-        self.head_bias = nn.Parameter(torch.zeros(n, d))
+            wq=matrices(own, E, E), wk=matrices(own, E, E), wv=matrices(own, E, E),
+            wo=matrices(own, E, E), bo=nn.Parameter(torch.zeros(own, E)),
+            w1=matrices(own, 4 * E, E), b1=nn.Parameter(torch.zeros(own, 4 * E)),
+            w2=matrices(own, E, 4 * E), b2=nn.Parameter(torch.zeros(own, E)),
+        )) for _ in range(cfg.expert_depth if own else 0))
+        own = n if cfg.head == "own" else int(is_first)
+        if own:
+            self.head = matrices(own, d, E)
+            self.head_bias = nn.Parameter(torch.zeros(own, d))
 
     def __len__(self) -> int:
         return len(self.query)
 
-    def expert(self, i: int) -> SimpleNamespace:
-        """Expert i as views: .query (E,), .pos (E,), .head (d, E), .layers[j].wq (E, E) ..."""
-        layers = [piece(layer, i) for layer in self.layers]
-        return SimpleNamespace(query=self.query[i], pos=self.pos[i], head=self.head[i],
-                               head_bias=self.head_bias[i], layers=layers)
+    def stacks(self, first: "ExpertGroup") -> list[dict[str, Tensor]]:
+        """Its stacks, and from the first group what it shares, {name: (n or 1, ...)}.
 
-    def unbind(self) -> list[SimpleNamespace]:
+        query, pos, head and head_bias in one dictionary; then one for each layer
+        """
+        named = {**dict(first.named_parameters(recurse=False)),
+                 **dict(self.named_parameters(recurse=False))}
+        return [named, *(dict(layer) for layer in self.layers or first.layers)]
+
+    def expert(self, i: int, first: "ExpertGroup") -> SimpleNamespace:
+        """Expert i as views: .query (E,), .pos (E,), .head (d, E), .layers[j].wq (E, E) ..."""
+        return assemble(self.stacks(first), i)
+
+    def unbind(self, first: "ExpertGroup") -> list[SimpleNamespace]:
         """All experts, each as expert(i) gives it.
 
         TRAP: expert(i) in a training loop runs too, but each backward of an index allocates the
         whole stack; one unbind per forward has one backward that puts the pieces together.
         """
-        stacks = (self.query, self.pos, self.head, self.head_bias)
-        query, pos, head, head_bias = (stack.unbind() for stack in stacks)
-        layers = [{name: stack.unbind() for name, stack in layer.items()} for layer in self.layers]
-        experts = []
-        for i in range(len(self)):
-            own_layers = [piece(layer, i) for layer in layers]
-            experts.append(SimpleNamespace(query=query[i], pos=pos[i], head=head[i],
-                                           head_bias=head_bias[i], layers=own_layers))
-        return experts
+        pieces = [{name: stack.unbind() for name, stack in part.items()}
+                  for part in self.stacks(first)]
+        return [assemble(pieces, i) for i in range(len(self))]
 
 
-def piece(layer, i: int) -> SimpleNamespace:
-    """The i-th pieces of a layer's stacks {name: (n, ...)}: .wq .wk .wv .wo .bo .w1 .b1 .w2 .b2"""
-    return SimpleNamespace(**{name: stack[i] for name, stack in layer.items()})
+def assemble(stacks: list[dict], i: int) -> SimpleNamespace:
+    """The i-th pieces of stacks as stacks() gives them; of a stack of one, that one."""
+    named, *layers = (SimpleNamespace(**{name: stack[i % len(stack)]
+                                         for name, stack in part.items()}) for part in stacks)
+    named.layers = layers  # each with .wq .wk .wv .wo .bo .w1 .b1 .w2 .b2
+    return named
 
 
 # ------------------------------------------------------------------------------------------------
@@ -151,7 +165,7 @@ def record_attention(trace: list | None, q: Tensor, k: Tensor) -> None:
 class MoCET(nn.Module):
     """x_latent (B, N, E), quantizer -> z_q (B, L, d), ids (B, L), losses {name: scalar}.
 
-    detach_prior   True: a token is a constant for the experts after it, so they cannot teach the
+    detach_prior   True: a code is a constant for the experts after it, so they cannot teach the
                    expert that emits it what to say (a trial of experiments/trials.py)
     """
     detach_prior = False
@@ -159,10 +173,10 @@ class MoCET(nn.Module):
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
         self.cfg = cfg
-        # a prior token, as the experts read it
-        self.embed_code = nn.Linear(cfg.code_dim, cfg.expert_width)
-        nn.init.normal_(self.embed_code.weight)  # codes have norm 1: this makes them unit scale
-        nn.init.zeros_(self.embed_code.bias)
+        if cfg.prior == "codes":  # a prior token, as the experts read it
+            self.embed_code = nn.Linear(cfg.code_dim, cfg.expert_width)
+            nn.init.normal_(self.embed_code.weight)  # codes have norm 1: this makes them unit scale
+            nn.init.zeros_(self.embed_code.bias)
         self.groups = nn.ModuleList()
         self.grow(cfg.token_schedule[0])
 
@@ -182,7 +196,8 @@ class MoCET(nn.Module):
         """
         cfg, heads, said, force = self.cfg, self.cfg.expert_heads, [], force or {}
         rows = x_latent  # (B, N, E), later followed by the tokens
-        for expert in [group.expert(i) for group in self.groups for i in range(len(group))]:
+        experts = [(group, i) for group in self.groups for i in range(len(group))]
+        for expert in [group.expert(i, self.groups[0]) for group, i in experts]:
             h = expert.query.expand(len(rows), -1)  # (B, E)
             if cfg.expert == "query":
                 for w in expert.layers:
@@ -196,7 +211,10 @@ class MoCET(nn.Module):
             z_q_i, id_i, z_i = quantizer.quantize(z_i, quantizer.codes())
             if len(said) in force:  # an intervention: whatever it wanted to say, it says this
                 z_q_i, id_i = quantizer.say(z_i, force[len(said)])
-            rows = torch.cat([rows, self.as_prior(z_q_i, expert)], dim=1)
+            if cfg.prior == "codes":
+                rows = torch.cat([rows, self.as_prior(z_q_i, expert)], dim=1)
+            else:  # its output as it is; nobody reads the codes, so all could be chosen at the end
+                rows = torch.cat([rows, h[:, None]], dim=1)
             said.append((z_q_i, id_i, z_i))
         z_q, ids, z = (torch.stack(parts, dim=1) for parts in zip(*said))
         return z_q, ids, quantizer.losses(z, ids)
@@ -215,9 +233,10 @@ class MoCET(nn.Module):
         say: experts that started from random weights were seen to end with one code for all images
         each. No record of that trial is kept.
         """
-        new = ExpertGroup(num_tokens - self.num_tokens, self.cfg).to(self.embed_code.weight.device)
+        new = ExpertGroup(num_tokens - self.num_tokens, self.cfg, is_first=not self.groups)
         if self.groups:
             old = dict(self.groups[-1].named_parameters())
+            new.to(old["query"].device)
             with torch.no_grad():
                 for name, p in new.named_parameters():
                     if name not in ("query", "pos"):
@@ -238,7 +257,7 @@ class MoCET(nn.Module):
             # One product per group, not one for all: growth must not change how old ones round.
             query_form = cfg.expert == "query"
             first = self.first_scores(group, cx) if query_form else [()] * len(group)
-            for expert, known in zip(group.unbind(), first):
+            for expert, known in zip(group.unbind(self.groups[0]), first):
                 h = expert.query[None]  # (1, E): all images ask the same
                 if query_form:
                     for w in expert.layers:
@@ -253,7 +272,9 @@ class MoCET(nn.Module):
                 z_q_i, id_i, z_i = quantizer.quantize(z_i, codes)
                 if len(said) in force:
                     z_q_i, id_i = quantizer.say(z_i, force[len(said)])
-                token = self.as_prior(z_q_i, expert)  # (B, 1, E)
+                token = h[:, None]  # (B, 1, E)
+                if cfg.prior == "codes":
+                    token = self.as_prior(z_q_i, expert)  # (B, 1, E)
                 if query_form:
                     prior = torch.cat([prior, norm(token)], dim=1)
                 else:
@@ -270,8 +291,11 @@ class MoCET(nn.Module):
     def first_scores(self, group: ExpertGroup, cx: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For each expert its first u (heads, E), and its scores against X_latent (B, heads, N)."""
         n, heads = len(group), self.cfg.expert_heads
-        wq, wk = group.layers[0].wq, group.layers[0].wk
-        u = query_in_context_space(wq, wk, group.query, heads)  # (n, heads, E)
+        named, layer, *_ = group.stacks(self.groups[0])
+        # TRAP: a shared stack of one would be broadcast, and torch rounds that product in another
+        # way as soon as the stack is frozen.
+        wq, wk = (layer[name].expand(n, -1, -1) for name in ("wq", "wk"))  # (n, E, E)
+        u = query_in_context_space(wq, wk, named["query"], heads)  # (n, heads, E)
         scores = cx @ u.flatten(0, 1).T  # (B, N, n*heads)
         scores = scores.transpose(1, 2).unflatten(1, (n, heads))
         return list(zip(u.unbind(), scores.unbind(1)))

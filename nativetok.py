@@ -71,7 +71,7 @@ class NativeTok(nn.Module):
 
         force   {position from 0: ids (B,)}, an intervention: these tokens are said, whatever the
                 image is. Later experts read them and answer; a baseline's tokens come all at
-                once, so only the forced ones change.
+                once, and with prior "hidden" nobody reads ids, so only the forced ones change.
         Raises UserError for images of another size, and for a position or an id that is not there.
         """
         size, K, force = self.cfg.image_size, self.cfg.codebook_size, force or {}

@@ -47,6 +47,9 @@ def another(name: str, value):
     choices = {
         "tokenizer": "titok",
         "expert": "block",
+        "experts": "shared",
+        "head": "shared",
+        "prior": "hidden",
         "decoder_reads": "linear",
         "optimizer": "muon",
         "generators": "ar",

@@ -30,10 +30,10 @@ class Watched(VectorQuantizer):
         return z_q, ids, z
 
 
-def small(form, depth=1, grown=False) -> tuple[MoCET, Watched]:
+def small(form, depth=1, grown=False, **options) -> tuple[MoCET, Watched]:
     cfg = TokenizerConfig(image_size=32, patch_size=8, expert=form, expert_width=E,
                           expert_heads=2, expert_depth=depth, token_schedule=(SHORT, LONG),
-                          codebook_size=K, code_dim=4)
+                          codebook_size=K, code_dim=4, **options)
     torch.manual_seed(0)
     mocet, quantizer = MoCET(cfg).eval(), Watched(cfg).eval()
     if grown:
@@ -65,10 +65,10 @@ def changed(one, two):
 
 
 def parameters_of(mocet, i):
-    """{name: the slice of a stacked parameter that belongs to expert i}, writable."""
+    """{name: the slice of a stacked parameter that belongs to expert i alone}, writable."""
     for group in mocet.groups:
         if i < len(group):
-            return {name: p.data[i] for name, p in group.named_parameters()}
+            return {name: p.data[i] for name, p in group.named_parameters() if len(p) == len(group)}
         i -= len(group)
 
 
