@@ -9,6 +9,7 @@ Exit     0 done, 1 failure, 2 something to mend
 What the page shows:
   token by token   the image after 1, 2, 4, ... L tokens, and what each step added
   attention        where each expert looks
+  answers          token 1 of another image, and how the later experts answer to it
   swaps            token i of one image put into another
   codes            the favourite codes of a position, and images that share them
   sampling         an AR sample token by token, MaskGIT step by step, guidance from 1 upwards
@@ -27,7 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import CONFIGS
+from evaluation.intervention import intervene, interventions
 from generator import GENERATORS, Generator
+from losses import mse
 from nativetok import NativeTok, doubling, from_checkpoint
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, need, number
@@ -64,6 +67,11 @@ def filled(cells: Tensor, missing: int) -> Tensor:
     return torch.cat([cells, white])
 
 
+def difference(images: Tensor, before: Tensor) -> Tensor:
+    """uint8 images, both of one shape: gray where they are the same."""
+    return (images.int() - before.int() + 128).clamp(0, 255).to(torch.uint8)
+
+
 def decode(model: NativeTok, ids: Tensor) -> Tensor:
     """ids (B, k) -> uint8 (B, H, W, 3) on the CPU."""
     return to_uint8(model.decode(ids)).cpu()
@@ -84,7 +92,7 @@ def token_by_token(page: Page, model: NativeTok, images: Tensor, ids: Tensor) ->
     for image, one in zip(images, ids):
         steps = torch.cat([decode(model, one[None, :k]) for k in ks])         # (P, H, W, 3)
         rows.append(torch.cat([image[None], steps]))
-        added = (steps[1:].int() - steps[:-1].int() + 128).clamp(0, 255).to(torch.uint8)
+        added = difference(steps[1:], steps[:-1])
         changes.append(torch.cat([image[None], steps[:1], added]))
     page.grid("tokens", "Token by token", TOKENS.format(ks=", ".join(map(str, ks))), rows)
     page.grid("added", "What each step added", ADDED, changes)
@@ -125,9 +133,42 @@ def attention(page: Page, model: NativeTok, images: Tensor, x: Tensor) -> None:
     page.grid("attention", "Where each expert looks", caption, rows)
 
 
+ANSWERS = """Each row: a held-out image, its reconstruction, another image. Then token 1 is
+exchanged for that of the other image: alone (broken), and with the experts after it reading it and
+choosing their tokens anew (answered). Beside both, the difference from the reconstruction: gray is
+none. {meaning} PSNR over {n} held-out images: {original:.2f} dB as they are; {each}. The rows are
+those of them that token 1 damages most."""
+NATIVE = """Each token is chosen in view of those before it, so the later ones paint back what the
+first gets wrong: that is native order."""
+UNORDERED = """Here nobody answers: {name} chooses all its tokens at once, none in view of the
+others."""
+EACH = """token {position} broken {broken:.2f}, answered {answered:.2f} ({later_ids_changed:.0%}
+of the later tokens changed)"""
+
+
+def answers(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, rows: int) -> None:
+    """Token 1 of another image; the numbers are those of all pixels, which are one batch."""
+    name, others = model.cfg.tokenizer, ids.roll(1, dims=0)
+    meaning = NATIVE if name == "nativetok" else UNORDERED.format(name=name)
+    measured = interventions(model, pixels)
+    each = [EACH.format(**row) for row in measured[:-1]]  # nobody comes after the last token
+    caption = ANSWERS.format(meaning=meaning, n=len(pixels), original=measured[0]["original"],
+                             each="; ".join(each))
+
+    x = to_float(pixels).to(ids.device)
+    broken, answered = (decode(model, changed) for changed in
+                        intervene(model, x, ids, 1, others[:, 0]))
+    whole = decode(model, ids)                                                # (n, H, W, 3)
+    worst = mse(to_float(broken), to_float(whole)).topk(min(rows, len(pixels))).indices
+    cells = [pixels, whole, pixels.roll(1, dims=0), broken, difference(broken, whole),
+             answered, difference(answered, whole)]
+    rows = list(torch.stack([cell[worst] for cell in cells], dim=1))
+    page.grid("answers", "Later experts answer", caption, rows)
+
+
 SWAPS = """Twice, read like text: an image, its reconstruction, another image; then the first one's
 reconstruction with token 1, 2, ... {L} taken from the other. What changes is what that position
-says. Positions after it were chosen with the old token in view, so the picture can fall apart."""
+says. Later tokens were chosen with the old one in view, and are not asked to answer here."""
 
 
 def swaps(page: Page, model: NativeTok, images: Tensor, ids: Tensor) -> None:
@@ -314,6 +355,7 @@ def main(args) -> None:
     token_by_token(page, model, images, ids)
     if model.cfg.tokenizer == "nativetok":
         attention(page, model, images, to_float(pixels[:64].to(device)))
+    answers(page, model, pixels[:250], ids[:250], args.images)
     swaps(page, model, images, ids)
     favourite_codes(page, model, pixels, ids)
 

@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 import explain
-from config import CONFIGS
+from config import CONFIGS, TokenizerConfig
+from evaluation.intervention import interventions
 from generator import Generator
 from nativetok import NativeTok, doubling
 from plumbing.start import main_with_user_errors
 from plumbing.images import to_float
+from plumbing.page import Page
 from plumbing.processes import Processes
 from plumbing.run import open_run
 
@@ -44,8 +46,8 @@ def test_every_picture_of_the_page_exists_and_nothing_comes_from_elsewhere(page)
     out, said = page
     text = (out / "index.html").read_text(encoding="utf-8")
     shown = re.findall(r'src="([^"]+)"', text)
-    assert {"tokens.png", "added.png", "attention.png", "swaps.png", "codes.png", "ar.png",
-            "maskgit.png", "guidance.png"} <= set(shown)
+    assert {"tokens.png", "added.png", "attention.png", "answers.png", "swaps.png", "codes.png",
+            "ar.png", "maskgit.png", "guidance.png"} <= set(shown)
     assert {path.name for path in out.glob("*.png")} == set(shown)
     assert not re.search(r"https?://|<script", text), "it must open without a network"
     assert all(str(out / name) in said for name in shown)
@@ -70,6 +72,42 @@ def test_the_last_column_of_the_token_picture_is_the_reconstruction(small_run, p
     for i in range(3):
         cell = sheet[2 + i * step:2 + i * step + 64:2, last:last + 64:2]
         assert np.abs(cell.astype(int) - recon[i]).max() <= 1
+
+
+def cells_of(path, columns: int) -> np.ndarray:
+    """A grid of enlarged images, back as (rows, columns, 32, 32, 3)."""
+    sheet = np.asarray(Image.open(path)).astype(int)
+    tops, lefts = range(2, len(sheet), 66), range(2, 2 + columns * 66, 66)
+    return np.stack([np.stack([sheet[y:y + 64:2, x:x + 64:2] for x in lefts]) for y in tops])
+
+
+@pytest.mark.parametrize("tokenizer", ("nativetok", "titok"))
+def test_the_picture_of_answers_holds_what_the_intervention_makes(tokenizer, tmp_path):
+    """For titok both pictures are one, and the page says so."""
+    torch.manual_seed(0)
+    model = NativeTok(TokenizerConfig(
+        tokenizer=tokenizer, image_size=32, patch_size=8, encoder_width=32, encoder_depth=1,
+        encoder_heads=2, expert_width=32, expert_heads=2, token_schedule=(6,), codebook_size=16,
+        decoder_width=32, decoder_depth=1, decoder_heads=2, decoder_reads="linear")).eval()
+    pixels = torch.randint(256, (9, 1, 32, 3), dtype=torch.uint8).repeat(1, 32, 1, 1)  # stripes
+    ids, page = explain.encoded(model, pixels), Page(str(tmp_path), 32)
+    explain.answers(page, model, pixels, ids, 4)
+    shown = cells_of(tmp_path / "answers.png", 7)
+    first, whole, other, broken, gone, answered, left = shown.swapaxes(0, 1)
+    assert shown.shape[0] == 4 and np.array_equal(gone, np.clip(broken - whole + 128, 0, 255))
+    assert np.array_equal(left, np.clip(answered - whole + 128, 0, 255))
+    damage = []
+    for k in range(9):
+        mixed = torch.cat([ids[k - 1, :1], ids[k, 1:]])[None]
+        picture = explain.decode(model, mixed)[0].numpy().astype(int)
+        damage.append(((picture - explain.decode(model, ids[k:k + 1])[0].numpy()) ** 2).sum())
+    for row, k in enumerate(np.argsort(damage)[::-1][:4]):  # the worst first
+        assert np.array_equal(first[row], pixels[k]) and np.array_equal(other[row], pixels[k - 1])
+    text = " ".join((tmp_path / "index.html").read_text().split())
+    row = interventions(model, pixels)[0]
+    assert f"token 1 broken {row['broken']:.2f}, answered {row['answered']:.2f}" in text
+    assert (tokenizer == "titok") == np.array_equal(broken, answered)
+    assert (tokenizer == "titok") == ("nobody answers: titok" in text)
 
 
 def test_attention_of_the_loop_sums_to_one_and_leaves_the_ids_alone(small_run):
