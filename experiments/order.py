@@ -11,10 +11,12 @@
     nativetok-shuffled    control: the same in a random order, another one for each seed
 
 What the arms share, and how their encoders come to be of one size: order_arms.py. What is measured:
-order_measure.py. Few bits alone prove nothing: tokens that say nothing cost nothing, so look at
-them with PSNR. Samples are judged by the Fréchet distance in the features of one TinyCNN for all
-arms of a data set (not FID, see evaluation/tinycnn.py). Guidance is the best of a few by that
-distance; MaskGIT's is chosen at 8 steps.
+order_measure.py, and only one of these numbers can be good for a native tokenizer alone: what later
+tokens answer when an earlier one is forced (evaluation/intervention.py). Few bits prove nothing:
+tokens that say nothing cost nothing, so look at them with PSNR. Samples are judged by the Fréchet
+distance in the features of one TinyCNN for all arms of a data set (not FID, see
+evaluation/tinycnn.py). Guidance is the best of a few by that distance on other samples than those
+that are reported; MaskGIT's is chosen at 8 steps.
 
 Run      python -m experiments.order --preset tiny            the shapes, one seed, on a CPU
          python -m experiments.order --preset tiny --quick    does it run?
@@ -44,7 +46,7 @@ import config
 import train
 from config import CONFIGS, PRESETS
 from experiments.order_arms import ARMS, EXTRA, HNT, PLANS, in_order_of, settings_of
-from experiments.order_measure import measure
+from experiments.order_measure import SCALES, measure
 from experiments.order_table import draw_figure, read_results, write_tables
 from experiments.pca import transform_code
 from plumbing import checkpoint
@@ -179,7 +181,7 @@ def make_result(arm: str, seed: int, args, procs: Processes, data: ImageSet, val
     path = os.path.join(args.out, f"{arm}-{seed}.json")
     settings, parameters, target = settings_of(arm, args)
     recorded = {"preset": args.preset, **settings, "num_samples": args.num_samples,
-                "judge_steps": args.judge_steps, "images": data.fingerprint,
+                "judge_steps": args.judge_steps, "guidance": SCALES, "images": data.fingerprint,
                 "held_out": val.fingerprint}
     recorded = json.loads(json.dumps(recorded))  # as it comes back from a file: no tuples
     if os.path.exists(path):

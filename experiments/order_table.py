@@ -1,16 +1,15 @@
 """What order.py has measured, as tables for people and for programs, and as a figure.
 
 In       OUT/ARM-SEED.json, one per arm and seed, and OUT/pca.json when it is there
-Makes    OUT/table.md     a summary, then a table for each kind of number, one row per arm,
-                          mean ± standard deviation over seeds
+Makes    OUT/table.md     a summary by question, then a table for each kind of number, one row per
+                          arm, mean ± standard deviation over seeds
          OUT/table.csv    the same numbers, one line per arm and seed
-         OUT/order.png    bits by position; samples against reconstruction; reconstruction against
-                          bits (with matplotlib)
+         OUT/order.png    by position: dB that later tokens repair, bits; samples against
+                          reconstruction; reconstruction against bits (with matplotlib)
 Run      python -m experiments.order --table --out OUT
 """
 import csv
 import io
-import json
 import os
 import statistics
 from collections.abc import Iterable
@@ -21,16 +20,10 @@ import numpy as np
 from generator import GENERATORS
 from nativetok import doubling
 from plumbing import checkpoint
-from plumbing.flags import need
+from plumbing.flags import need, read_log
 
 # ------------------------------------------------------------------------------------------------
 # from result files to numbers
-
-def read_log(folder: str) -> list[dict]:
-    """The rows of a run's log.jsonl."""
-    text = Path(folder, "log.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
 
 def costs(folder: str, train_config) -> dict:
     """log.jsonl of a run -> {phase: steps, seconds, peak_mb, loss_by_tenth: has it flattened?}.
@@ -82,23 +75,49 @@ def read_results(out: str, arms: Iterable[str]) -> dict[str, list[dict]]:
     return results
 
 
+def chosen_scale(rows: list[dict], kind: str) -> float:
+    """The guidance at which this generator's samples are nearest: MaskGIT's in 8 steps, or fewer
+    where there are fewer tokens."""
+    rows = [row for row in rows if row["name"] == kind and row.get("steps", 0) <= 8]
+    most = max(row.get("steps", 0) for row in rows)
+    at_most = [row for row in rows if row.get("steps", 0) == most]
+    return min(at_most, key=lambda row: row[fd_key(row)])["cfg_scale"]
+
+
 def columns(result: dict) -> dict[str, dict[str, float]]:
-    """One result -> {table: {column: number}}. Guidance 1 is none; "best" is best of the sweep."""
-    fd = fd_key(result)
+    """One result -> {table: {column: number}}.
 
-    def best_of(rows: list[dict]) -> dict:
-        return min(rows, key=lambda row: row[fd])
-
-    ar = [row for row in result["samples"] if row["name"] == "ar"]
-    maskgit = {steps: [] for steps in doubling(len(result["order"]))}
-    for row in result["samples"]:
-        if row["name"] == "maskgit":
-            maskgit[row["steps"]].append(row)
-    plain = {steps: row for steps, rows in maskgit.items() for row in rows if row["cfg_scale"] == 1}
-    best = {steps: best_of(rows) for steps, rows in maskgit.items()}
-    best_ar, best_maskgit = best_of(ar), best[max(steps for steps in maskgit if steps <= 8)]
+    Guidance 1 is none. A control whose tokens have no prefix lacks columns, and so does a result
+    from before there was such a measure.
+    """
+    fd, num_tokens = fd_key(result), len(result["order"])
+    # Results from before lack `tried`: there guidance was chosen on the samples that are reported.
+    tried = result.get("tried", result["samples"])
+    scale = {kind: chosen_scale(tried, kind) for kind in GENERATORS}
+    samples = {(row["name"], row.get("steps"), row["cfg_scale"]): row for row in result["samples"]}
+    plain = samples["ar", None, 1.0]
+    ar, maskgit = samples["ar", None, scale["ar"]], {
+        steps: samples["maskgit", steps, scale["maskgit"]] for steps in doubling(num_tokens)}
+    surest = maskgit[max(steps for steps in maskgit if steps <= 8)]
     training = {phase: cost for phase, cost in result["costs"].items() if phase not in GENERATORS}
     ar_bits, marginal_bits = result["ar_bits_total"], result["marginal_bits_total"]
+
+    intervention = {}
+    for row in result.get("intervention", []):
+        token = f"token {row['position']}"
+        intervention |= {f"{token} broken": row["broken"], f"{token} answered": row["answered"],
+                         f"{token} repaired": row["repaired"],
+                         f"{token} ids changed": row["later_ids_changed"]}
+    first_tokens, best_of = {}, {}
+    for row in result.get("first_tokens", []):
+        first_tokens |= {f"{row['tokens']} tokens FD": row[fd],
+                         f"{row['tokens']} tokens class": row["class_accuracy"]}
+    for row in result.get("best_of", []):
+        # The first of the four is what there was without a choice.
+        gain = row["class_accuracy"] - result["first_tokens"][-1]["class_accuracy"]
+        best_of |= {f"after {row['after']} FD": row[fd],
+                    f"after {row['after']} class": row["class_accuracy"],
+                    f"after {row['after']} gain": gain}
     return {
         "Reconstruction and bits": {
             "encoder, M": result["encoder_parameters"] / 1e6,
@@ -109,21 +128,30 @@ def columns(result: dict) -> dict[str, dict[str, float]]:
             "marginal bits": marginal_bits,
             "AR bits": ar_bits,
             "bits explained": 1 - ar_bits / max(marginal_bits, 1e-9)},
-        "Samples": {
-            "real FD": result["real"][fd],
-            "AR FD": ar[0][fd],
-            "AR accuracy": ar[0]["class_accuracy"],
-            "AR best FD": best_ar[fd],
-            "AR best accuracy": best_ar["class_accuracy"],
-            "AR best guidance": best_ar["cfg_scale"],
-            "MaskGIT best FD": best_maskgit[fd],
-            "MaskGIT best accuracy": best_maskgit["class_accuracy"],
-            "MaskGIT best guidance": best_maskgit["cfg_scale"]},
-        "FD of MaskGIT samples by steps": {
-            **{f"{steps} steps": row[fd] for steps, row in plain.items()},
-            **{f"{steps} steps, best": row[fd] for steps, row in best.items()}},
         "PSNR of the first k tokens": {
             f"{k} tokens": psnr for k, psnr in result["prefix_psnr"].items()},
+        "Token i is another image's": intervention,
+        "Bits under weak predictors": {
+            f"{predictor}, {order}": bits for order, row in result.get("predictors", {}).items()
+            for predictor, bits in row.items()},
+        "Samples": {
+            "real FD": result["real"][fd],
+            "AR FD": plain[fd],
+            "AR accuracy": plain["class_accuracy"],
+            "AR best FD": ar[fd],
+            "AR best accuracy": ar["class_accuracy"],
+            "AR best guidance": scale["ar"],
+            "MaskGIT best FD": surest[fd],
+            "MaskGIT best accuracy": surest["class_accuracy"],
+            "MaskGIT best guidance": scale["maskgit"]},
+        "The first k tokens that AR writes": first_tokens,
+        "Best of four beginnings of k tokens": best_of,
+        "MaskGIT": {
+            **{f"{row['order']} FD": row[fd] for row in result.get("revealed", [])},
+            **{f"{row['order']} accuracy": row["class_accuracy"]
+               for row in result.get("revealed", [])},
+            **{f"{steps} steps, plain FD": samples["maskgit", steps, 1.0][fd] for steps in maskgit},
+            **{f"{steps} steps FD": row[fd] for steps, row in maskgit.items()}},
         "Cost of training": {
             "tokenizer s": sum(cost["seconds"] for cost in training.values()),
             "AR s": result["costs"]["ar"]["seconds"],
@@ -150,27 +178,59 @@ def line_of(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def shown(num_tokens: int) -> dict[str, tuple]:
+    """What the pages show, {question: its columns}: head, table and column of columns(), digits."""
+    k = max(k for k in doubling(num_tokens) if k <= max(1, num_tokens // 4))  # a beginning
+    bits, other, weak, samples, maskgit = (
+        "Reconstruction and bits", "Token i is another image's", "Bits under weak predictors",
+        "Samples", "MaskGIT")
+    return {
+        "What do the first tokens say?": (
+            ("tokenizer, s", "Cost of training", "tokenizer s", ".0f"),
+            *((f"PSNR of {n}, dB", "PSNR of the first k tokens", f"{n} tokens", ".2f")
+              for n in doubling(num_tokens)),
+            ("FD, rebuilt", bits, "FD", ".1f")),
+        "Do later tokens know of earlier ones?": (
+            ("token 1 broken, dB", other, "token 1 broken", ".2f"),
+            ("answered, dB", other, "token 1 answered", ".2f"),
+            ("ids changed", other, "token 1 ids changed", ".2f"),
+            (f"token {k} repaired, dB", other, f"token {k} repaired", ".2f"),
+            ("marginal bits", bits, "marginal bits", ".1f"),
+            ("AR bits", bits, "AR bits", ".1f"),
+            *((f"weak AR, {order}", weak, f"one layer, {order}", ".1f")
+              for order in ("native", "reversed", "shuffled"))),
+        "Are they easier to write?": (
+            ("AR: FD", samples, "AR best FD", ".1f"),
+            ("class seen", samples, "AR best accuracy", ".3f"),
+            (f"in {k} tokens", "The first k tokens that AR writes", f"{k} tokens class", ".3f"),
+            (f"best of 4 after {k}", "Best of four beginnings of k tokens", f"after {k} gain",
+             "+.3f"),
+            ("MaskGIT: FD", samples, "MaskGIT best FD", ".1f"),
+            ("class seen", samples, "MaskGIT best accuracy", ".3f"),
+            ("left to right: FD", maskgit, "left to right FD", ".1f"),
+            ("right to left: FD", maskgit, "right to left FD", ".1f"))}
+
+
 def summary(results: dict[str, list[dict]]) -> list[str]:
-    """The lines of the one table that the pages show: what the question turns on."""
-    half = f"{len(next(iter(results.values()))[0]['order']) // 2} tokens"
-    shown = (  # head, table and column of columns(), digits
-        ("PSNR, dB", "Reconstruction and bits", "PSNR", ".2f"),
-        ("FD, rebuilt", "Reconstruction and bits", "FD", ".1f"),
-        ("marginal bits", "Reconstruction and bits", "marginal bits", ".1f"),
-        ("AR bits", "Reconstruction and bits", "AR bits", ".1f"),
-        ("AR: FD", "Samples", "AR best FD", ".1f"),
-        ("class seen", "Samples", "AR best accuracy", ".3f"),
-        ("MaskGIT: FD", "Samples", "MaskGIT best FD", ".1f"),
-        ("class seen", "Samples", "MaskGIT best accuracy", ".3f"),
-        (f"PSNR of {half}", "PSNR of the first k tokens", half, ".2f"))
-    lines = [line_of(["arm", "seeds", *(head for head, *_ in shown)]),
-             "|---" * (2 + len(shown)) + "|"]
-    for arm, of_arm in results.items():
-        tables = [columns(result) for result in of_arm]
-        cells = [cell([table[title][name] for table in tables], digits)
-                 for _, title, name, digits in shown]
-        lines.append(line_of([arm, str(len(of_arm)), *cells]))
-    return lines
+    """The lines of the tables that the pages show, one for each question.
+
+    A column that no arm has is left out.
+    """
+    num_tokens = len(next(iter(results.values()))[0]["order"])
+    tables_of = {arm: [columns(result) for result in of_arm] for arm, of_arm in results.items()}
+    lines = []
+    for question, wanted in shown(num_tokens).items():
+        cells = {column: [cell([table[title][name] for table in tables if name in table[title]],
+                               digits) for tables in tables_of.values()]
+                 for column in wanted for _, title, name, digits in [column]}
+        cells = {column: values for column, values in cells.items() if any(values)}
+        lines += [f"*{question}*", "",
+                  line_of(["arm", "seeds", *(head for head, *_ in cells)]),
+                  "|---" * (2 + len(cells)) + "|"]
+        for arm, values in zip(results, zip(*cells.values())):
+            lines.append(line_of([arm, str(len(results[arm])), *values]))
+        lines.append("")
+    return lines[:-1]
 
 
 def write_tables(results: dict[str, list[dict]], out: str) -> str:
@@ -179,6 +239,8 @@ def write_tables(results: dict[str, list[dict]], out: str) -> str:
     lines = ["## Summary", "", *summary(results), ""]
     for title in next(iter(tables_of.values()))[0]:
         heads = dict.fromkeys(name for tables in tables_of.values() for name in tables[0][title])
+        if not heads:
+            continue
         lines += [f"## {title}", "", line_of(["arm", *heads]), "|---" * (1 + len(heads)) + "|"]
         for arm, tables in tables_of.items():
             # an arm may lack a column, as joint training has no growth phases
@@ -186,16 +248,25 @@ def write_tables(results: dict[str, list[dict]], out: str) -> str:
                      for name in heads]
             lines.append(line_of([arm, *cells]))
         lines.append("")
-    first = next(iter(results.values()))[0]
-    seeds = ", ".join(f"{arm}: {len(of_arm)}" for arm, of_arm in results.items())
-    lines.append(f"Mean ± standard deviation over seeds ({seeds}). FD is {fd_key(first)}, not FID, "
-                 f"of {first['real']['n']} samples, and of all {first['reconstruction']['n']} "
-                 f"reconstructions, against held-out images. {first['device']}: "
-                 f"{first['command']}")
+    lines.append(note(results))
     with checkpoint.replacing(os.path.join(out, "table.md")) as file:
         file.write(("\n".join(lines) + "\n").encode())
     write_csv(results, out)
     return "\n".join(lines)
+
+
+def note(results: dict[str, list[dict]]) -> str:
+    """What has to be known of all these numbers."""
+    first = next(iter(results.values()))[0]
+    seeds = ", ".join(f"{arm}: {len(of_arm)}" for arm, of_arm in results.items())
+    others = all("tried" in result for of_arm in results.values() for result in of_arm)
+    return (f"Mean ± standard deviation over seeds ({seeds}). FD is {fd_key(first)}, not FID, of "
+            f"{first['real']['n']} samples, and of all {first['reconstruction']['n']} "
+            "reconstructions, against held-out images. The guidance of \"best\" and of MaskGIT's "
+            f"columns was chosen by FD on {'other' if others else 'the same'} samples. The first k "
+            "tokens and the best of four are those of samples without guidance; the judge that "
+            "chooses is the one that says what is seen, so the best of four after all tokens is "
+            f"its own choice. {first['device']}: {first['command']}")
 
 
 def write_csv(results: dict[str, list[dict]], out: str) -> None:
@@ -231,7 +302,8 @@ def scatter(axis, x: list[float], y: list[float], colour, marker: str, label: st
 
 
 def draw_figure(results: dict[str, list[dict]], out: str) -> None:
-    """order.png: bits by position; sample quality against reconstruction; that against bits."""
+    """order.png: what is answered and bits, by position; samples against reconstruction, and that
+    against bits."""
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -239,14 +311,20 @@ def draw_figure(results: dict[str, list[dict]], out: str) -> None:
     except ImportError:
         print("no figure: it takes matplotlib (pip install matplotlib), then repeat with --table")
         return
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), constrained_layout=True)
-    left, middle, right = axes
+    figure, axes = plt.subplots(2, 2, figsize=(11, 9), constrained_layout=True)
+    (answer, left), (middle, right) = axes
     for colour, (arm, of_arm) in zip(plt.get_cmap("tab10").colors, results.items()):
         ar_bits = np.mean([result["ar_bits"] for result in of_arm], axis=0)
         marginal = np.mean([result["marginal_bits"] for result in of_arm], axis=0)
         places = np.arange(1, len(ar_bits) + 1)
         left.plot(places, ar_bits, color=colour, label=arm)
         left.plot(places, marginal, "--", color=colour, linewidth=0.9)
+
+        rows = [result["intervention"] for result in of_arm if "intervention" in result]
+        if rows:
+            answer.plot([row["position"] for row in rows[0]],
+                        np.mean([[row["repaired"] for row in seed] for seed in rows], axis=0),
+                        ".-", color=colour, label=arm)
 
         tables = [columns(result) for result in of_arm]
         psnr = [table["Reconstruction and bits"]["PSNR"] for table in tables]
@@ -261,12 +339,14 @@ def draw_figure(results: dict[str, list[dict]], out: str) -> None:
         bits, psnr = zip(*checkpoint.read_json(pca)["bits_and_psnr"])
         right.plot(bits, psnr, "k.--", label="PCA transform code")
 
+    answer.set(title="token i is another image's: what later tokens repair", xlabel="position i",
+               ylabel="dB")
     left.set(title="solid: AR, dashed: marginal", xlabel="position", ylabel="bits")
     middle.set(title="samples against reconstruction; ● AR, ▲ MaskGIT",
                xlabel="held-out PSNR, dB", ylabel="FD of samples, best guidance")
     right.set(title="reconstruction against AR bits", xlabel="bits of an image",
               ylabel="held-out PSNR, dB")
-    for axis in axes:
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
     right.legend(fontsize=8)
     with checkpoint.replacing(os.path.join(out, "order.png")) as file:
