@@ -65,7 +65,7 @@ def newton_schulz_fast(u: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """groups: dicts of params with `matrices`: 0 AdamW, else Muon: 1, or 3 for q, k, v stored as one.
+    """groups: dicts of params with `matrices`: 0 AdamW; else Muon, 3 for q, k, v stored as one.
 
     Used and saved as torch.optim's are, but derived from none of them: making the first of those
     imports torch's compiler, about 3 s at every start [ours: measured].
