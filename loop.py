@@ -74,13 +74,15 @@ def learning_rate(step: int, steps: int, peak: float, end: float, warmup: int) -
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the averaged weights towards the model's.
+    """Move the averaged weights towards the model's; what is frozen is equal in both, and stays.
 
     Faster at the start of a phase, (1 + step) / (10 + step), so that the weights it began with are
     soon forgotten.
     """
     decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    pairs = zip(ema.parameters(), model.parameters())
+    averages, weights = zip(*((a, p) for a, p in pairs if p.requires_grad))
+    torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:

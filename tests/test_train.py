@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import config
 import loop
@@ -281,3 +282,15 @@ def test_the_discriminator_learns_before_it_judges(data, tmp_path):
     assert ["adversarial" in row for row in logged] == [False] * 5 + [True]
     state = checkpoint.load(tmp_path / "tokenizer.pt")["adversary"]["optimizer"]["state"]
     assert {int(part["step"]) for part in state.values()} == {4}  # after steps 2, 3, 4 and 5
+
+
+def test_the_average_follows_what_learns_and_does_not_touch_what_is_frozen():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    ema = loop.frozen_copy(model)
+    model[0].requires_grad_(False)
+    with torch.no_grad():
+        model[1].weight += 1
+    before, frozen = ema[1].weight.clone(), ema[0].weight._version
+    loop.update_ema(ema, model, 0.9, 1000)
+    torch.testing.assert_close(ema[1].weight, before + 0.1)
+    assert ema[0].weight._version == frozen
