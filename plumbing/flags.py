@@ -182,11 +182,18 @@ def parse_command(parser: Parser, presets: dict, default: str, configs: tuple[ty
     args = argparse.Namespace(**{name: flags.pop(name)
                                  for name in ("run", "preset", "stage", "device")})
     args.run = args.run or os.path.join("runs", args.preset or default)
-    values = {"preset": args.preset or default}
-    if args.preset is None and os.path.exists(os.path.join(args.run, "config.json")):
-        values = read_run(args.run)
-        need(values["preset"] in presets, f"{args.run} has preset {values['preset']}, which this "
+    values, found = {"preset": args.preset or default}, None
+    if os.path.exists(os.path.join(args.run, "config.json")):
+        try:
+            found = read_run(args.run)
+        except UserError:
+            if args.preset is None:
+                raise
+            # else a torn config.json is written anew
+    if found:
+        need(found["preset"] in presets, f"{args.run} has preset {found['preset']}, which this "
              f"program does not know ({', '.join(presets)}); give another folder with --run")
+        values = values if args.preset else found
     args.preset = values.pop("preset")
     choose("preset", args.preset, presets)
     return args, build(configs, {**presets[args.preset], **values, **flags})
