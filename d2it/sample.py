@@ -9,6 +9,7 @@ Run       python -m d2it.sample --run runs/NAME --classes disc ring --cfg_scale 
           python -m d2it.sample --run runs/NAME --npz samples.npz --num_samples 50000
           python -m d2it.sample --run runs/NAME --reconstruct a.jpg b.png
 Makes     RUN/samples/sample.png, or the .npz, for eval_fid.py, or RUN/samples/reconstruct.png.
+          With --json FILE what is said of the samples in the .npz: codes, speed, maps obeyed.
           The same command writes the same bytes on the same machine
 Exit      0 done, 1 failure, 2 something to mend in the command or the run
 """
@@ -16,6 +17,8 @@ from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from h
 
 import argparse
 import os
+import shlex
+import sys
 import time
 
 import numpy as np
@@ -30,7 +33,7 @@ from losses import psnr
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import read_image, resize_crop, save_grid, to_float, to_uint8
-from plumbing.processes import Processes, enough_memory, need_room
+from plumbing.processes import Processes, enough_memory, need_room, provenance
 from plumbing.samples import class_number, write_npz
 
 DEFAULTS = dict(cfg_scale=2.0, steps=50, eta=0.0, seed=0, batch_size=64, per_class=8,
@@ -63,17 +66,20 @@ def parse(argv=None) -> argparse.Namespace:
     add("--npz", metavar="FILE", help="write arr_0, uint8 (n, H, W, 3), labels arr_1 and classes")
     add("--num_samples", type=number(int, 1), metavar="INT",
         help="in an .npz: how many; the classes take turns (default: 50000)")
+    add("--json", metavar="FILE", help="with --npz: write what is said of the samples there, too")
     add = parser.add_argument_group("reconstructions").add_argument
     add("--reconstruct", nargs="+", metavar="FILE", help="encode and decode these images")
     args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else map(str, argv)
+    args.command = "python -m d2it.sample " + shlex.join(words)
 
     def refuse(names, reason: str) -> None:
         for name in names:
             need(getattr(args, name) is None, f"--{name} is for {reason}; leave it out")
     if args.reconstruct:
-        refuse((*DEFAULTS, "classes", "grain", "npz"), "samples")
+        refuse((*DEFAULTS, "classes", "grain", "npz", "json"), "samples")
     elif args.npz is None:
-        refuse(("num_samples",), "--npz")
+        refuse(("num_samples", "json"), "--npz")
     else:
         refuse(("per_class", "out"), "pictures")
     for name, value in DEFAULTS.items():
@@ -141,9 +147,15 @@ def samples(args, device: torch.device) -> None:
           f"seed {args.seed}, batch_size {args.batch_size}")
     # Detail lies in the middle anyway; so how well do the maps of other samples fit?
     own, other = (model.obeyed(torch.from_numpy(images), m) for m in (maps, maps.roll(1, 0)))
-    print(f"{len(images):,} samples of {count_codes(maps).float().mean():.1f} codes each, "
-          f"{len(images) / seconds:.1f} images per second on {device.type}")
+    codes, speed = count_codes(maps).float().mean().item(), len(images) / seconds
+    print(f"{len(images):,} samples of {codes:.1f} codes each, "
+          f"{speed:.1f} images per second on {device.type}")
     print(f"maps obeyed {own:.1%}; the maps of their neighbours would be {other:.1%}")
+    if args.json:
+        checkpoint.write_json(args.json, {
+            **provenance(args.command, device), "seed": args.seed, **args.options,
+            "n": len(images), "codes": codes, "images_per_second": speed, "maps_obeyed": own,
+            "maps_of_neighbours_obeyed": other})
     print("\n".join(made))
 
 

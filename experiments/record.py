@@ -3,8 +3,8 @@
 The pages' numbers are held against such files by tests/test_numbers.py. The commit in it is the one
 that is checked out now, so record a run before the next change.
 
-In       a finished run of train.py: its settings, of RUN/log.jsonl each phase's last words, and
-         RUN/summary.json, if eval_fid.py has been there
+In       a finished run of train.py or d2it.train: its settings, of RUN/log.jsonl each phase's last
+         words; RUN/summary.json, if eval_fid.py has been there, and RUN/samples.json of d2it.sample
 Run      python -m experiments.record --run runs/demo --by "make demo" --out demo.json
 Makes    a JSON with command, commit, seed, device and the numbers
 """
@@ -14,11 +14,19 @@ import os
 from pathlib import Path
 
 from config import CONFIGS
+from d2it import presets as d2it
 from experiments.order_table import costs, read_log
 from plumbing import checkpoint
 from plumbing.flags import Parser, as_dict, read_run
 from plumbing.processes import Processes, provenance
 from plumbing.run import PLACES, OpenRun, open_run
+
+
+def open_either(folder: str) -> OpenRun:
+    """A run of either system."""
+    if read_run(folder)["preset"] in d2it.PRESETS:
+        return open_run(folder, d2it.CONFIGS, "dvae.pt", "-m d2it.train")
+    return open_run(folder, CONFIGS)
 
 
 def settings(run: OpenRun) -> dict:
@@ -44,18 +52,19 @@ def phases(run: OpenRun) -> list[dict]:
 
 def main() -> None:
     parser = Parser(prog="record.py", description=__doc__)
-    parser.add_argument("--run", required=True, help="folder of a run of train.py")
+    parser.add_argument("--run", required=True, help="folder of a run of train.py or d2it.train")
     parser.add_argument("--by", required=True, metavar="COMMAND", help="what was typed to make it")
     parser.add_argument("--out", required=True, metavar="FILE", help="the JSON to write")
     args = parser.parse_args()
-    run, summary = open_run(args.run, CONFIGS), Path(args.run, "summary.json")
+    run = open_either(args.run)
     values = settings(run)
     record = {**provenance(args.by, Processes("auto").device), "seed": values["seed"],
               "settings": values, "phases": phases(run)}
     contents = [row["phase"] for row in record["phases"]]
-    if summary.exists():
-        record["evaluation"] = checkpoint.read_json(summary)
-        contents.append("evaluation")
+    for name, file in (("evaluation", "summary.json"), ("samples", "samples.json")):
+        if Path(args.run, file).exists():
+            record[name] = checkpoint.read_json(Path(args.run, file))
+            contents.append(name)
     checkpoint.write_json(args.out, record)
     print(f"{args.out}: {', '.join(contents)}")
 

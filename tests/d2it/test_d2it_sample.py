@@ -1,5 +1,6 @@
 """d2it.sample: maps that are obeyed, samples that repeat, and files that a judge can read."""
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import eval_fid
 from d2it import sample
 from d2it.grain import spread
 from d2it.model import D2iT
+from experiments import record
 from helpers import refused
 from plumbing.datasets import open_images
 
@@ -87,11 +89,23 @@ def test_a_painted_map_is_used_for_every_sample(run, tmp_path, capsys):
     assert f"samples of {16 + 3 * 3}.0 codes each" in capsys.readouterr().out
 
 
-def test_an_npz_names_its_classes_so_that_a_judge_knows_what_was_asked_for(run, tmp_path):
-    command(run, "--npz", tmp_path / "x.npz", "--num_samples", 12, "--steps", 2)
+def test_an_npz_names_its_classes_and_what_is_said_of_it_can_be_kept(run, tmp_path, monkeypatch):
+    command(run, "--npz", tmp_path / "x.npz", "--num_samples", 12, "--steps", 2,
+            "--json", run / "samples.json")
     images = open_images(str(tmp_path / "x.npz"))
     assert len(images) == 12 and images.classes[:2] == ["disc", "ring"]
     assert images.labels.tolist() == [k % 10 for k in range(12)]
+    said = json.loads((run / "samples.json").read_text())
+    assert said["n"] == 12 and 16 <= said["codes"] <= 64 and 0 <= said["maps_obeyed"] <= 1
+    assert said["command"].startswith("python -m d2it.sample --run") and said["steps"] == 2
+    # record.py keeps it, with the last words of each stage
+    monkeypatch.setattr(sys, "argv", ["record", "--run", str(run), "--by", "make it", "--out",
+                                      str(tmp_path / "kept.json")])
+    record.main()
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert kept["samples"] == said and kept["settings"]["preset"] == "d2it-tiny"
+    assert [row["phase"] for row in kept["phases"]] == ["dvae", "grain", "content"]
+    assert kept["phases"][0]["psnr"] > 0 and kept["settings"]["content_steps"] == 5
 
 
 def test_eval_fid_judges_the_npz_by_one_judge_for_both_systems(
@@ -126,6 +140,7 @@ def test_reconstructing_shows_image_entropy_map_and_image_again(run, tmp_path, c
 def test_flags_that_would_not_be_read_are_refused(run, tmp_path):
     for flags, names in ((("--reconstruct", "x.png", "--steps", "3"), ["--steps", "samples"]),
                          (("--num_samples", "3"), ["--num_samples", "--npz"]),
+                         (("--json", "x"), ["--json", "--npz"]),
                          (("--npz", "x", "--per_class", "3"), ["--per_class", "pictures"])):
         refused(sample.parse, ["--run", str(run), *flags], names=names)
     refused(sample.parse, ["--run", str(tmp_path / "no")], names=["not there"])
