@@ -185,7 +185,7 @@ def spread_to(maps: Tensor, S: int) -> Tensor:
     return gray[..., None].expand(-1, -1, -1, 3)
 
 
-def samples(page: Page, model: D2iT, per_class: int = 10) -> None:
+def samples(page: Page, model: D2iT, per_class: int) -> None:
     labels = torch.arange(min(10, len(model.classes)), device=model.dvae.limit.device)
     images, grain = model.draw(labels.repeat_interleave(per_class), {"cfg_scale": 2.0}, 0, 0)
     rows = [row for pair in zip(images.split(per_class), painted(images, grain).split(per_class))
@@ -214,7 +214,7 @@ def main(args) -> None:
     denoising(page, model, args.images)
     four_maps(page, model, args.images)
     sampled_maps(page, model, pixels, labels)
-    samples(page, model)
+    samples(page, model, args.images)
     page.add(TITLES["training"], "Pixel error of the DVAE, nats per cell of the maps, error per "
              "code of the noise. Gray lines: a stage ends.", log_curves(args.run))
     cfg = run.configs[0]
