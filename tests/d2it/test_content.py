@@ -150,6 +150,7 @@ def one_of_two(rank: int, port: int, out: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.faults  # nine seconds; that every parameter gets a gradient is tested above
 def test_two_processes_of_which_one_has_no_fine_cells_agree_on_their_gradients(tmp_path):
     port = 20000 + os.getpid() % 20000
     with contextlib.suppress(mp.ProcessRaisedException):

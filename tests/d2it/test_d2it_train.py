@@ -10,6 +10,7 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 
+import config
 from d2it import presets, train
 from d2it.content import Content
 from d2it.dvae import DVAE
@@ -59,17 +60,16 @@ def test_threshold_and_statistics_are_those_of_the_training_images(finished):
     assert same_content(saved["model"], saved["ema"]), "the averaged weights are what stays"
 
 
-@pytest.mark.parametrize("phase,step", [("dvae", 3), ("grain", 3), ("content", 3)])
-def test_an_interrupted_run_goes_on_to_the_same_bits(
-        phase, step, finished, training, tmp_path, monkeypatch):
+def test_a_run_interrupted_in_each_stage_goes_on_to_the_same_bits(finished, training, tmp_path):
+    """With a picture at every step, so pictures leave the weights alone too."""
     folder = tmp_path / "run"
-    interrupt_at(monkeypatch, phase, step)
-    with pytest.raises(SystemExit) as left:
-        training(folder)
-    assert left.value.code == 3
-    monkeypatch.undo()
-    monkeypatch.setattr("plumbing.run.EVAL_IMAGES", 20)
+    for phase in ("dvae", "grain", "content"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as left:
+            interrupt_at(patch, phase, 3)
+            training(folder, "--sample_every", "1")
+        assert left.value.code == 3 and checkpoint.load(folder / f"{phase}.pt")["step"] == 3
     training(folder)
+    assert (folder / "samples" / "content-0000002.png").exists()
     for name in ("dvae", "grain", "content"):
         whole, resumed = (checkpoint.load(f / f"{name}.pt") for f in (finished, folder))
         assert same_content(resumed, whole), name
@@ -79,11 +79,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert logs[0] == logs[1]
 
 
-def test_pictures_and_the_log_leave_the_weights_alone(finished, training, tmp_path):
-    training(tmp_path / "run", "--sample_every", "1", "--log_every", "3")
-    for name in ("dvae", "grain", "content"):
-        mine, other = (checkpoint.load(f / f"{name}.pt") for f in (tmp_path / "run", finished))
-        assert same_content(mine, other), name
+def test_lines_of_the_log_leave_the_weights_alone(finished, training, tmp_path):
+    training(tmp_path / "run", "--stage", "1", "--log_every", "3")
+    mine, other = (checkpoint.load(f / "dvae.pt") for f in (tmp_path / "run", finished))
+    assert same_content(mine, other)
 
 
 def one_of_two(rank: int, folder: str, data: str, port: int, stop: tuple | None) -> None:
@@ -156,8 +155,20 @@ def test_what_only_says_how_to_run_may_change(run, training):
 def test_a_run_of_the_other_system_is_refused(training, tmp_path, small_run):
     folder = tmp_path / "other"
     shutil.copytree(small_run, folder)
+    for preset in ([], ["--preset", "d2it-tiny"]):
+        refused(parse_run, "", [*preset, "--run", str(folder)], names=["tiny", "--run"])
+    (folder / "config.json").unlink()
     refused(training, folder, names=["train.py"])
-    refused(lambda: parse_run("", ["--run", str(folder)]), names=["tiny", "--run"])
+
+
+def test_the_other_system_refuses_a_run_of_this_one_and_leaves_it_as_it_is(run):
+    before = (run / "config.json").read_bytes()
+    for preset in ([], ["--preset", "tiny"]):
+        refused(config.parse_run, "", [*preset, "--run", str(run)], names=["d2it-tiny", "--run"])
+    assert (run / "config.json").read_bytes() == before
+    (run / "config.json").write_text("{")
+    refused(config.parse_run, "", ["--run", str(run)], names=["cannot be read"])
+    assert config.parse_run("", ["--preset", "tiny", "--run", str(run)]).preset == "tiny"
 
 
 def test_the_shapes_have_one_size(training, tmp_path):
