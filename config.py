@@ -56,8 +56,10 @@ class TokenizerConfig:
     decoder_reads: str = "attention"
     # pixels that a patch paints of its neighbours, faded in and out, so that no seam shows [ours]
     decoder_overlap: int = 0
-    # share of training steps that keep only the first k ~ U{1..L} tokens [One-D-Piece]
-    tail_drop: float = 0.0
+    tail_drop: float = 0.0  # share of what is trained on that keeps only the first k tokens
+    # which k: any, k ~ U{1..L}, one for all images of a step [One-D-Piece]; or stages, for each
+    # image one of token_schedule's lengths before this one [each image: FlexTok]
+    tail_drop_lengths: str = "any"
 
     def __post_init__(self):
         choose("tokenizer", self.tokenizer, ("nativetok", "titok", "titok-causal"))
@@ -65,6 +67,7 @@ class TokenizerConfig:
         choose("experts", self.experts, ("own", "shared"))
         choose("head", self.head, ("own", "shared"))
         choose("prior", self.prior, ("codes", "hidden"))
+        choose("tail_drop_lengths", self.tail_drop_lengths, ("any", "stages"))
         choose("decoder_reads", self.decoder_reads, ("attention", "linear"))
         at_least_one(self, "image_size", "patch_size", "encoder_width", "encoder_depth",
                      "encoder_heads", "expert_width", "expert_depth", "expert_heads",
@@ -92,6 +95,9 @@ class TokenizerConfig:
              f"{self.tokenizer} has no experts to grow; give one length, "
              f"like --token_schedule {steps[-1]}")
         shares(self, "tail_drop")
+        need(self.tail_drop_lengths == "any" or not self.tail_drop or len(steps) > 1,
+             f"token_schedule {steps[-1]} has no shorter length to cut to; give more lengths, "
+             "or --tail_drop_lengths any")
         not_negative(self, "commitment_weight", "entropy_weight", "decoder_overlap")
         need(2 * self.decoder_overlap <= self.patch_size,
              f"decoder_overlap {self.decoder_overlap} is more than half of patch_size "

@@ -61,8 +61,15 @@ class Decoder(nn.Module):
             table *= 0 if len(tables) else num_tokens ** -0.5
         tables.append(nn.Parameter(table))
 
-    def forward(self, z_q: Tensor) -> Tensor:
-        k, N = z_q.shape[1], len(self.mask_tokens)
+    def forward(self, z_q: Tensor, kept: Tensor | None = None) -> Tensor:
+        """kept (B,)   so many first codes of each image are read, and no more; None: all k"""
+        k, N, mask = z_q.shape[1], len(self.mask_tokens), None
+        if kept is not None:
+            seen = torch.arange(k, device=z_q.device) < kept[:, None]  # (B, k)
+            if self.linear:
+                z_q = z_q * seen[..., None]  # a code of zeros paints nothing
+            else:
+                mask = F.pad(seen, (N, 0), value=True)[:, None, None]  # (B, 1, 1, N + k)
         # All tables are joined before the cut, so that each of them gets a (maybe zero) gradient at
         # every step.
         table = torch.cat(list(self.paint if self.linear else self.code_pos))[:k]
@@ -74,7 +81,7 @@ class Decoder(nn.Module):
             masks = self.mask_tokens.expand(len(z_q), -1, -1).to(codes.dtype)  # (B, N, D)
             x = torch.cat([masks, codes], dim=1)  # (B, N + k, D)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, mask)
         pixels = self.to_pixels(self.norm(x[:, :N]))  # (B, N, 3*(P+2m)^2)
         if not self.overlap:
             return unpatchify(pixels, self.patch_size, self.image_size)  # (B, 3, H, W)

@@ -79,7 +79,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head self-attention, x (B, T, D) -> (B, T, D).
 
-    mask     bool (T, T), True where row may look at column; None: everything is visible
+    mask     bool (T, T) or (B, 1, 1, T), True where row may look at column; None: all is visible
     causal   token t sees tokens 0..t
     rotary   the rows of rotary_table for these T positions, or None
     """

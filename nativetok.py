@@ -48,16 +48,29 @@ class NativeTok(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """images (B, 3, H, W) -> recon (B, 3, H, W) float32, ids (B, L), unweighted losses."""
         z_q, ids, losses = self.tokenize(images)
-
-        # Tail drop: in some steps the decoder gets the first k tokens only. Whatever it needs most
-        # then has to come first, and any prefix becomes a picture. One k for the batch, because a
-        # tensor has one length; the losses keep all tokens.
-        if self.training and self.cfg.tail_drop and torch.rand(()) < self.cfg.tail_drop:
-            k = int(torch.randint(1, self.num_tokens + 1, ()))
-            z_q = z_q[:, :k]
+        kept = None
+        if self.training and self.cfg.tail_drop:
+            z_q, kept = self.drop_tails(z_q)
 
         # Autocast may hand over bf16. Losses of pixels need more than its two to three digits.
-        return self.decoder(z_q).float(), ids, losses
+        return self.decoder(z_q, kept).float(), ids, losses
+
+    def drop_tails(self, z_q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Some of what is trained on keeps the first k tokens only; the losses keep all of them.
+
+        Whatever the decoder needs most then has to come first, and a prefix becomes a picture.
+        z_q (B, L, d) -> z_q (B, k, d), and how many of the k each image keeps (B,), None for all
+        """
+        share, L, B = self.cfg.tail_drop, self.num_tokens, len(z_q)
+        if self.cfg.tail_drop_lengths == "any":
+            # One k for the batch, because a tensor has one length.
+            k = int(torch.randint(1, L + 1, ())) if torch.rand(()) < share else L
+            return z_q[:, :k], None
+        shorter = [length for length in self.cfg.token_schedule if length < L]
+        if not shorter:  # the base has nothing to be cut to
+            return z_q, None
+        k = torch.tensor(shorter)[torch.randint(len(shorter), (B,))]
+        return z_q, torch.where(torch.rand(B) < share, k, L).to(z_q.device)
 
     def tokenize(self, images: Tensor, force: dict[int, Tensor] | None = None
                  ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -50,6 +50,7 @@ def another(name: str, value):
         "experts": "shared",
         "head": "shared",
         "prior": "hidden",
+        "tail_drop_lengths": "stages",
         "decoder_reads": "linear",
         "optimizer": "muon",
         "generators": "ar",

@@ -149,6 +149,39 @@ def test_tail_drop_keeps_all_lengths_alike_in_its_share_of_the_steps():
         assert abs(lengths.count(k) - expected) < 30
 
 
+@FORMS
+def test_tails_are_dropped_image_by_image_to_the_lengths_of_earlier_stages(kind):
+    model, kept = small(kind, tail_drop=0.5, tail_drop_lengths="stages").train(), []
+    model.decoder.register_forward_pre_hook(lambda module, args: kept.append(args[1]))
+
+    def counts():
+        kept.clear()
+        with torch.no_grad():
+            for _ in range(12):
+                model(some_images(16))
+        return {length: torch.cat(kept).eq(length).sum().item() for length in (2, 4, 6)}
+
+    model(some_images())
+    assert kept == [None], "the base has one length"
+    for length, expected in ((4, (96, 96, 0)), (6, (48, 48, 96))):  # of 192 images
+        model.grow(length)
+        found = counts()
+        assert sum(found.values()) == 192
+        assert all(abs(n - e) < 25 for n, e in zip(found.values(), expected)), found
+        assert any(len(of_batch.unique()) > 1 for of_batch in kept), "within one batch"
+    model.eval()(some_images())
+    assert kept[-1] is None
+
+
+def test_dropped_images_teach_only_what_they_keep():
+    model = small(tail_drop=1.0, tail_drop_lengths="stages").grow_to(4).train()
+    recon, _, _ = model(some_images())
+    recon.square().mean().backward()
+    new = model.mocet.groups[1].parameters()
+    assert not any(p.grad is not None and p.grad.any() for p in new)
+    assert model.mocet.groups[0].query.grad.any()
+
+
 def test_a_dropped_tail_still_yields_all_ids_and_losses():
     model = small(tail_drop=1.0).train()
     assert all(model(some_images())[1].shape == (8, 2) for _ in range(5))
