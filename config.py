@@ -60,6 +60,9 @@ class TokenizerConfig:
     # which k: any, k ~ U{1..L}, one for all images of a step [One-D-Piece]; or stages, for each
     # image one of token_schedule's lengths before this one [each image: FlexTok]
     tail_drop_lengths: str = "any"
+    # with stages: an image that keeps k of L tokens has to show no more than what a picture of
+    # k / L as many pixels shows [DetailFlow]
+    tail_drop_blur: bool = False
 
     def __post_init__(self):
         choose("tokenizer", self.tokenizer, ("nativetok", "titok", "titok-causal"))

@@ -13,6 +13,7 @@ Try      python nativetok.py
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import CONFIGS, TokenizerConfig
@@ -53,7 +54,10 @@ class NativeTok(nn.Module):
             z_q, kept = self.drop_tails(z_q)
 
         # Autocast may hand over bf16. Losses of pixels need more than its two to three digits.
-        return self.decoder(z_q, kept).float(), ids, losses
+        recon = self.decoder(z_q, kept).float()
+        if kept is not None and self.cfg.tail_drop_blur:
+            recon = recon + self.detail(images, kept)
+        return recon, ids, losses
 
     def drop_tails(self, z_q: Tensor) -> tuple[Tensor, Tensor | None]:
         """Some of what is trained on keeps the first k tokens only; the losses keep all of them.
@@ -71,6 +75,18 @@ class NativeTok(nn.Module):
             return z_q, None
         k = torch.tensor(shorter)[torch.randint(len(shorter), (B,))]
         return z_q, torch.where(torch.rand(B) < share, k, L).to(z_q.device)
+
+    def detail(self, images: Tensor, kept: Tensor) -> Tensor:
+        """What images that keep k of L tokens have beyond k / L as many pixels: (B, 3, H, W).
+
+        Added to what the decoder paints, it leaves of the pixel error that to a blurred target.
+        """
+        detail, L, S = torch.zeros_like(images), self.num_tokens, self.cfg.image_size
+        for k in kept.unique().tolist():
+            sharp, side = images[kept == k], round(S * (k / L) ** 0.5)
+            coarse = F.interpolate(sharp, size=side, mode="bilinear", antialias=True)
+            detail[kept == k] = sharp - F.interpolate(coarse, size=S, mode="bilinear")
+        return detail
 
     def tokenize(self, images: Tensor, force: dict[int, Tensor] | None = None
                  ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -182,6 +182,24 @@ def test_dropped_images_teach_only_what_they_keep():
     assert model.mocet.groups[0].query.grad.any()
 
 
+def test_an_image_that_keeps_a_prefix_is_asked_for_a_blurred_target_only():
+    """The gradient of its pixel error is zero where the decoder paints the blurred image."""
+    model = small(tail_drop=0.5, tail_drop_lengths="stages", tail_drop_blur=True).grow_to(6).train()
+    images, kept, painted = some_images(32), [], []
+    model.decoder.register_forward_pre_hook(lambda module, args: kept.append(args[1]))
+    model.decoder.register_forward_hook(lambda module, args, out: painted.append(out))
+    recon, _, _ = model(images)
+    assert kept[0].unique().tolist() == [2, 4, 6]
+    target = images - (recon - painted[0]).detach()  # where recon is images
+    torch.testing.assert_close(target[kept[0] == 6], images[kept[0] == 6])
+    for k, side in ((2, 9), (4, 13)):
+        sharp, blurred = images[kept[0] == k], target[kept[0] == k]
+        coarse = F.interpolate(sharp, size=side, mode="bilinear", antialias=True)
+        again = F.interpolate(coarse, size=16, mode="bilinear")
+        torch.testing.assert_close(blurred, again)
+        assert (blurred - sharp).square().mean() > 1e-5
+
+
 def test_a_dropped_tail_still_yields_all_ids_and_losses():
     model = small(tail_drop=1.0).train()
     assert all(model(some_images())[1].shape == (8, 2) for _ in range(5))
