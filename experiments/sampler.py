@@ -20,7 +20,7 @@ import sys
 
 import torch
 
-from experiments.bench import generator_of, zeros
+from experiments.bench_rows import generator_of, zeros
 from experiments.timing import Bench, Operations
 from generator import ARGenerator
 from plumbing import checkpoint
@@ -48,10 +48,11 @@ def profile(model: ARGenerator, batch: int, bench: Bench) -> dict:
     with Operations() as timed:
         model.sample(labels, cfg_scale=2.0)
     ms, calls = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0)
-    for name, seconds in timed.seconds.items():
+    for operation, seconds in timed.seconds.items():
+        name = str(operation)
         kind = next(kind for kind, words in KINDS.items() if any(word in name for word in words))
         ms[kind] += seconds / L * 1e3
-        calls[kind] += timed.calls[name]
+        calls[kind] += timed.calls[operation]
     # A clock around each operation makes them a little slower than they are without it.
     ms[PYTHON] = max(0.0, whole / L * 1e3 - sum(ms.values()))
     return {"whole": round(whole / L * 1e3, 2), "ms": {k: round(v, 2) for k, v in ms.items()},

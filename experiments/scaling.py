@@ -20,8 +20,8 @@ import time
 import numpy as np
 import torch
 
-from experiments.bench import GIB, tokenizer_config
-from experiments.timing import Bench, in_child
+from experiments.bench_rows import tokenizer_config
+from experiments.timing import GIB, Bench, in_child
 from nativetok import NativeTok
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, UserError

@@ -2,7 +2,7 @@
 
 In       functions to be timed
 Out      Bench: .seconds(), .row(), and .rows, what bench.py prints and keeps; in_child();
-         Operations: what torch calls inside a with, how often, and for how long
+         Operations: what torch calls inside a with, how often, and for how long; flops_of()
 """
 import functools
 import json
@@ -16,13 +16,27 @@ from functools import partial
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import (
+    FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count)
 
 from plumbing.flags import need
 from plumbing.processes import Processes
 
+GIB = 2 ** 30
+aten = torch.ops.aten
+ATTENTION = {  # that of a CPU, which torch's counter does not know; it hands over shapes
+    aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+}
+
 
 class Bench:
-    """The measured rows, and how to measure: .device, .threads, .repeats, the machine's peaks."""
+    """The measured rows, and how to measure: .device, .threads, .repeats, the machine's peaks.
+
+    flops   operations of each way that seconds() has measured last
+    """
 
     def __init__(self, args):
         self.repeats, self.threads = args.repeats, args.threads
@@ -32,42 +46,50 @@ class Bench:
         self.rows = []
 
     def seconds(self, *ways: Callable[[], object], repeats: int | None = None) -> list[float]:
-        """Median seconds of each way, measured in turn after one round to warm up."""
-        times = [[] for _ in ways]
-        for turn in range(1 + (repeats or self.repeats)):
+        """Median seconds of each way, measured in turn; a first round warms up, and counts."""
+        times, self.flops = [[] for _ in ways], [flops_of(way) for way in ways]
+        for _ in range(repeats or self.repeats):
             for way, times_of_way in zip(ways, times):
                 began = time.perf_counter()
                 way()
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
-                if turn > 0:
-                    times_of_way.append(time.perf_counter() - began)
+                times_of_way.append(time.perf_counter() - began)
         return [statistics.median(times_of_way) for times_of_way in times]
 
     def row(self, name: str, value: float, unit: str, target: float | None = None,
-            least: bool = True, note: str = "") -> None:
-        """Print and keep a row. least: the value must be at least the target; else at most."""
+            least: bool = True, floor: float | None = None, note: str = "") -> None:
+        """Print and keep a row.
+
+        least    the value must be at least the target; else at most
+        target   without one, a tenth from the floor, the best that can be hoped for
+        """
         met, wanted = None, None
+        if target is None and floor is not None:
+            target = float(f"{floor / 1.1 if least else floor * 1.1:.3g}")
         if target is not None:
             met = bool(value >= target if least else value <= target)
             wanted = f"{'>=' if least else '<='} {target:g}"
-        self.rows.append({"name": name, "value": round(value, 4), "unit": unit, "target": wanted,
-                          "met": met, "note": note})
+        self.rows.append({"name": name, "value": round(value, 4), "unit": unit,
+                          "floor": floor and round(floor, 4), "target": wanted, "met": met,
+                          "note": note})
         verdict = {None: "", True: "met", False: "NOT MET"}[met]
-        print(f"{name:58}{value:>9.3g} {unit:9}{wanted or '-':>9}  {verdict:8}{note}", flush=True)
+        best = "-" if floor is None else f"{floor:.3g}"
+        print(f"{name:62}{value:>8.3g} {unit:3}{best:>8}{wanted or '-':>9}  {verdict:8}{note}",
+              flush=True)
 
     @functools.cached_property
     def peak(self) -> dict[torch.dtype, float]:
-        """Multiply-adds per second of a 2048 x 2048 product, by dtype."""
+        """Operations per second of a 2048 x 2048 product, by dtype: 2 of each multiply-add."""
         rates = {}
         for dtype in (torch.float32, torch.bfloat16):
             a = torch.randn(2048, 2048, device=self.device, dtype=dtype)
-            rates[dtype] = 2048 ** 3 / self.seconds(partial(torch.matmul, a, a), repeats=5)[0]
+            rates[dtype] = 2 * 2048 ** 3 / self.seconds(partial(torch.matmul, a, a), repeats=5)[0]
         return rates
 
-    def of_peak(self, multiply_adds: float, seconds: float) -> str:
-        """How near these float32 products came to what the machine can do, in percent."""
-        return f"{multiply_adds / seconds / self.peak[torch.float32]:.0%} of peak"
+    def of_peak(self, flops: float, seconds: float) -> str:
+        """How near these float32 operations came to what the machine can do, in percent."""
+        return f"{flops / seconds / self.peak[torch.float32]:.0%} of peak"
 
     @functools.cached_property
     def bandwidth(self) -> float:
@@ -77,8 +99,15 @@ class Bench:
         return a.numel() * 4 / self.seconds(partial(torch.mv, a, x), repeats=7)[0]
 
 
+def flops_of(way: Callable[[], object]) -> int:
+    """Call it once -> the floating-point operations of its products, gradients included."""
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        way()
+    return counter.get_total_flops()
+
+
 class Operations(TorchDispatchMode):
-    """with Operations() as done: .calls and .seconds of each operation by name, gradients included.
+    """with Operations() as done: .calls and .seconds of each operation, gradients included.
 
     Seconds are those of the calling thread's clock on a CPU; a GPU works on after a call.
     """
@@ -90,13 +119,26 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         began = time.perf_counter()
         result = operation(*args, **(kwargs or {}))
-        self.seconds[str(operation)] += time.perf_counter() - began
-        self.calls[str(operation)] += 1
+        self.seconds[operation] += time.perf_counter() - began
+        self.calls[operation] += 1
         return result
+
+    @property
+    def kernels(self) -> int:
+        """Calls that compute or move something: a view of a tensor is none."""
+        return sum(n for operation, n in self.calls.items() if not is_view(operation))
+
+
+def is_view(operation) -> bool:
+    """Does it only say where numbers lie? So its schema tells: it returns what it was given."""
+    parts = [part.alias_info for part in operation._schema.returns]
+    name = operation.overloadpacket.__name__
+    return any(info is not None and not info.is_write for info in parts) or name in (
+        "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty")
 
 
 def in_child(bench: Bench, module: str, *what) -> list[float]:
-    """-> seconds, GiB that `module --child what` prints: a peak of memory is that of a process."""
+    """-> the numbers that `module --child what` prints: a peak of memory is that of a process."""
     command = [sys.executable, "-m", module, "--device", bench.device.type]
     if bench.threads:
         command += ["--threads", str(bench.threads)]

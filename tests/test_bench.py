@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from experiments import bench
-from experiments.bench import waiting
-from experiments.timing import Bench, in_child
+from experiments.bench_rows import waiting
+from experiments.timing import Bench, Operations, flops_of, in_child
 from helpers import program, refused
-
 
 
 def small(**changes) -> Bench:
@@ -37,6 +36,39 @@ def test_a_row_says_whether_its_target_is_met(value, target, least, met, capsys)
     assert measured.rows[0]["met"] is met
     assert set(measured.rows[0]) >= {"name", "value", "unit", "target", "met"}
     assert ("NOT MET" in capsys.readouterr().out) == (met is False)
+
+
+@pytest.mark.parametrize("value, floor, least, target, met", [
+    (10.9, 10, False, "<= 11", True), (11.1, 10, False, "<= 11", False),
+    (10.1, 11, True, ">= 10", True), (9.9, 11, True, ">= 10", False)])
+def test_without_a_target_a_row_has_to_be_a_tenth_from_its_floor(value, floor, least, target, met):
+    measured = small()
+    measured.row("speed", value, "x", least=least, floor=floor)
+    row, = measured.rows
+    assert (row["floor"], row["target"], row["met"]) == (floor, target, met)
+
+
+def test_operations_are_counted_with_attention_and_gradients():
+    q, k, v = torch.randn(3, 2, 4, 6, 8, requires_grad=True)  # (B, heads, T, D/heads) each
+    weight = torch.randn(8, 16, requires_grad=True)
+    product, attention = 2 * 2 * 4 * 6 * 8 * 16, 2 * 2 * 2 * 4 * 6 * 6 * 8
+
+    def forward():
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v) @ weight
+    measured = small()
+    measured.seconds(forward, lambda: forward().sum().backward())
+    # Backward: two products for one; for attention's two five, since it computes one anew.
+    assert measured.flops == [product + attention, 3 * product + attention * 7 / 2]
+    assert flops_of(forward) == measured.flops[0]
+
+
+def test_a_view_is_no_kernel():
+    x = torch.randn(4, 6)
+    with Operations() as done:
+        (x.T[1:].reshape(2, 10).transpose(0, 1).unbind()[0] + 1).exp_()
+    names = {operation.overloadpacket.__name__ for operation in done.calls}
+    assert {"slice", "transpose", "unbind"} <= names
+    assert done.kernels == 3, "one copy by reshape, the sum, and exp in place"
 
 
 def test_waiting_is_the_share_of_time_outside_the_step():
