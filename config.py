@@ -49,6 +49,10 @@ class TokenizerConfig:
     commitment_weight: float = 0.25  # weight of the commitment loss [TiTok]
     # weight of the loss that keeps each position from saying always the same, 0 for none [ours]
     entropy_weight: float = 0.05
+    # weight of the loss that makes ids easy to predict from the codes before them, 0 for none
+    # [LARP: 0.06]; its two-layer predictor learns at the tokenizer's rate, which has to be high for
+    # that: LARP takes 50 times 1e-4, about what the small presets have
+    ar_prior_weight: float = 0.0
     decoder_width: int = 768  # channels of the decoder [TiTok-B]
     decoder_depth: int = 12  # transformer blocks of the decoder [TiTok-B]
     decoder_heads: int = 12  # attention heads of the decoder [TiTok-B]
@@ -101,7 +105,8 @@ class TokenizerConfig:
         need(self.tail_drop_lengths == "any" or not self.tail_drop or len(steps) > 1,
              f"token_schedule {steps[-1]} has no shorter length to cut to; give more lengths, "
              "or --tail_drop_lengths any")
-        not_negative(self, "commitment_weight", "entropy_weight", "decoder_overlap")
+        not_negative(self, "commitment_weight", "entropy_weight", "ar_prior_weight",
+                     "decoder_overlap")
         need(2 * self.decoder_overlap <= self.patch_size,
              f"decoder_overlap {self.decoder_overlap} is more than half of patch_size "
              f"{self.patch_size}")

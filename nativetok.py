@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from config import CONFIGS, TokenizerConfig
 from decoder import Decoder
 from layers import count_parameters, eval_mode
+from losses import ARPrior
 from mit import MIT
 from mocet import MoCET
 from plumbing import checkpoint
@@ -45,10 +46,14 @@ class NativeTok(nn.Module):
             self.titok = TiTok(cfg)
         self.quantizer = VectorQuantizer(cfg)
         self.decoder = Decoder(cfg)
+        # For training only, but the weights that training goes on with are kept in one place.
+        self.ar_prior = ARPrior(cfg) if cfg.ar_prior_weight else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """images (B, 3, H, W) -> recon (B, 3, H, W) float32, ids (B, L), unweighted losses."""
         z_q, ids, losses = self.tokenize(images)
+        if self.ar_prior:  # before there are codes, ids say nothing
+            losses["ar_prior"] = self.ar_prior(z_q, ids) * (not self.quantizer.continuous)
         kept = None
         if self.training and self.cfg.tail_drop:
             z_q, kept = self.drop_tails(z_q)

@@ -87,7 +87,8 @@ def freeze(model: NativeTok, learns: tuple[str, ...]) -> None:
     which experts read prior tokens: to change it would change what the old ones say.
     """
     newest = f"mocet.groups.{len(model.mocet.groups) - 1}." if hasattr(model, "mocet") else None
-    parts = {"mit": "mit", "titok": "mit", "quantizer": "codebook", "decoder": "decoder"}
+    parts = {"mit": "mit", "titok": "mit", "quantizer": "codebook", "decoder": "decoder",
+             "ar_prior": "new experts"}  # which it has to follow
     for name, p in model.named_parameters():
         part = parts.get(name.split(".")[0])
         part = part or ("new experts" if name.startswith(newest) else "old experts")
@@ -191,8 +192,8 @@ def train_phase(tokenizer: Tokenizer, phase: Phase, number: int, steps_before: i
 
     # 3. Learn. Every term is a mean over the batch; this is the one place that weighs them.
     weights = {"pixels": 1.0, "codebook": 1.0, "commitment": tok.commitment_weight,
-               "entropy": tok.entropy_weight, "perceptual": train.perceptual_weight,
-               "adversarial": train.adversarial_weight}
+               "entropy": tok.entropy_weight, "ar_prior": tok.ar_prior_weight,
+               "perceptual": train.perceptual_weight, "adversarial": train.adversarial_weight}
     perceptual, adversary = tokenizer.perceptual, tokenizer.adversary
     began = time.time()
     loop = Loop(run, phase.name, model, ema, optimizer, stream, phase.steps, train.batch_size,

@@ -74,11 +74,11 @@ PLANS = {
 # one budget, and encoders of one size
 
 def encoder_parameters(tok: TokenizerConfig) -> int:
-    """Of what makes tokens of images, at full length: all but the codebook and the decoder."""
+    """Of what makes tokens of images, at full length."""
     with torch.device("meta"):  # counted without making them
         model = NativeTok(tok).grow_to(tok.num_tokens)
-    shared = count_parameters(model.quantizer) + count_parameters(model.decoder)
-    return count_parameters(model) - shared
+    return sum(count_parameters(part) for name, part in model.named_children()
+               if name in ("mit", "mocet", "titok"))
 
 
 def matched(tok: TokenizerConfig, name: str, step: int, target: int) -> int:

@@ -74,6 +74,19 @@ def test_every_parameter_gets_a_gradient_at_every_step(kind):
 
 
 @KIND
+def test_the_prior_teaches_experts_and_waits_until_there_are_codes(kind):
+    model = small(kind, ar_prior_weight=0.06, token_schedule=(4,)).train()
+    torch.nn.init.normal_(model.ar_prior.head.weight)
+    for continuous in (True, False):
+        model.quantizer.continuous = continuous
+        model.zero_grad()
+        model(some_images())[2]["ar_prior"].backward()
+        encoder = model.mocet if kind.startswith("native") else model.titok
+        assert any(p.grad is not None and p.grad.any() for p in encoder.parameters()) != continuous
+        assert all(p.grad is None for p in model.decoder.parameters())
+
+
+@KIND
 def test_what_forward_returns_is_what_encode_and_decode_give(kind):
     model, images = small(kind), some_images()
     recon, ids, losses = model(images)

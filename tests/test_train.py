@@ -58,7 +58,8 @@ def test_one_length_has_nothing_to_grow_and_nothing_to_fine_tune():
 
 
 def test_a_grow_phase_trains_the_newest_experts_and_the_decoder_only():
-    model = NativeTok(config.parse_run("", SMALL).tok)
+    """And, where there is one, what predicts the new tokens."""
+    model = NativeTok(config.parse_run("", [*SMALL, "--ar_prior_weight", "0.1"]).tok)
     model.grow(4)
     train.freeze(model, ("new experts", "decoder"))
     learning = {
@@ -68,7 +69,7 @@ def test_a_grow_phase_trains_the_newest_experts_and_the_decoder_only():
         for name, p in model.named_parameters()
         if p.requires_grad
     }
-    assert learning == {"mocet.groups.1", "decoder"}
+    assert learning == {"mocet.groups.1", "decoder", "ar_prior"}
 
 
 def test_weight_decay_touches_matrices_only():
@@ -144,6 +145,26 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     steps = [(row["phase"], row["step"]) for row in rows(tmp_path) if "loss" in row]
     # each step is logged once
     assert steps == [(row["phase"], row["step"]) for row in rows(finished) if "loss" in row]
+
+
+@pytest.mark.parametrize("phase, step", [("base", 5), ("grow-4", 2)])
+def test_the_same_with_the_levers(data, tmp_path, monkeypatch, phase, step):
+    """What else learns with the tokenizer goes on exactly too."""
+    flags = ("--ar_prior_weight", "0.06", "--tail_drop_lengths", "stages", "--prior", "hidden")
+    saved = []
+    for folder in (tmp_path / "whole", tmp_path / "broken"):
+        for stage in ("1", "2"):
+            if folder.name == "broken" and stage == ("1" if phase == "base" else "2"):
+                with monkeypatch.context() as patch, pytest.raises(SystemExit):
+                    interrupt_at(patch, phase, step)
+                    train_shapes(folder, data, *flags, "--stage", stage)
+            train_shapes(folder, data, *flags, "--stage", stage)
+        saved.append(without_times(checkpoint.load(folder / "tokenizer.pt")))
+    assert same_content(*saved)
+    costs = {row["phase"]: row["ar_prior"] for row in rows(folder) if "ar_prior" in row}
+    assert all(0 < costs[name] < 10 for name in ("base", "grow-4", "grow-6", "finetune"))
+    loaded = from_checkpoint(checkpoint.load(folder / "tokenizer.pt"), "broken")
+    assert loaded.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 6)
 
 
 def test_growing_left_the_old_ids_as_they_were(data, tmp_path, monkeypatch):
