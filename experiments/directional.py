@@ -95,6 +95,12 @@ def counted(learned: np.ndarray, ids: np.ndarray, codebook_size: int, window: in
 # ------------------------------------------------------------------------------------------------
 # by a small network
 
+def weak_networks(gen: GeneratorConfig, train: TrainConfig) -> dict[str, tuple[int, int]]:
+    """{predictor: its layers and steps}: weak by size, and weak by time."""
+    return {"one layer": (1, max(1, train.generator_steps // 5)),
+            "few steps": (gen.generator_depth, max(1, train.generator_steps // 10))}
+
+
 def learned_briefly(learned: np.ndarray, labels: np.ndarray, classes: int, codebook_size: int,
                     gen: GeneratorConfig, train: TrainConfig, steps: int,
                     device: torch.device) -> ARGenerator:
@@ -136,8 +142,8 @@ def ar_bits(model: nn.Module, ids: Tensor, labels: Tensor) -> tuple[list[float],
 # ------------------------------------------------------------------------------------------------
 
 def predictors(learned: np.ndarray, learned_labels: np.ndarray, ids: Tensor, labels: Tensor,
-               classes: int, codebook_size: int, gen: GeneratorConfig, train: TrainConfig,
-               steps: int) -> dict[str, dict[str, float]]:
+               classes: int, codebook_size: int, gen: GeneratorConfig,
+               train: TrainConfig) -> dict[str, dict[str, float]]:
     """{order: {predictor: bits of an image}}; the networks are given the class, counting is not.
 
     learned (n, copies, L) with its labels (n,) are training tokens, ids (m, L) held-out ones.
@@ -150,7 +156,7 @@ def predictors(learned: np.ndarray, learned_labels: np.ndarray, ids: Tensor, lab
         rows, asked = mixed[..., place].reshape(-1, len(place)), ids.cpu().numpy()[:, place]
         bits = {"pair": counted(rows, asked, codebook_size, 1),
                 "window of 2": counted(rows, asked, codebook_size, 2)}
-        for title, depth in (("one layer", 1), ("few steps", gen.generator_depth)):
+        for title, (depth, steps) in weak_networks(gen, train).items():
             model = learned_briefly(learned[..., place], learned_labels, classes, codebook_size,
                                     replace(gen, generator_depth=depth), train, steps, ids.device)
             bits[title] = ar_bits(model, ids[:, order], labels)[1]

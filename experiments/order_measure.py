@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import TrainConfig
 from evaluation.judging import (
     Batching,
     ImageSource,
@@ -47,6 +46,7 @@ from experiments.directional import (
     orders_of,
     predictors,
     revealed,
+    weak_networks,
 )
 from experiments.order_arms import Permuted, in_order_of
 from experiments.order_table import chosen_scale, costs
@@ -109,7 +109,7 @@ def measure_tokens(inside: NativeTok, tokenizer: NativeTok | Permuted, train_arg
     marginal = [float(frequency_bits(seen, asked, tok.codebook_size).mean()) for seen, asked
                 in zip(learned.reshape(-1, ids.shape[1]).T, ids.cpu().numpy().T)]
     weak = predictors(learned[..., order.argsort().cpu().numpy()], learned_labels, made, labels,
-                      len(data.classes), tok.codebook_size, gen, train, few_steps(train))
+                      len(data.classes), tok.codebook_size, gen, train)
     # Folders come class by class: mixed, another image is mostly of another class.
     some = np.random.default_rng(0).permutation(len(images))[:INTERVENED]
     return {"prefix_psnr": prefix_psnr(inside, made, images), "order": order.tolist(),
@@ -119,12 +119,7 @@ def measure_tokens(inside: NativeTok, tokenizer: NativeTok | Permuted, train_arg
             "marginal_bits": [round(b, 4) for b in marginal],
             "marginal_bits_total": round(sum(marginal), 3),
             "intervention": interventions(inside, images[some]), "intervened_images": len(some),
-            "predictors": weak, "predictor_steps": few_steps(train)}
-
-
-def few_steps(train: TrainConfig) -> int:
-    """Of a weak predictor: a fifth of the generators'."""
-    return max(1, train.generator_steps // 5)
+            "predictors": weak, "layers_and_steps": weak_networks(gen, train)}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -54,6 +54,20 @@ def test_shares_of_all_continuations_add_up_to_one(window, strength):
     assert (2.0 ** -np.array(bits)).sum() == pytest.approx(1)
 
 
+def test_after_a_window_that_was_never_seen_the_shorter_one_is_asked():
+    """However strong the prior: frequencies after a stranger, pairs after a strange pair."""
+    learned = chain(500, 0)
+    learned = learned[learned[:, 0] != 3]
+
+    def bits(row, window):
+        return directional.window_bits(learned, np.array([row]), CODES, window, np.array([0.1, 9]))
+    alone = [directional.frequency_bits(learned[:, i], np.array([code]), CODES)[0]
+             for i, code in enumerate([3, 4])]
+    assert bits([3, 4], 1) == pytest.approx(sum(alone))
+    assert bits([3, 5, 0], 2) == pytest.approx(bits([3, 5, 0], 1)), "3 5 was not seen, 5 0 was"
+    assert bits([4, 5, 0], 2) != pytest.approx(bits([4, 5, 0], 1))
+
+
 def test_a_pair_sees_a_neighbour_and_a_window_of_two_what_two_say_together():
     rng = np.random.default_rng(0)
     pairs, triples = chain(20_000, 0), rng.integers(CODES, size=(20_000, 3))
@@ -102,9 +116,12 @@ def test_predictors_learn_from_training_tokens_and_are_the_same_when_repeated():
     ids, y = torch.from_numpy(chain(100, 1)), torch.arange(100) % 2
 
     def bits(steps):
-        return directional.predictors(learned, labels, ids, y, 2, CODES, GEN, TRAIN, steps)
-    early, late = bits(1), bits(40)
-    assert list(late) == ["native", "reversed", "shuffled"] and late == bits(40)
+        return directional.predictors(learned, labels, ids, y, 2, CODES, GEN,
+                                      replace(TRAIN, generator_steps=steps))
+    early, late = bits(1), bits(250)
+    assert directional.weak_networks(GEN, replace(TRAIN, generator_steps=250)) == {
+        "one layer": (1, 50), "few steps": (2, 25)}
+    assert list(late) == ["native", "reversed", "shuffled"] and early == bits(1)
     for order in late:
         assert list(late[order]) == ["pair", "window of 2", "one layer", "few steps"]
         for name in ("one layer", "few steps"):
