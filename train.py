@@ -62,8 +62,9 @@ def phases(tok: TokenizerConfig, train: TrainConfig) -> list[Phase]:
     """Stages 1 and 2 as a list of phases: the one place that says what learns when."""
     first, *longer = tok.token_schedule
     grow = ("new experts", "decoder") if train.grow_decoder else ("new experts",)
+    rate = train.learning_rate * train.grow_rate
     plan = [Phase("base", 1, first, train.base_steps, train.learning_rate, PARTS)]
-    plan += [Phase(f"grow-{L}", 2, L, train.grow_steps, train.learning_rate, grow) for L in longer]
+    plan += [Phase(f"grow-{L}", 2, L, train.grow_steps, rate, grow) for L in longer]
     if longer:
         plan += [Phase("finetune", 2, tok.num_tokens, train.finetune_steps,
                        train.finetune_learning_rate, PARTS)]

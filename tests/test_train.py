@@ -52,6 +52,12 @@ def test_no_grow_decoder_freezes_the_decoder_while_growing():
     assert train.phases(tok, cfg)[1].learns == ("new experts",)
 
 
+def test_growth_may_climb_to_a_lower_peak_than_the_rest():
+    tok, _, cfg = build(CONFIGS, {"learning_rate": 0.01, "grow_rate": 0.25})
+    rates = {phase.name: phase.learning_rate for phase in train.phases(tok, cfg)}
+    assert rates == {"base": 0.01, "grow-64": 0.0025, "grow-128": 0.0025, "finetune": 5e-5}
+
+
 def test_one_length_has_nothing_to_grow_and_nothing_to_fine_tune():
     tok, _, cfg = build(CONFIGS, {"token_schedule": [16]})
     assert [p.name for p in train.phases(tok, cfg)] == ["base"]
