@@ -168,6 +168,9 @@ class TrainConfig:
     finetune_steps: int = 50000  # steps of the joint fine-tune at the end of stage 2 [ours]
     grow_decoder: bool = True  # the decoder goes on learning while the tokenizer grows [ours]
     grow_rate: float = 1.0  # peak of growth steps, as a share of the other peaks [ours]
+    # share of that rate at which old experts go on learning in growth: above 0 old ids do not stay
+    # as they were, which is no hierarchical native training any more [ours: a trial]
+    grow_old_rate: float = 0.0
     # of hidden matrices, the generators' too: adamw [TiTok] or muon [ours: see muon.py]
     optimizer: str = "adamw"
     muon_learning_rate: float = 0.02  # Muon's peak; it rises and falls like learning_rate [Jordan]
@@ -219,7 +222,7 @@ class TrainConfig:
         at_least_one(self, "batch_size", "generator_batch_size", "accumulate", "log_every",
                      "save_every", "sample_every", "holdout", "timeout", "base_steps", "grow_steps",
                      "finetune_steps", "generator_steps")
-        shares(self, "ema_decay", "grow_rate")
+        shares(self, "ema_decay", "grow_rate", "grow_old_rate")
         not_negative(self, "learning_rate", "min_learning_rate", "finetune_learning_rate",
                      "weight_decay", "grad_clip", "muon_learning_rate", "codebook_rate",
                      "generator_learning_rate", "generator_min_learning_rate",

@@ -62,6 +62,7 @@ def phases(tok: TokenizerConfig, train: TrainConfig) -> list[Phase]:
     """Stages 1 and 2 as a list of phases: the one place that says what learns when."""
     first, *longer = tok.token_schedule
     grow = ("new experts", "decoder") if train.grow_decoder else ("new experts",)
+    grow += ("old experts",) if train.grow_old_rate else ()
     rate = train.learning_rate * train.grow_rate
     plan = [Phase("base", 1, first, train.base_steps, train.learning_rate, PARTS)]
     plan += [Phase(f"grow-{L}", 2, L, train.grow_steps, rate, grow) for L in longer]
@@ -81,8 +82,8 @@ def phase_table(plan: list[Phase]) -> str:
     return "\n".join(lines)
 
 
-def freeze(model: NativeTok, learns: tuple[str, ...]) -> None:
-    """Let the parameters of the named PARTS learn and no others.
+def freeze(model: NativeTok, learns: tuple[str, ...], old_rate: float = 1.0) -> None:
+    """Let the parameters of the named PARTS learn and no others; old experts at old_rate of a rate.
 
     "new experts" are the newest group; "old experts" the other groups, and the embedding through
     which experts read prior tokens: to change it would change what the old ones say.
@@ -94,6 +95,7 @@ def freeze(model: NativeTok, learns: tuple[str, ...]) -> None:
         part = parts.get(name.split(".")[0])
         part = part or ("new experts" if name.startswith(newest) else "old experts")
         p.requires_grad_(part in learns)
+        p.rate = old_rate if part == "old experts" else 1.0  # new_optimizer reads it
 
 
 # ------------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ def train_phase(tokenizer: Tokenizer, phase: Phase, number: int, steps_before: i
 
     # 2. Who learns, and how far the phase has come. Momentum of a phase says nothing about the
     #    next one, in which other parts learn, so every phase has a new optimizer.
-    freeze(model, phase.learns)
+    freeze(model, phase.learns, train.grow_old_rate if phase.name.startswith("grow") else 1.0)
     optimizer = new_optimizer(model, train.optimizer, train.weight_decay, train.beta2,
                               train.muon_learning_rate / (train.learning_rate or 1),
                               train.codebook_rate)

@@ -52,6 +52,23 @@ def test_no_grow_decoder_freezes_the_decoder_while_growing():
     assert train.phases(tok, cfg)[1].learns == ("new experts",)
 
 
+@pytest.mark.parametrize("kind", ("adamw", "muon"))
+def test_old_experts_may_go_on_learning_slowly_in_growth_and_fully_in_the_fine_tune(kind):
+    tok, _, cfg = build(CONFIGS, {"grow_old_rate": 0.1})
+    plan = {phase.name: phase for phase in train.phases(tok, cfg)}
+    assert "old experts" in plan["grow-64"].learns
+    model = NativeTok(config.parse_run("", SMALL).tok).grow_to(4)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for phase, share in (("grow-64", 0.1), ("finetune", 1.0)):
+        train.freeze(model, plan[phase].learns, share)
+        groups = loop.new_optimizer(model, kind, 0.1, 0.99, 2.0).param_groups
+        scale = {names[id(p)]: group["scale"] for group in groups for p in group["params"]}
+        for name in ("wq", "bo"):
+            new, old = (scale[f"mocet.groups.{g}.layers.0.{name}"] for g in (1, 0))
+            assert old == share * new > 0
+        assert scale["mocet.embed_code.weight"] == share and scale["decoder.mask_tokens"] == 1.0
+
+
 def test_growth_may_climb_to_a_lower_peak_than_the_rest():
     tok, _, cfg = build(CONFIGS, {"learning_rate": 0.01, "grow_rate": 0.25})
     rates = {phase.name: phase.learning_rate for phase in train.phases(tok, cfg)}
@@ -171,6 +188,19 @@ def test_the_same_with_the_levers(data, tmp_path, monkeypatch, phase, step):
     assert all(0 < costs[name] < 10 for name in ("base", "grow-4", "grow-6", "finetune"))
     loaded = from_checkpoint(checkpoint.load(folder / "tokenizer.pt"), "broken")
     assert loaded.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 6)
+
+
+def test_all_parts_move_in_base_and_in_the_fine_tune(data, tmp_path, monkeypatch):
+    train_shapes(tmp_path, data, "--stage", "1")
+    torch.manual_seed(0)
+    before = NativeTok(config.parse_run("", SMALL).tok).state_dict()
+    base = checkpoint.load(tmp_path / "tokenizer.pt")["model"]
+    train_shapes(tmp_path, data, "--stage", "2", "--save_every", "1")
+    after = checkpoint.load(tmp_path / "tokenizer.pt")["model"]
+    assert base.keys() == before.keys() and "mocet.embed_code.weight" in before
+    for name in before.keys() - {"quantizer.count"}:
+        assert not torch.equal(base[name], before[name]), name
+        assert not torch.equal(base[name], after[name]), name
 
 
 def test_growing_left_the_old_ids_as_they_were(data, tmp_path, monkeypatch):
