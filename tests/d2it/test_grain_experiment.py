@@ -17,7 +17,8 @@ from d2it.model import D2iT
 from d2it.presets import ContentConfig, DVAEConfig, load_preset, parse_run
 from experiments import grain, grain_arms, grain_measure, grain_table
 from experiments.grain_arms import ARMS, CODES, EXTRA, IMAGES, PLANS, SWEEP
-from helpers import interrupt_at, refused
+from helpers import interrupt_at, refused, same_content
+from plumbing import checkpoint
 from plumbing import run as run_folder
 from plumbing.datasets import open_images
 from plumbing.flags import as_dict
@@ -142,6 +143,15 @@ def test_the_arm_error_learns_under_the_maps_that_it_is_handed(out, words, shape
     torch.manual_seed(0)
     dvae.measure([pixels])
     assert not torch.allclose(dvae.latent_std, torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("arm, plain, file", [
+    ("error", "entropy", "dvae.pt"), ("d2it-all", "d2it-4+2", "content.pt")])
+def test_what_the_settings_do_not_say_has_changed_what_is_learned(out, arm, plain, file):
+    """Equal settings, equal seeds: without what the experiment hands in, they would be one."""
+    changed, same = (checkpoint.load(out / "runs" / f"{name}-0" / file) for name in (arm, plain))
+    assert changed["settings"] == same["settings"]
+    assert not same_content(changed["ema"], same["ema"])
 
 
 def test_refinement_of_all_looks_at_every_code_and_still_corrects_fine_ones_only():
