@@ -3,7 +3,7 @@
 # make test          packages and the test suite
 # make test-faults   the slow tests: kill, tear and fill things
 # make lint          ruff, with the rules in pyproject.toml
-# make clean         remove the packages, the demo's run and caches
+# make clean         remove the packages, the demos' runs and caches
 
 PYTHON ?= python3
 BIN    := .venv/bin
@@ -24,11 +24,13 @@ demo: .venv/ready
 
 demo-d2it: .venv/ready
 	$(BIN)/python -m d2it.train --preset d2it-tiny --run $(D2IT)
+	$(BIN)/python -m d2it.train --preset d2it-tiny --run $(D2IT)-fine --grain_policy fine --stage 1
 	$(BIN)/python -m d2it.sample --run $(D2IT)
-	$(BIN)/python -m d2it.sample --run $(D2IT) --npz $(D2IT)/samples.npz --num_samples 500
+	$(BIN)/python -m d2it.sample --run $(D2IT) --npz $(D2IT)/samples.npz --num_samples 500 \
+		--steps 25 --json $(D2IT)/samples.json
 	$(BIN)/python eval_fid.py --images $(D2IT)/samples.npz --data shapes \
 		--judge $(D2IT)/tinycnn.pt --train_features 300 --json $(D2IT)/summary.json
-	$(BIN)/python -m d2it.explain --run $(D2IT)
+	$(BIN)/python -m d2it.explain --run $(D2IT) --against $(D2IT)-fine
 
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
@@ -50,5 +52,5 @@ lint: .venv/ready-dev
 	touch $@
 
 clean:
-	rm -rf .venv $(RUN) .pytest_cache .ruff_cache
+	rm -rf .venv $(RUN) $(D2IT) $(D2IT)-fine .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2it.diffusion import alpha_sigma, estimates
+from d2it.diffusion import estimates
 from d2it.dvae import DVAE, Codes
 from d2it.grain import count_codes, heat, painted
 from d2it.model import D2iT
@@ -44,6 +44,9 @@ TITLES = {
     "sampled": "Maps are drawn, not averaged",
     "samples": "Samples",
     "training": "Training"}
+
+
+DIVIDES = "The first guess divides by the share of the signal, 0.006, so its faults look large. "
 
 
 def parse(argv=None):
@@ -132,12 +135,11 @@ def denoising(page: Page, model: D2iT, count: int, steps: int = 50) -> None:
     columns = torch.stack(rows)                               # (8, 4 kinds * n, H, W, 3)
     lines = [columns[:, kind * n + k] for k in range(n) for kind in range(4)]
     times = ", ".join(str(now) for now, _, _ in chosen)
-    alpha = alpha_sigma(torch.tensor([chosen[0][0]]), path)[0].item()
     page.grid("denoising", TITLES["denoising"], f"From noise to image at times {times} of 1,000; "
               "four rows for each class: the noisy codes decoded, the image guessed without "
               "RefineNet, the image guessed with it, and how much it changed (dark is much; coarse "
-              "cells stay white). The first guess divides by the share of the signal, "
-              f"{alpha:.3f}, so its faults look large.", lines)
+              f"cells stay white). {DIVIDES if path == 'noise' else ''}Where is the class settled, "
+              "and where are the edges?", lines)
 
 
 def hand_painted(n: int) -> Tensor:

@@ -133,16 +133,20 @@ CONFIGS = (DVAEConfig, ContentConfig, TrainConfig)
 RUN_ONLY = ("data", "val_data", "precision", "compile", "workers", "timeout", "log_every",
             "save_every", "sample_every", "skip_bad")
 
-SMALL = dict(  # 32x32 images in cells of 8: 4x4 cells, 16 to 64 codes
+# 32x32 images in cells of 8: 4x4 cells, 16 to 64 codes. The straight path is for short runs [ours:
+# measured]: on DiT's, half of the times are nearly all noise and weigh next to nothing in the loss,
+# though class and places are settled there. After 850 steps on the shapes 99% of the samples show
+# their class, on DiT's path 71%.
+SMALL = dict(
     image_size=32, cell_size=8, dvae_width=16, dvae_mults=(1, 2, 2, 4), dvae_blocks=1,
-    content_width=128, content_depth=4, refine_depth=2, content_heads=4,
+    content_width=128, content_depth=4, refine_depth=2, content_heads=4, path="flow",
     grain_width=96, grain_depth=3, grain_heads=6,
     optimizer="muon", batch_size=32, warmup_steps=50, ema_decay=0.995,
     dvae_learning_rate=2e-3, grain_learning_rate=1e-3, content_learning_rate=1e-3,
     log_every=20, save_every=100, sample_every=300)
 PRESETS = {
     # the built-in shapes, minutes on a CPU
-    "d2it-tiny": dict(SMALL, flip=False, dvae_steps=800, grain_steps=400, content_steps=1600),
+    "d2it-tiny": dict(SMALL, flip=False, dvae_steps=600, grain_steps=400, content_steps=1000),
     # your own images at 32x32, --data needed
     "d2it-cifar": dict(SMALL, dvae_width=32, content_width=192, content_heads=6,
                        dvae_steps=8000, grain_steps=3000, content_steps=30000,

@@ -72,7 +72,7 @@ class Plan:
 
 
 PLANS = {
-    "tiny": Plan("d2it-tiny", dict(dvae_steps=600, grain_steps=400, content_steps=1000),
+    "tiny": Plan("d2it-tiny", dict(dvae_steps=600, grain_steps=400, content_steps=600),
                  500, 25, 500),
     "cifar-cpu": Plan("d2it-cifar", dict(
         dvae_width=16, content_width=128, content_heads=4, ema_decay=0.995, dvae_steps=1000,

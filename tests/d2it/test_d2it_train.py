@@ -143,7 +143,7 @@ def test_a_missing_stage_is_named(run):
 
 @pytest.mark.parametrize("flag,value,stage", [
     ("--kl_weight", "0.5", "dvae"), ("--grain_width", "16", "grain"),
-    ("--path", "flow", "content")])
+    ("--path", "noise", "content")])
 def test_other_settings_than_those_of_a_checkpoint_are_refused(run, training, flag, value, stage):
     refused(training, run, flag, value, names=[f"{stage}.pt", flag[2:]])
 
