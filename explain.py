@@ -142,6 +142,8 @@ NATIVE = """Each token is chosen in view of those before it, so the later ones p
 first gets wrong: that is native order."""
 UNORDERED = """Here nobody answers: {name} chooses all its tokens at once, none in view of the
 others."""
+HIDDEN = """Here nobody answers: with prior hidden the experts read each other's outputs, not the
+tokens that are said."""
 EACH = """token {position} broken {broken:.2f}, answered {answered:.2f} ({later_ids_changed:.0%}
 of the later tokens changed)"""
 
@@ -149,7 +151,8 @@ of the later tokens changed)"""
 def answers(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, rows: int) -> None:
     """Token 1 of another image; the numbers are those of all pixels, which are one batch."""
     name, others = model.cfg.tokenizer, ids.roll(1, dims=0)
-    meaning = NATIVE if name == "nativetok" else UNORDERED.format(name=name)
+    of_experts = NATIVE if model.cfg.prior == "codes" else HIDDEN
+    meaning = of_experts if name == "nativetok" else UNORDERED.format(name=name)
     measured = interventions(model, pixels)
     each = [EACH.format(**row) for row in measured[:-1]]  # nobody comes after the last token
     caption = ANSWERS.format(meaning=meaning, n=len(pixels), original=measured[0]["original"],

@@ -262,11 +262,18 @@ def note(results: dict[str, list[dict]]) -> str:
     others = all("tried" in result for of_arm in results.values() for result in of_arm)
     return (f"Mean ± standard deviation over seeds ({seeds}). FD is {fd_key(first)}, not FID, of "
             f"{first['real']['n']} samples, and of all {first['reconstruction']['n']} "
-            "reconstructions, against held-out images. The guidance of \"best\" and of MaskGIT's "
-            f"columns was chosen by FD on {'other' if others else 'the same'} samples. The first k "
-            "tokens and the best of four are those of samples without guidance; the judge that "
-            "chooses is the one that says what is seen, so the best of four after all tokens is "
-            f"its own choice. {first['device']}: {first['command']}")
+            "reconstructions, against held-out images.\n\n"
+            "Broken: PSNR when token i is that of another image; answered: when the experts after "
+            "it have read it and chosen anew; ids changed: how many of theirs are others then. "
+            "Bits are those of a held-out image; a weak AR model has one layer and a fifth of the "
+            "steps, and gets the tokens from the first, from the last, or shuffled.\n\n"
+            "The guidance of \"best\" and of MaskGIT's columns was chosen by FD on "
+            f"{'other' if others else 'the same'} samples. The first k tokens and the best of four "
+            "are those of samples without guidance: of four beginnings of k tokens the judge keeps "
+            "the one that looks most like its class, and the gain is how much more often that "
+            "class is seen in the finished image. That judge is the one that says what is seen, "
+            "so the best of four after all tokens is its own choice.\n\n"
+            f"{first['device']}: {first['command']}")
 
 
 def write_csv(results: dict[str, list[dict]], out: str) -> None:

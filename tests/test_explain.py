@@ -81,14 +81,18 @@ def cells_of(path, columns: int) -> np.ndarray:
     return np.stack([np.stack([sheet[y:y + 64:2, x:x + 64:2] for x in lefts]) for y in tops])
 
 
-@pytest.mark.parametrize("tokenizer", ("nativetok", "titok"))
-def test_the_picture_of_answers_holds_what_the_intervention_makes(tokenizer, tmp_path):
-    """For titok both pictures are one, and the page says so."""
+@pytest.mark.parametrize("tokenizer, prior, silent", [
+    ("nativetok", "codes", ""), ("titok", "codes", "titok chooses all its tokens at once"),
+    ("nativetok", "hidden", "with prior hidden")])
+def test_the_picture_of_answers_holds_what_the_intervention_makes(tokenizer, prior, silent,
+                                                                  tmp_path):
+    """Where nobody answers both pictures are one, and the page says why."""
     torch.manual_seed(0)
     model = NativeTok(TokenizerConfig(
-        tokenizer=tokenizer, image_size=32, patch_size=8, encoder_width=32, encoder_depth=1,
-        encoder_heads=2, expert_width=32, expert_heads=2, token_schedule=(6,), codebook_size=16,
-        decoder_width=32, decoder_depth=1, decoder_heads=2, decoder_reads="linear")).eval()
+        tokenizer=tokenizer, prior=prior, image_size=32, patch_size=8, encoder_width=32,
+        encoder_depth=1, encoder_heads=2, expert_width=32, expert_heads=2, token_schedule=(6,),
+        codebook_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2,
+        decoder_reads="linear")).eval()
     pixels = torch.randint(256, (9, 1, 32, 3), dtype=torch.uint8).repeat(1, 32, 1, 1)  # stripes
     ids, page = explain.encoded(model, pixels), Page(str(tmp_path), 32)
     explain.answers(page, model, pixels, ids, 4)
@@ -106,8 +110,8 @@ def test_the_picture_of_answers_holds_what_the_intervention_makes(tokenizer, tmp
     text = " ".join((tmp_path / "index.html").read_text().split())
     row = interventions(model, pixels)[0]
     assert f"token 1 broken {row['broken']:.2f}, answered {row['answered']:.2f}" in text
-    assert (tokenizer == "titok") == np.array_equal(broken, answered)
-    assert (tokenizer == "titok") == ("nobody answers: titok" in text)
+    assert bool(silent) == np.array_equal(broken, answered) == ("nobody answers" in text)
+    assert silent in text
 
 
 def test_attention_of_the_loop_sums_to_one_and_leaves_the_ids_alone(small_run):

@@ -261,12 +261,12 @@ def test_a_measure_that_older_results_lack_costs_a_column_and_no_table(results, 
     older = {name: value for name, value in results["titok"].items() if name not in new}
     (tmp_path / "titok-0.json").write_text(json.dumps(older))
     code, text, err = command("--table", "--out", tmp_path)
-    assert code == 0 and "PSNR" in text and "ids changed" not in text, err
+    assert code == 0 and "PSNR" in text and "| ids changed" not in text, err
     assert "chosen by FD on the same samples" in text
     (tmp_path / "nativetok-hnt-0.json").write_text(json.dumps(results["nativetok-hnt"]))
     text = command("--table", "--out", tmp_path)[1]
     rows = [line for line in text.splitlines() if line.startswith(("| arm", "| titok"))]
-    assert "ids changed" in text and all(a.count("|") == b.count("|")
+    assert "| ids changed" in text and all(a.count("|") == b.count("|")
                                          for a, b in zip(rows[::2], rows[1::2]))
 
 
