@@ -3,7 +3,22 @@
 Shared   images and their order, steps (HNT's phases together take as many as the others),
          optimizer, codebook, decoder, number of tokens, generator. No arm but one drops tails.
 Sizes    encoders have as many parameters as NativeTok's, within 10%: the ViT of titok is twice as
-         deep as MIT and as wide as it takes, block experts are as wide as it takes.
+         deep as MIT and as wide as it takes; block experts, and one expert for all positions, are
+         as wide as it takes.
+
+Levers, one change each, when asked for:
+
+    nativetok-hidden      joint, as in the first author's earlier code: experts read each other's
+                          outputs as they are and share one head
+    nativetok-hnt-drop25  hnt; a quarter of the images keeps the tokens of an earlier stage only
+    nativetok-hnt-drop50  the same with half of them
+    nativetok-hnt-blur50  the same, and these are asked for a blurred target only
+    nativetok-prior02     joint, with an AR prior in the tokenizer's loss: weight 0.02
+    nativetok-prior06     0.06
+    nativetok-prior20     0.2
+    nativetok-hnt-gentle  hnt; growth climbs to 0.3 of the peak
+    nativetok-hnt-thawed  hnt; old experts learn on at a tenth of the rate, so old ids do not stay:
+                          no hierarchical native training any more
 """
 import math
 from dataclasses import dataclass, field, replace
@@ -26,21 +41,34 @@ class Arm:
     share: float = 1.0  # of the budget's steps
 
 
-ARMS = {
+STAGES = {"tail_drop_lengths": "stages"}
+MAIN = {  # what a table is of, unless other arms are asked for
     "titok": Arm({"tokenizer": "titok"}),
     "titok-causal": Arm({"tokenizer": "titok-causal"}),
     "titok-taildrop": Arm({"tokenizer": "titok", "tail_drop": 0.5}),
     "nativetok-joint": Arm(),
     "nativetok-hnt": Arm(grown=True),
+    "nativetok-shared": Arm({"experts": "shared", "head": "shared"}),
+}
+ARMS = MAIN | {
     # hnt's training time by joint's, as measured
     "nativetok-joint-time": Arm(share=0.9),
     "nativetok-block": Arm({"expert": "block", "expert_depth": 2}),
     # the tokens of HNT
     "nativetok-reversed": Arm(grown=True, order="reversed"),
     "nativetok-shuffled": Arm(grown=True, order="shuffled"),
+    "nativetok-hidden": Arm({"prior": "hidden", "head": "shared"}),
+    "nativetok-hnt-drop25": Arm({"tail_drop": 0.25, **STAGES}, grown=True),
+    "nativetok-hnt-drop50": Arm({"tail_drop": 0.5, **STAGES}, grown=True),
+    "nativetok-hnt-blur50": Arm({"tail_drop": 0.5, **STAGES, "tail_drop_blur": True}, grown=True),
+    "nativetok-prior02": Arm({"ar_prior_weight": 0.02}),
+    "nativetok-prior06": Arm({"ar_prior_weight": 0.06}),
+    "nativetok-prior20": Arm({"ar_prior_weight": 0.2}),
+    "nativetok-hnt-gentle": Arm({"grow_rate": 0.3}, grown=True),
+    "nativetok-hnt-thawed": Arm({"grow_old_rate": 0.1}, grown=True),
 }
 HNT = "nativetok-hnt"
-EXTRA = ("nativetok-joint-time",)  # only when asked for
+EXTRA = tuple(arm for arm in ARMS if arm not in MAIN)
 
 
 @dataclass(frozen=True)
@@ -54,14 +82,12 @@ class Plan:
 
 
 PLANS = {
-    # 16 tokens and narrow experts: eight arms in under 40 minutes, and titok's ViT is as wide as
-    # MIT. Over half of hnt's steps are fine-tune, see trials.py.
-    "tiny": Plan("tiny", dict(token_schedule=(8, 12, 16), expert_width=64, base_steps=400,
-                              grow_steps=100, finetune_steps=700), 1200, 400, 500, 500),
+    "tiny": Plan("tiny", dict(), 1200, 400, 500, 500),  # seven arms in under 40 minutes
     "cifar": Plan("cifar", dict(), 14000, 2500, 2000, 2000),
-    "cifar-cpu": Plan("cifar", dict(expert_width=64, flip=False, generator_width=192,
-                                    generator_dropout=0.0, generator_batch_size=32),
-                      2000, 1500, 1000, 1000),
+    # An arm and seed in about 7 minutes of one thread. With the preset's long fine-tune the first
+    # tokens would be left with 200 steps.
+    "cifar-cpu": Plan("cifar", dict(finetune_steps=4300, flip=False, generator_width=128,
+                                    generator_dropout=0.0), 1300, 800, 1000, 1000),
     "quick": Plan("tiny", dict(encoder_width=64, encoder_heads=2, expert_width=32, expert_heads=2,
                                decoder_width=64, decoder_heads=2, token_schedule=(4, 6, 8),
                                codebook_size=32, batch_size=16, reseed_every=10,
@@ -126,7 +152,7 @@ def settings_of(arm: str, args) -> tuple[dict, int, int]:
         deep = replace(tok, encoder_depth=2 * native.encoder_depth)
         width = matched(deep, "encoder_width", math.lcm(4, tok.encoder_heads), target)
         settings |= {"encoder_depth": deep.encoder_depth, "encoder_width": width}
-    elif tok.expert == "block":
+    elif tok.expert == "block" or tok.experts == "shared":
         settings |= {"expert_width": matched(tok, "expert_width", tok.expert_heads, target)}
     return settings, encoder_parameters(tokenizer_config(preset, settings)), target
 

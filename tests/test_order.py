@@ -76,7 +76,7 @@ def test_encoders_of_all_arms_have_the_same_size_within_a_tenth(preset):
         assert config.parse_run("", flags).tok == tok, "the flags say the same"
         model = NativeTok(tok).grow_to(tok.num_tokens)                        # counted another way
         size[arm] = sum(p.numel() for name, p in model.named_parameters()
-                        if not name.startswith(("decoder", "quantizer")))
+                        if not name.startswith(("decoder", "quantizer", "ar_prior")))
         assert size[arm] == parameters
         assert target == size.get("nativetok-joint", target)
     for arm in order_arms.ARMS:
@@ -85,19 +85,20 @@ def test_encoders_of_all_arms_have_the_same_size_within_a_tenth(preset):
 
 def test_all_arms_take_the_same_steps_and_differ_only_where_they_should():
     args, shared = order.parse(["--budget", "999"]), set()
-    differing = ("tokenizer", "encoder_width", "encoder_depth", "expert", "expert_width",
-                 "expert_depth", "tail_drop", "token_schedule", "base_steps", "grow_steps",
-                 "finetune_steps")
+    differing = {"tokenizer", "encoder_width", "encoder_depth", "expert", "expert_width",
+                 "expert_depth", "token_schedule", "base_steps", "grow_steps", "finetune_steps"}
     for arm in order_arms.ARMS:
         settings, _, _ = order_arms.settings_of(arm, args)
         made = config.parse_run("", order.train_flags(settings, 3, args, "nowhere"))
         steps = sum(phase.steps for phase in order.train.phases(made.tok, made.train))
         assert steps == (899 if arm == "nativetok-joint-time" else 999), arm
-        grown = arm in ("nativetok-hnt", "nativetok-reversed", "nativetok-shuffled")
-        assert (len(made.tok.token_schedule) > 1) == grown
-        assert (made.tok.tail_drop > 0) == (arm == "titok-taildrop")
-        values = as_dict(made.tok, made.gen, made.train)
-        same = (str(value) for name, value in values.items() if name not in differing)
+        assert (len(made.tok.token_schedule) > 1) == order_arms.ARMS[arm].grown
+        assert (made.tok.tail_drop > 0) == ("drop" in arm or "blur" in arm)
+        values, own = as_dict(made.tok, made.gen, made.train), order_arms.ARMS[arm].settings
+        assert all(values[name] == value for name, value in own.items())
+        plain = as_dict(*config.load_preset(args.preset))
+        same = (str(plain[name] if name in own else value) for name, value in values.items()
+                if name not in differing)
         shared.add((made.tok.num_tokens, *same))
     assert len(shared) == 1
 
