@@ -96,8 +96,11 @@ class Run:
         if not checkpoint.exists(path):
             return None
         saved = checkpoint.load(path, needs=("settings", "data"))
-        was = {name: value for name, value in saved["settings"].items()
-               if name in fixed or name not in NO_SETTINGS}
+        # A setting that is newer than the checkpoint had its default's effect.
+        defaults = as_dict(*build(tuple(map(type, self.configs)), {}))
+        was = {name: defaults[name] for name in fixed if name in defaults}
+        was |= {name: value for name, value in saved["settings"].items()
+                if name in fixed or name not in NO_SETTINGS}
         old = as_flags({name: tuple(value) if isinstance(value, list) else value
                         for name, value in was.items() if fixed.get(name) != value})
         checkpoint.check_same(was, fixed, f"{path}: settings", "start anew in another --run "

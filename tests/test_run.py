@@ -134,6 +134,17 @@ def test_changed_settings_and_changed_images_are_refused_with_the_difference(fin
         train_shapes(finished, data, "--generator_steps", "6", "--stage", "3")
 
 
+def test_a_run_from_before_a_setting_goes_on_with_its_default(finished, data, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    path = tmp_path / "run" / "tokenizer.pt"
+    saved = checkpoint.load(path)
+    assert saved["settings"].pop("prior") == "codes"
+    checkpoint.save(path, saved)
+    train_shapes(tmp_path / "run", data)
+    with pytest.raises(UserError, match="prior: codes -> hidden"):
+        train_shapes(tmp_path / "run", data, "--prior", "hidden")
+
+
 def test_a_run_folder_that_cannot_be_made_is_said_before_the_first_step(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another folder"):
