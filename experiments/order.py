@@ -5,15 +5,19 @@
     titok-taildrop        the same as titok, ordered by dropping tails in half of the training steps
     nativetok-joint       MIT and MoCET at full length from the start
     nativetok-hnt         MIT and MoCET, grown by hierarchical native training: the paper
-    nativetok-joint-time  joint for as long as hnt takes, whose steps are cheaper; when asked for
+    nativetok-shared      like joint, but one expert serves all positions: the control for experts
+
+and, when asked for, levers of order_arms.py, one change each, and
+
+    nativetok-joint-time  joint for as long as hnt takes, whose steps are cheaper
     nativetok-block       like joint, with the published two-layer block experts (narrower)
     nativetok-reversed    control: nativetok-hnt's tokens, and the generator gets the last one first
     nativetok-shuffled    control: the same in a random order, another one for each seed
 
 What the arms share, and how their encoders come to be of one size: order_arms.py. What is measured:
-order_measure.py, and only one of these numbers can be good for a native tokenizer alone: what later
-tokens answer when an earlier one is forced (evaluation/intervention.py). Few bits prove nothing:
-tokens that say nothing cost nothing, so look at them with PSNR. Samples are judged by the Fréchet
+order_measure.py. Only one of these numbers is out of reach of unordered tokens: what later ones
+answer when an earlier one is forced (evaluation/intervention.py). Few bits prove nothing: tokens
+that say nothing cost nothing, so look at them with PSNR. Samples are judged by the Fréchet
 distance in the features of one TinyCNN for all arms of a data set (not FID, see
 evaluation/tinycnn.py). Guidance is the best of a few by that distance on other samples than those
 that are reported; MaskGIT's is chosen at 8 steps.
