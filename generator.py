@@ -183,10 +183,7 @@ class Generator(nn.Module):
 
     @staticmethod
     def load(path) -> "ARGenerator | MaskGITGenerator":
-        """A generator from its checkpoint alone, with the averaged weights, in eval mode.
-
-        Raises UserError for a checkpoint that holds something else (a tokenizer, say).
-        """
+        """From its checkpoint alone, averaged weights, in eval mode. UserError if it holds none."""
         saved = checkpoint.load(path)
         need(saved.get("kind") in GENERATORS,
              f"{path} holds no generator; try generator-ar.pt or generator-maskgit.pt")
@@ -237,21 +234,21 @@ class ARGenerator(Generator):
         or a setting out of range.
         """
         self.check(labels)
-        ids, forward = labels.new_empty(len(labels), 0), self
-        if use_cache:
-            halves = 1 if cfg_scale == 1 else 2  # see guided()
-            forward = partial(self.newest, caches=self.new_caches(halves * len(labels)))
+        ids, newest = self.begin(labels, cfg_scale)
         with eval_mode(self):
             for _ in range(self.num_tokens):
-                logits = self.guided(labels, ids, cfg_scale, forward)[:, -1]  # (B, K)
+                logits = self.guided(labels, ids, cfg_scale, newest if use_cache else self)
+                logits = logits[:, -1]  # (B, K)
                 new = sample_from(logits, generator, temperature, top_k, top_p)  # (B,)
                 ids = torch.cat([ids, new[:, None]], dim=1)  # (B, T) -> (B, T+1)
         return ids
 
-    def new_caches(self, batch: int) -> list[KVCache]:
-        rows, D = self.position.shape
-        heads, device, dtype = self.cfg.generator_heads, self.position.device, self.position.dtype
-        return [KVCache(batch, heads, rows, D // heads, device, dtype) for _ in self.blocks]
+    def begin(self, labels: Tensor, cfg_scale: float) -> tuple[Tensor, Callable]:
+        """-> no ids yet (B, 0), and newest() with empty caches."""
+        (rows, D), heads = self.position.shape, self.cfg.generator_heads
+        both = len(labels) * (1 if cfg_scale == 1 else 2)  # sides of guidance, see guided()
+        caches = [KVCache(both, heads, rows, D // heads, self.position) for _ in self.blocks]
+        return labels.new_empty(len(labels), 0), partial(self.newest, caches=caches)
 
     def newest(self, labels: Tensor, ids: Tensor, caches: list[KVCache]) -> Tensor:
         """The last row of forward(), (B, 1, K), when those before it are in the caches: fast."""
@@ -310,6 +307,10 @@ class MaskGITGenerator(Generator):
         """8 as in the paper, but one per token where there are fewer."""
         return min(8, self.num_tokens)
 
+    def begin(self, labels: Tensor, cfg_scale: float) -> tuple[Tensor, Callable]:
+        """-> masks only (B, L), and forward()."""
+        return labels.new_full((len(labels), self.num_tokens), self.mask_id), self
+
     def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """Mean of the smoothed cross-entropy: masked tokens weigh 1, others unmasked_weight.
 
@@ -343,7 +344,7 @@ class MaskGITGenerator(Generator):
         """
         self.check(labels)
         steps = self.default_steps if steps is None else steps
-        ids = labels.new_full((len(labels), self.num_tokens), self.mask_id)
+        ids, _ = self.begin(labels, cfg_scale)
         with eval_mode(self):
             for step, still_masked in enumerate(mask_schedule(self.num_tokens, steps), start=1):
                 progress = step / steps
@@ -384,8 +385,7 @@ if __name__ == "__main__":
     print("past what is merely likely:")
     cond = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     uncond = torch.tensor([0.7, 0.1, 0.1, 0.1]).log()
-    meanings = ((0, "unconditional"), (1, "plain"), (2, "guided"), (4, "guided more"))
-    for scale, meaning in meanings:
+    for scale, meaning in ((0, "unconditional"), (1, "plain"), (2, "guided"), (4, "guided more")):
         p = guide(cond, uncond, scale).softmax(0)
         print(f"  scale {scale}:", *(f"{value:.2f}" for value in p), f"  {meaning}")
 

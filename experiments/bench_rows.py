@@ -195,7 +195,7 @@ def zeros(bench: Bench, *shape: int) -> Tensor:
 @torch.no_grad()
 def guided_steps(model: ARGenerator, labels: Tensor, ids: Tensor, steps: range, use_cache: bool):
     """Steps t of guided sampling, each after t tokens: from a cache that long, or recomputed."""
-    newest = partial(model.newest, caches=model.new_caches(2 * len(labels)))
+    _, newest = model.begin(labels, cfg_scale=2.0)
     for t in steps:
         model.guided(labels, ids[:, :t], 2.0, newest if use_cache else None)
 

@@ -224,7 +224,9 @@ class Processes:
 
     def wrap(self, model: nn.Module, compile: bool) -> nn.Module:
         """The model as the training loop calls it: gradients are averaged over processes."""
-        model = torch.compile(model) if compile else model
+        if compile:
+            need_compiler(self.device)
+            model.compile()
         if not dist.is_initialized():
             return model
         # The one buffer that changes, the quantizer's count, is each process's own and summed where
@@ -289,6 +291,21 @@ def peak_memory(device: torch.device) -> int:
         return 0  # unknown
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac
+
+
+def need_compiler(device: torch.device) -> None:
+    """Raise UserError unless torch.compile works here: something small is compiled, now."""
+    # What learns differs from phase to phase, and code is compiled for each such case.
+    torch._dynamo.config.recompile_limit = 64
+    # TRAP: backward overwrites a tensor that forward has kept while a part of it, kept as well, is
+    # still to be read; gradients of what is split after a softmax are then noise (torch 2.13).
+    torch._inductor.config.inplace_buffers = False
+    try:
+        torch.compile(lambda x: x * x + 1)(torch.ones(2, device=device))
+    except Exception as error:  # a missing compiler, header, or Triton: each its own kind
+        reason = " ".join(str(error).split("\n\nSet TORCHDYNAMO")[0].split())[:200]
+        raise UserError(f"torch.compile does not work here ({reason}); leave out --compile, or "
+                        "install what is missing, such as g++") from error
 
 
 def need_room(folder: str) -> None:

@@ -244,9 +244,9 @@ def test_cached_sampling_equals_uncached(cfg_scale):
 def test_cached_logits_equal_uncached(one_shape):
     model, ids = loud(ARGenerator), some_ids()[:, :-1]
     model.compiled = one_shape  # what a compiler sees: the same shapes at every step
-    caches = model.new_caches(4)
+    _, newest = model.begin(LABELS, cfg_scale=1)
     with torch.no_grad():
-        rows = [model.newest(LABELS, ids[:, :t], caches) for t in range(L)]
+        rows = [newest(LABELS, ids[:, :t]) for t in range(L)]
         assert all(row.shape == (4, 1, K) for row in rows), "only the new row is computed"
         torch.testing.assert_close(torch.cat(rows, dim=1), model(LABELS, ids), rtol=1e-4, atol=1e-4)
 

@@ -235,7 +235,7 @@ def test_rows_one_by_one_equal_the_whole_sequence_at_once(batch, one_shape, dtyp
     """In a cache that held other numbers before, as those of another batch."""
     torch.manual_seed(0)
     block, x = LlamaBlock(D, HEADS).to(dtype).eval(), some(batch, T, D).to(dtype)
-    table, cache = rotary_table(T, D // HEADS), KVCache(batch, HEADS, T, D // HEADS, dtype=dtype)
+    table, cache = rotary_table(T, D // HEADS), KVCache(batch, HEADS, T, D // HEADS, like=x)
     nn.init.normal_(cache.k), nn.init.normal_(cache.v)
     rows = []
     with torch.no_grad():
