@@ -101,6 +101,9 @@ class LossOf(nn.Module):
     def forward(self, ids: Tensor, labels: Tensor):
         return self.generator.loss(ids, labels)
 
+    def compile(self) -> None:
+        self.generator.compile()
+
 
 class Loop:
     """Iterate for the micro-batches of steps `start` to `steps`; see the top of this file for how

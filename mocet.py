@@ -249,37 +249,19 @@ class MoCET(nn.Module):
     def forward(self, x_latent: Tensor, quantizer: VectorQuantizer,
                 force: dict[int, Tensor] | None = None
                 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        cfg, heads, said, force = self.cfg, self.cfg.expert_heads, [], force or {}
+        query_form, said, force = self.cfg.expert == "query", [], force or {}
         codes, cx = quantizer.codes(), norm(x_latent)  # (K, d), (B, N, E)
-        prior = cx[:, :0]  # (B, 0, E) query form: prior tokens as context rows
-        rows = x_latent  # (B, N, E) block form: everything so far, as it is
+        # What grows with each expert: in the query form (B, 0, E) prior tokens as context rows,
+        # in the block form (B, N, E) everything so far, as it is.
+        rows = cx[:, :0] if query_form else x_latent
         for group in self.groups:
             # One product per group, not one for all: growth must not change how old ones round.
-            query_form = cfg.expert == "query"
             first = self.first_scores(group, cx) if query_form else [()] * len(group)
             for expert, known in zip(group.unbind(self.groups[0]), first):
-                h = expert.query[None]  # (1, E): all images ask the same
-                if query_form:
-                    for w in expert.layers:
-                        h = query_layer_fast(w, h, cx, prior, heads, *known)
-                        known = ()  # for the first layer only
-                else:
-                    x = torch.cat([rows, h.expand(len(cx), 1, -1)], dim=1)  # (B, N+i, E)
-                    for w in expert.layers:
-                        x = block_layer(w, x, heads)
-                    h = x[:, -1]
-                z_i = F.linear(norm(h), expert.head, expert.head_bias)  # (B, d)
-                z_q_i, id_i, z_i = quantizer.quantize(z_i, codes)
-                if len(said) in force:
-                    z_q_i, id_i = quantizer.say(z_i, force[len(said)])
-                token = h[:, None]  # (B, 1, E)
-                if cfg.prior == "codes":
-                    token = self.as_prior(z_q_i, expert)  # (B, 1, E)
-                if query_form:
-                    prior = torch.cat([prior, norm(token)], dim=1)
-                else:
-                    rows = torch.cat([rows, token], dim=1)
-                said.append((z_q_i, id_i, z_i))
+                *word, token = self.run_expert(self, expert, known, cx, rows, quantizer, codes,
+                                               force.get(len(said)))
+                rows = torch.cat([rows, token], dim=1)
+                said.append(word)
         z_q, ids, z = (torch.stack(parts, dim=1) for parts in zip(*said))
         losses = quantizer.losses(z, ids)
         # Nobody reads the last token. A zero keeps its parameters in the graph, since
@@ -287,6 +269,49 @@ class MoCET(nn.Module):
         # expert.
         losses["commitment"] = losses["commitment"] + 0 * token.sum()
         return z_q, ids, losses
+
+    def one_expert(self, expert: SimpleNamespace, known: tuple, cx: Tensor, rows: Tensor,
+                   quantizer: VectorQuantizer, codes: Tensor, forced: Tensor | None
+                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """-> z_q_i (B, d), id_i (B,), z_i (B, d), and the row (B, 1, E) that the next ones read.
+
+        known   what first_scores says of this expert
+        rows    as they are before it, see forward
+        """
+        h, heads = expert.query[None], self.cfg.expert_heads  # (1, E): all images ask the same
+        if self.cfg.expert == "query":
+            for w in expert.layers:
+                h = query_layer_fast(w, h, cx, rows, heads, *known)
+                known = ()  # for the first layer only
+        else:
+            x = torch.cat([rows, h.expand(len(cx), 1, -1)], dim=1)  # (B, N+i, E)
+            for w in expert.layers:
+                x = block_layer(w, x, heads)
+            h = x[:, -1]
+        z_i = F.linear(norm(h), expert.head, expert.head_bias)  # (B, d)
+        z_q_i, id_i, z_i = quantizer.quantize(z_i, codes)
+        if forced is not None:
+            z_q_i, id_i = quantizer.say(z_i, forced)
+        token = h[:, None]
+        if self.cfg.prior == "codes":
+            token = self.as_prior(z_q_i, expert)  # (B, 1, E)
+        return z_q_i, id_i, z_i, norm(token) if self.cfg.expert == "query" else token
+
+    run_expert = staticmethod(one_expert)
+
+    def compile(self) -> None:
+        """From now on forward runs one_expert compiled: one code for all of them.
+
+        Compiled as a whole, forward would be the code of each expert after that of the last.
+        """
+        compiled = torch.compile(MoCET.one_expert)
+
+        def run_expert(self, expert, known, cx, rows, *more):
+            if rows.shape[1] < 2:  # 0 and 1 rows would each be compiled as a case of its own
+                return self.one_expert(expert, known, cx, rows, *more)
+            torch._dynamo.mark_dynamic(rows, 1)
+            return compiled(self, expert, known, cx, rows, *more)
+        self.run_expert = run_expert
 
     def first_scores(self, group: ExpertGroup, cx: Tensor) -> list[tuple[Tensor, Tensor]]:
         """For each expert its first u (heads, E), and its scores against X_latent (B, heads, N)."""
