@@ -129,7 +129,7 @@ def denoising(page: Page, model: D2iT, count: int, steps: int = 50) -> None:
         seen = [model.decode(Codes(z, grain)) for z in (z_t, rough, refined)]
         scale = seen[0].shape[-1] // off.shape[-1]
         off = off.repeat_interleave(scale, 2).repeat_interleave(scale, 3).repeat(1, 3, 1, 1)
-        rows.append(torch.cat([shown(x) for x in (*seen, 1 - 4 * off)]))
+        rows.append(torch.cat([shown(x) for x in (*seen, 1 - 2 * off / off.max().clamp_min(1e-9))]))
     # one row per class and kind, one column per time
     n = len(labels)
     columns = torch.stack(rows)                               # (8, 4 kinds * n, H, W, 3)
@@ -137,9 +137,10 @@ def denoising(page: Page, model: D2iT, count: int, steps: int = 50) -> None:
     times = ", ".join(str(now) for now, _, _ in chosen)
     page.grid("denoising", TITLES["denoising"], f"From noise to image at times {times} of 1,000; "
               "four rows for each class: the noisy codes decoded, the image guessed without "
-              "RefineNet, the image guessed with it, and how much it changed (dark is much; coarse "
-              f"cells stay white). {DIVIDES if path == 'noise' else ''}Where is the class settled, "
-              "and where are the edges?", lines)
+              "RefineNet, the image guessed with it, and how much it changed (black is the most; "
+              f"coarse cells stay white). {DIVIDES if path == 'noise' else ''}Nothing in training "
+              "asks that the rough guess be right where a correction follows: only their sum is "
+              "judged. At which time is the class settled, and when the edges?", lines)
 
 
 def hand_painted(n: int) -> Tensor:
