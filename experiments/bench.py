@@ -23,6 +23,7 @@ import time
 import torch
 
 from experiments import bench_rows as rows
+from experiments import bench_sampling as sampling
 from experiments.timing import Bench
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, choose, need
@@ -39,11 +40,12 @@ ROWS = {
     "grow": (rows.growth, "a growth step 64 -> 128 against a joint step at 128, imagenet-128, "
              "batch 2"),
     "muon": (rows.muon_against_adamw, "a training step with Muon against one with AdamW, cifar"),
-    "cache": (rows.cache_against_recomputing, "AR sampling with a KV cache against recomputing, "
-              "LlamaGen-B size, 128 tokens, guidance"),
-    "floor": (rows.step_against_floor, "a step of AR sampling, batch 1, guidance"),
-    "bf16": (rows.bf16_against_float32, "AR sampling, batch 16, bf16 against float32"),
-    "maskgit": (rows.maskgit_against_passes, "MaskGIT, 8 steps, guidance, against as many bare "
+    "compile": (rows.compiling, "MoCET compiled: how long that takes with 16, 64, 128 experts"),
+    "cache": (sampling.cache_against_recomputing, "AR sampling with a KV cache against "
+              "recomputing, LlamaGen-B size, 128 tokens, guidance"),
+    "floor": (sampling.step_against_floor, "a step of AR sampling, batch 1, guidance"),
+    "bf16": (sampling.bf16_against_float32, "AR sampling, batch 16, bf16 against float32"),
+    "maskgit": (sampling.maskgit_against_passes, "MaskGIT, 8 steps, guidance, against as many bare "
                 "passes of its transformer, batch 4"),
     "tokens": (rows.waiting_for_tokens, "stage 3: share of a step spent waiting for the token "
                "cache, cifar"),

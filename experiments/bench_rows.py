@@ -1,7 +1,7 @@
-"""What bench.py measures: one function per comparison, each adds its rows to a Bench.
+"""What bench.py measures of the tokenizer and of training: one function per comparison.
 
-Floors come from operations that PyTorch counts while both sides warm up, from bytes that have to be
-read, or from what the rest of a step takes; the comment at each says which.
+Floors come from operations that PyTorch counts while both sides warm up, or from what has to be
+held in memory.
 
 In       a Bench (timing.py)
 Out      its rows: name, value, unit, floor, target, met, note
@@ -16,13 +16,12 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from config import TokenizerConfig, load_preset
 from experiments.timing import GIB, Bench, Operations, flops_of, in_child
-from generator import ARGenerator, Generator, MaskGITGenerator
+from generator import ARGenerator
 from layers import count_parameters
 from loop import frozen_copy, new_optimizer, update_ema
 from losses import reconstruction
@@ -32,7 +31,7 @@ from nativetok import NativeTok
 from plumbing.batches import ImageStream
 from plumbing.datasets import open_images
 from plumbing.images import to_float
-from plumbing.processes import peak_memory
+from plumbing.processes import need_compiler, peak_memory
 from plumbing.tokens import TokenStream
 from quantizer import VectorQuantizer
 from titok import TiTok
@@ -178,93 +177,25 @@ def muon_against_adamw(bench: Bench) -> None:
                    f"{1 - adamw / muon:.0%} of a step is Muon's own")
 
 
-# ------------------------------------------------------------------------------------------------
-# the generators
-
-def generator_of(Kind: type[Generator], bench: Bench) -> Generator:
-    torch.manual_seed(0)
-    tok, gen, _ = load_preset("imagenet-128")
-    return Kind(gen, tok.num_tokens, tok.codebook_size, 1000).to(bench.device).eval()
-
-
-def zeros(bench: Bench, *shape: int) -> Tensor:
-    """Labels or ids: which ones makes no difference to the time."""
-    return torch.zeros(shape, dtype=torch.int64, device=bench.device)
-
-
-@torch.no_grad()
-def guided_steps(model: ARGenerator, labels: Tensor, ids: Tensor, steps: range, use_cache: bool):
-    """Steps t of guided sampling, each after t tokens: from a cache that long, or recomputed."""
-    _, newest = model.begin(labels, cfg_scale=2.0)
-    for t in steps:
-        model.guided(labels, ids[:, :t], 2.0, newest if use_cache else None)
-
-
-def cache_against_recomputing(bench: Bench) -> None:
-    model = generator_of(ARGenerator, bench)
-    for batch, every in ((1, 16), (16, 32)):
-        # Recomputing 128 steps of 16 samples takes many minutes on a CPU, so some steps stand for
-        # their neighbours.
-        steps = range(every // 2, 128, every)
-        labels, ids = zeros(bench, batch), zeros(bench, batch, 128)
-        slow, fast = bench.seconds(*(partial(guided_steps, model, labels, ids, steps, use_cache)
-                                     for use_cache in (False, True)),
-                                   repeats=1 if batch == 16 else None)
-        bench.row(f"AR with KV cache against recomputing, batch {batch}", slow / fast, "x", 5,
-                  floor=bench.flops[0] / bench.flops[1],
-                  note=f"{fast / len(steps) * 1e3:.0f} ms a step "
-                       f"against {slow / len(steps) * 1e3:.0f}")
-
-
-def step_against_floor(bench: Bench) -> None:
-    model, labels = generator_of(ARGenerator, bench), zeros(bench, 1)
-    # The floor: every weight is read once, as fast as a matrix-vector product reads a matrix.
-    weights = count_parameters(model.blocks) + count_parameters(model.head)
-    (took,) = bench.seconds(partial(model.sample, labels, cfg_scale=2.0))
-    bench.row("AR, a step at batch 1", took / model.num_tokens * 1e3, "ms", least=False,
-              floor=weights * 4 / bench.bandwidth * 1e3,
-              note=f"{weights / 1e6:.0f} M weights at {bench.bandwidth / 1e9:.1f} GB/s")
-
-
-@torch.no_grad()
-def products(model: ARGenerator, rows: int) -> None:
-    """The matrix products of a step and nothing else."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            F.linear(module.weight.new_ones(rows, module.in_features), module.weight)
-
-
-def bf16_against_float32(bench: Bench) -> None:
-    model, labels = generator_of(ARGenerator, bench), zeros(bench, 16)
-    half = generator_of(ARGenerator, bench).to(torch.bfloat16)
-    slow, fast = bench.seconds(partial(model.sample, labels, cfg_scale=2.0),
-                               partial(half.sample, labels, cfg_scale=2.0), repeats=1)
-    # Both count the same operations; what bf16 can gain is what it gains in the products alone.
-    products32, products16 = bench.seconds(partial(products, model, 32),
-                                           partial(products, half, 32))
-    gain = bench.peak[torch.bfloat16] / bench.peak[torch.float32]
-    bench.row("AR, batch 16, bf16 against float32", slow / fast, "x",
-              floor=products32 / products16,
-              note=f"{16 / fast:.2f} samples a second against {16 / slow:.2f}; products take "
-                   f"{128 * products16 / fast:.0%} of it, {128 * products32 / slow:.0%} in "
-                   f"float32; matrix peak in bf16 is {gain:.1f} times that in float32")
-
-
-@torch.no_grad()
-def bare_passes(model: MaskGITGenerator, labels: Tensor, ids: Tensor, passes: int) -> None:
-    for _ in range(passes):
-        model(labels, ids)
-
-
-def maskgit_against_passes(bench: Bench) -> None:
-    model, labels = generator_of(MaskGITGenerator, bench), zeros(bench, 4)
-    # guidance asks twice: with the class and without it
-    both, ids = zeros(bench, 8), zeros(bench, 8, 128)
-    sampling, passes = bench.seconds(partial(model.sample, labels, steps=8, cfg_scale=3.0),
-                                     partial(bare_passes, model, both, ids, 8), repeats=1)
-    bench.row("MaskGIT, samples a second against bare passes", passes / sampling, "x", 0.95,
-              floor=1, note=f"{sampling / 4:.2f} s a sample; "
-                            f"{bench.of_peak(bench.flops[1], passes)}")
+def compiling(bench: Bench) -> None:
+    """One expert is compiled, however many there are."""
+    from torch._inductor.utils import fresh_cache
+    need_compiler(bench.device)
+    x = torch.randn(4, 256, 256, device=bench.device)
+    for L in (16, 64, 128):
+        mocet, quantizer = experts(L, "query", bench)
+        plain, _ = experts(L, "query", bench)
+        torch._dynamo.reset()
+        mocet.compile()
+        with fresh_cache():  # else an earlier call's code is read
+            began = time.perf_counter()
+            forward_backward(mocet, MoCET.forward, x, quantizer)
+            first = time.perf_counter() - began
+        compiled, eager = bench.seconds(*(partial(forward_backward, model, MoCET.forward, x,
+                                                  quantizer) for model in (mocet, plain)),
+                                        repeats=1)
+        bench.row(f"compiling a step of {L} experts", first - compiled, "s", 30, least=False,
+                  note=f"a step then takes {compiled * 1e3:.0f} ms, as it is {eager * 1e3:.0f}")
 
 
 # ------------------------------------------------------------------------------------------------

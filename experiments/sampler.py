@@ -20,7 +20,7 @@ import sys
 
 import torch
 
-from experiments.bench_rows import generator_of, zeros
+from experiments.bench_sampling import generator_of, zeros
 from experiments.timing import Bench, Operations
 from generator import ARGenerator
 from plumbing import checkpoint
