@@ -271,7 +271,7 @@ PRESETS = {
         finetune_steps=630, generator_width=128, generator_depth=4, generator_dropout=0.0,
         label_smoothing=0.0, generator_batch_size=64, generator_steps=500, log_every=20,
         save_every=250, sample_every=250),
-    "cifar": dict(  # real 32x32 images, --data needed; about an hour on 2 CPU cores
+    "cifar": dict(  # real 32x32 images, --data needed; 45 minutes or so on 2 CPU cores
         SMALL, codebook_size=512, encoder_depth=2, decoder_depth=2, decoder_reads="attention",
         codebook_rate=5.0, continuous_steps=200, base_steps=2000, grow_steps=600,
         finetune_steps=10000,

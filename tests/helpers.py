@@ -165,14 +165,13 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "numpy", "PIL.Image", "tqdm"])
 
 
-def run_as_main(words: list[str], folder: str, said: str, environment: dict[str, str]) -> None:
-    """In the child: `python WORDS...` in `folder`, its output to the files said.out, said.err."""
+def run_as_main(words: list[str], said: str, environment: dict[str, str]) -> None:
+    """In the child: `python WORDS...` in the root, its output to the files said.out, said.err."""
     for number, ending in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(said + ending, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
     os.environ.update(environment)
-    os.chdir(folder)
-    import torch
+    os.chdir(ROOT)
     torch.set_num_threads(1)
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
@@ -185,14 +184,10 @@ def run_as_main(words: list[str], folder: str, said: str, environment: dict[str,
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
 
-def start_program(*words, folder=ROOT, said="", **environment: str):
-    """`python WORDS...` in a process of its own, a multiprocessing.Process that has been started.
-
-    said   what files its output goes to, less .out and .err
-    """
-    said = str(said) or os.path.join(tempfile.mkdtemp(), "said")
-    child = SERVER.Process(target=run_as_main, args=(list(map(str, words)), str(folder), said,
-                                                     environment))
+def start_program(*words, **environment: str):
+    """`python WORDS...` in a process of its own, a multiprocessing.Process that has been started."""
+    said = os.path.join(tempfile.mkdtemp(), "said")
+    child = SERVER.Process(target=run_as_main, args=(list(map(str, words)), said, environment))
     child.start()
     child.said = said
     return child
@@ -211,16 +206,16 @@ def ended(child, timeout: float = 120) -> SimpleNamespace:
     return SimpleNamespace(returncode=child.exitcode, stdout=out, stderr=err)
 
 
-def program(*words, **options) -> SimpleNamespace:
+def program(*words) -> SimpleNamespace:
     """`python WORDS...` to its end, as subprocess.run(capture_output=True) gives it."""
-    return ended(start_program(*words, **options))
+    return ended(start_program(*words))
 
 
-def ranks(n: int, *words, **options) -> list[SimpleNamespace]:
+def ranks(n: int, *words) -> list[SimpleNamespace]:
     """The same on n processes, with the environment that torchrun gives each."""
     place = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1",
                  MASTER_PORT=str(free_port()))
-    children = [start_program(*words, RANK=str(rank), LOCAL_RANK=str(rank), **place, **options)
+    children = [start_program(*words, RANK=str(rank), LOCAL_RANK=str(rank), **place)
                 for rank in range(n)]
     return [ended(child) for child in children]
 
