@@ -185,7 +185,7 @@ def run_as_main(words: list[str], said: str, environment: dict[str, str]) -> Non
 
 
 def start_program(*words, **environment: str):
-    """`python WORDS...` in a process of its own, a multiprocessing.Process that has been started."""
+    """`python WORDS...` as a multiprocessing.Process that has been started."""
     said = os.path.join(tempfile.mkdtemp(), "said")
     child = SERVER.Process(target=run_as_main, args=(list(map(str, words)), said, environment))
     child.start()
@@ -206,9 +206,9 @@ def ended(child, timeout: float = 120) -> SimpleNamespace:
     return SimpleNamespace(returncode=child.exitcode, stdout=out, stderr=err)
 
 
-def program(*words) -> SimpleNamespace:
+def program(*words, **environment: str) -> SimpleNamespace:
     """`python WORDS...` to its end, as subprocess.run(capture_output=True) gives it."""
-    return ended(start_program(*words))
+    return ended(start_program(*words, **environment))
 
 
 def ranks(n: int, *words) -> list[SimpleNamespace]:
