@@ -9,14 +9,13 @@ Differs  from FID's network: a distance in these features depends on the data, t
          weights knows nothing, but any change of texture moves its features
 Try      python -m evaluation.tinycnn      (trains on the shapes, CPU, ten seconds)
 """
-import itertools
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from loop import learning_rate, new_optimizer
 from plumbing import checkpoint
 from plumbing.batches import ImageStream, eval_batches
 from plumbing.datasets import ImageSet
@@ -66,10 +65,11 @@ def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip:
     need(len(data.classes) > 1, f"{data.name} has a single class, and a classifier learns nothing "
          "from it; use --features inception")
     judge = TinyCNN(len(data.classes)).to(device)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=0.01)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    optimizer = new_optimizer(judge, "adamw", 0.01, 0.999)
     stream = ImageStream(data, image_size, 64, seed=0, flip=flip, skip_bad=skip_bad)
-    for images, labels in tqdm(itertools.islice(stream, steps), total=steps, desc="classifier"):
+    for step, (images, labels) in zip(tqdm(range(steps), desc="classifier"), stream):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, 2e-3, 0.0, steps)
         images = to_float(images.to(device))
         if torch.rand(()) < 0.5:
             scale = float(torch.empty(()).uniform_(0.3, 0.7))
@@ -81,7 +81,6 @@ def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        rates.step()
     right = None
     if val.classes == data.classes:
         right = accuracy(judge.eval(), val, image_size, device, skip_bad)

@@ -101,7 +101,8 @@ def main(argv=None) -> None:
     words = sys.argv[1:] if argv is None else argv
     now = provenance(shlex.join(["python", "-m", "experiments.sampler", *words]), bench.device)
     if args.json:
-        checkpoint.write_json(args.json, {**now, "now": {**now, "cases": made}, "before": before})
+        checkpoint.write_json(args.json, {**now, "seed": 0, "now": {**now, "cases": made},
+                                          "before": before})
 
 
 if __name__ == "__main__":

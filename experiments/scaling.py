@@ -1,12 +1,13 @@
-"""How does the cost of encoding grow with tokens and with patches? A table, exponents, a picture.
+"""How do time and memory grow with tokens, patches and the experts' width? A table and a picture.
 
-Measured is the encoder of imagenet-128 (MIT-B and query experts) at 4 images, each point in a
-process of its own, since a peak of memory is that of a process; memory is the growth of that peak
-while encoding.
+Measured are encoding and a training step (AdamW, everything learns) of imagenet-128's MIT-B, query
+experts and decoder, 2 images at a time; each point in a process of its own, since a peak of memory
+is that of a process. Memory is what comes on top of the weights: activations, and for a training
+step gradients and moments.
 
-Run      python -m experiments.scaling --out pictures/scaling.png --json scaling.json
-         (needs matplotlib; a few minutes on 2 CPU cores)
-Makes    the picture, and with --json the numbers in it
+Run      python -m experiments.scaling --json scaling.json --out scaling.png
+         (ten minutes on 2 CPU cores; the picture takes matplotlib)
+Makes    a line for each point; --json FILE: the same, with exponents; --out FILE: the picture
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
@@ -16,110 +17,150 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 
-from experiments.bench_rows import tokenizer_config
+from experiments.bench_rows import learner, tokenizer_config, tokenizer_loss
 from experiments.timing import GIB, Bench, in_child
 from nativetok import NativeTok
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, UserError
-from plumbing.processes import peak_memory, provenance
+from plumbing.processes import peak_memory, provenance, reset_peak_memory
 
-TOKENS, PATCHES = (16, 32, 64, 128, 256), (64, 144, 256, 576, 1024)
-AXES = {  # what varies: (its values, points (tokens, patches), what stays)
-    "tokens": (TOKENS, [(L, 256) for L in TOKENS], "256 patches"),
-    "patches": (PATCHES, [(64, N) for N in PATCHES], "64 tokens"),
+TOKENS, PATCHES, WIDTHS = (16, 32, 64, 128, 256), (64, 144, 256, 576, 1024), (64, 128, 256, 512)
+AXES = {  # what varies: (its values, points (tokens, patches, experts' width), what stays)
+    "tokens": (TOKENS, [(L, 256, 256) for L in TOKENS], "256 patches, experts of 256"),
+    "patches": (PATCHES, [(64, N, 256) for N in PATCHES], "64 tokens, experts of 256"),
+    "width": (WIDTHS, [(64, 256, E) for E in WIDTHS], "64 tokens, 256 patches"),
 }
-BATCH = 4
+WORK = ("encoding", "training step")
+BATCH = 2
 
 
-def encode_once(num_tokens: int, patches: int, device: torch.device) -> tuple[float, float]:
-    """Seconds and GiB of encoding a batch, for the child process."""
-    cfg = tokenizer_config(token_schedule=(num_tokens,), image_size=int(patches ** 0.5) * 16)
-    torch.manual_seed(0)
-    model = NativeTok(cfg).to(device).eval()
-    images = torch.rand(BATCH, 3, cfg.image_size, cfg.image_size, device=device) * 2 - 1
-    before, times = peak_memory(device), []
-    for _ in range(4):
+def measured(call: Callable[[], object], device: torch.device, before: int,
+             repeats: int) -> tuple[float, float]:
+    """-> seconds, the median after one call to warm up, and the peak in GiB above `before`."""
+    times = []
+    for _ in range(1 + repeats):
         began = time.perf_counter()
-        model.encode(images)
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:]), (peak_memory(device) - before) / GIB
 
 
-def exponent(x: list[int], y: list[float]) -> float:
-    """Of the power law y = c x^exponent that fits best."""
-    return np.polyfit(np.log(x), np.log(np.maximum(y, 1e-9)), 1)[0]
+def point(num_tokens: int, patches: int, width: int, device: torch.device) -> list[float]:
+    """Seconds and GiB of encoding, then of a training step; for the child process."""
+    cfg = tokenizer_config(token_schedule=(num_tokens,), image_size=int(patches ** 0.5) * 16,
+                           expert_width=width)
+    torch.manual_seed(0)
+    model = NativeTok(cfg).to(device).eval()
+    images = torch.rand(BATCH, 3, cfg.image_size, cfg.image_size, device=device) * 2 - 1
+    reset_peak_memory(device)
+    before = peak_memory(device)
+    encoding = measured(lambda: model.encode(images), device, before, 3)
+    step = learner(model, partial(tokenizer_loss, model), "adamw", 0.999)
+    return [*encoding, *measured(lambda: step(images), device, before, 1)]
+
+
+def exponents(x: list[int], y: list[float]) -> dict[str, float]:
+    """Of y = c x^exponent: the one that fits best, and that between the last two points."""
+    x, y = np.log(x), np.log(np.maximum(y, 1e-9))
+    return {"fit": round(np.polyfit(x, y, 1)[0], 3),
+            "end": round((y[-1] - y[-2]) / (x[-1] - x[-2]), 3)}
 
 
 def measure(what: str, bench: Bench) -> dict:
     """The points of one axis, as they are printed and written."""
     values, points, _ = AXES[what]
-    milliseconds, mib = [], []
-    for value, point in zip(values, points):
-        seconds, gib = in_child(bench, "experiments.scaling", *point)
-        milliseconds.append(seconds / BATCH * 1e3)
-        mib.append(gib * 1024)
-        print(f"{value:5} {what:8}{milliseconds[-1]:9.1f} ms an image{mib[-1]:9.0f} MiB "
-              f"for the batch of {BATCH}", flush=True)
-    exponents = {"time": exponent(values, milliseconds), "memory": exponent(values, mib)}
-    print(f"      time grows like {what}^{exponents['time']:.2f}, "
-          f"memory like {what}^{exponents['memory']:.2f}")
-    return {"points": list(values), "ms_an_image": milliseconds, "mib": mib,
-            "exponents": exponents}
+    found = {name: {"ms_an_image": [], "mib": []} for name in WORK}
+    for value, place in zip(values, points):
+        numbers = in_child(bench, "experiments.scaling", *place)
+        for name, seconds, gib in zip(WORK, numbers[::2], numbers[1::2]):
+            found[name]["ms_an_image"].append(round(seconds / BATCH * 1e3, 1))
+            found[name]["mib"].append(round(gib * 1024))
+            print(f"{value:5} {what:8}{name:14}{seconds / BATCH * 1e3:9.1f} ms an image"
+                  f"{gib * 1024:9.0f} MiB for the batch of {BATCH}", flush=True)
+    for made in found.values():
+        made["exponents"] = {unit: exponents(values, made[unit]) for unit in ("ms_an_image", "mib")}
+    return {"points": list(values), **found}
 
 
-def draw(axis, what: str, measured: dict) -> None:
-    x, exponents = measured["points"], measured["exponents"]
-    axis.loglog(x, measured["ms_an_image"], "o-",
-                label=f"ms an image, exponent {exponents['time']:.2f}")
-    axis.loglog(x, measured["mib"], "s--",
-                label=f"MiB of activations, batch {BATCH}, exponent {exponents['memory']:.2f}")
-    axis.set_xlabel(f"{what}  ({AXES[what][2]})")
-    axis.set_xticks(x, x)
-    axis.minorticks_off()
-    axis.legend()
-    axis.grid(alpha=0.3)
+def table(made: dict) -> str:
+    """What scaling.json holds as a table of Markdown, for README.md."""
+    lines = ["| | | ms an image | exponent (at the end) | MiB | exponent (at the end) |",
+             "|---|---|---|---|---|---|"]
+    for what, (values, _, stays) in AXES.items():
+        for name in WORK:
+            cells = []
+            for unit in ("ms_an_image", "mib"):
+                numbers, grows = made[what][name][unit], made[what][name]["exponents"][unit]
+                cells += [f"{numbers[0]:,.0f} to {numbers[-1]:,.0f}",
+                          f"{grows['fit']:.2f} ({grows['end']:.2f})"]
+            lines.append(f"| {what}, {values[0]} to {values[-1]} ({stays}) | {name} | "
+                         f"{' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def parse() -> argparse.Namespace:
-    parser = Parser(prog="scaling.py", description=__doc__)
-    parser.add_argument("--out", default="scaling.png", help="the picture")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
-    parser.add_argument("--device", choices=DEVICES, default="auto",
-                        help="where to compute")
-    parser.add_argument("--threads", type=int, default=0,
-                        help="CPU threads (default: torch's choice)")
-    parser.add_argument("--child", type=int, nargs=2, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse()
-    bench = Bench(argparse.Namespace(repeats=3, device=args.device, threads=args.threads))
-    if args.child:
-        print(json.dumps(encode_once(*args.child, bench.device)))
-        return
+def draw(made: dict, path: str) -> None:
+    """Time above memory, a column for each axis; what a line means stands below all of them."""
     try:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
         raise UserError("the picture takes matplotlib: pip install matplotlib") from None
-    command = "python -m experiments.scaling " + shlex.join(sys.argv[1:])
-    made = provenance(command, bench.device)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
-    for axis, what in zip(axes, AXES):
-        made[what] = measure(what, bench)
-        draw(axis, what, made[what])
-    with checkpoint.replacing(args.out) as file:
+    figure, axes = plt.subplots(2, len(AXES), figsize=(10, 5.4), sharex="col",
+                                constrained_layout=True)
+    for column, (what, (values, _, stays)) in enumerate(AXES.items()):
+        for row, (unit, label) in enumerate((("ms_an_image", "ms an image"),
+                                             ("mib", f"MiB, batch {BATCH}"))):
+            axis = axes[row][column]
+            for name, style in zip(WORK, ("o-", "s--")):
+                axis.loglog(values, made[what][name][unit], style, label=name)
+            axis.set_xticks(values, [str(value) for value in values])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            if column == 0:
+                axis.set_ylabel(label)
+        axes[1][column].set_xlabel(f"{what}\n({stays})")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    with checkpoint.replacing(path) as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = Parser(prog="scaling.py", description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there")
+    parser.add_argument("--out", metavar="FILE", help="draw the picture there")
+    parser.add_argument("--device", choices=DEVICES, default="auto",
+                        help="where to compute")
+    parser.add_argument("--threads", type=int, default=0,
+                        help="CPU threads (default: torch's choice)")
+    parser.add_argument("--child", type=int, nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    args = parse(argv)
+    bench = Bench(argparse.Namespace(repeats=1, device=args.device, threads=args.threads))
+    if args.child:
+        print(json.dumps(point(*args.child, bench.device)))
+        return
+    words = sys.argv[1:] if argv is None else argv
+    made = provenance(shlex.join(["python", "-m", "experiments.scaling", *words]), bench.device)
+    began = time.time()
+    made |= {what: measure(what, bench) for what in AXES}
+    made |= {"seed": 0, "seconds": round(time.time() - began)}
     if args.json:
         checkpoint.write_json(args.json, made)
+    print(table(made))
+    if args.out:
+        draw(made, args.out)
 
 
 if __name__ == "__main__":
