@@ -4,6 +4,7 @@ Run      python explain.py --run runs/NAME
          python explain.py --run runs/NAME --against runs/OTHER
              also bits per position of another run, say one with --tokenizer titok
 Makes    RUN/explain/index.html, or --out DIR, with its pictures beside it; it needs no network
+         and answers.json, the numbers of one of them
 Exit     0 done, 1 failure, 2 something to mend
 
 What the page shows:
@@ -154,6 +155,8 @@ def answers(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, rows: int
     of_experts = NATIVE if model.cfg.prior == "codes" else HIDDEN
     meaning = of_experts if name == "nativetok" else UNORDERED.format(name=name)
     measured = interventions(model, pixels)
+    checkpoint.write_json(os.path.join(page.folder, "answers.json"),
+                          {"images": len(pixels), "rows": measured})
     each = [EACH.format(**row) for row in measured[:-1]]  # nobody comes after the last token
     caption = ANSWERS.format(meaning=meaning, n=len(pixels), original=measured[0]["original"],
                              each="; ".join(each))

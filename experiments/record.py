@@ -4,7 +4,8 @@ The pages' numbers are held against such files by tests/test_numbers.py. The com
 that is checked out now, so record a run before the next change.
 
 In       a finished run of train.py or d2it.train: its settings, of RUN/log.jsonl each phase's last
-         words; RUN/summary.json, if eval_fid.py has been there, and RUN/samples.json of d2it.sample
+         words; RUN/summary.json, if eval_fid.py has been there, RUN/explain/answers.json of
+         explain.py, and RUN/samples.json of d2it.sample
 Run      python -m experiments.record --run runs/demo --by "make demo" --out demo.json
 Makes    a JSON with command, commit, seed, device and the numbers
 """
@@ -61,7 +62,8 @@ def main() -> None:
     record = {**provenance(args.by, Processes("auto").device), "seed": values["seed"],
               "settings": values, "phases": phases(run)}
     contents = [row["phase"] for row in record["phases"]]
-    for name, file in (("evaluation", "summary.json"), ("samples", "samples.json")):
+    for name, file in (("evaluation", "summary.json"), ("intervention", "explain/answers.json"),
+                       ("samples", "samples.json")):
         if Path(args.run, file).exists():
             record[name] = checkpoint.read_json(Path(args.run, file))
             contents.append(name)

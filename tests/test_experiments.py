@@ -2,6 +2,7 @@
 as they claim, records say where they come from."""
 import inspect
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -135,11 +136,14 @@ def test_pictures_are_of_every_kind_and_show_what_was_put_in(tmp_path):
 # record.py
 
 def test_a_record_holds_the_last_words_of_each_phase_and_their_origin(small_run, tmp_path):
-    path = tmp_path / "record.json"
-    done = call("record", "--run", small_run, "--by", "make something", "--out", path)
+    path, run = tmp_path / "record.json", tmp_path / "run"
+    shutil.copytree(small_run, run)
+    (run / "explain").mkdir()
+    (run / "explain" / "answers.json").write_text('{"images": 250}')
+    done = call("record", "--run", run, "--by", "make something", "--out", path)
     assert done.returncode == 0, done.stderr
     made = json.loads(path.read_text())
-    assert made["command"] == "make something"
+    assert made["command"] == "make something" and made["intervention"] == {"images": 250}
     assert {"commit", "seed", "device", "torch", "settings"} <= set(made)
     assert made["settings"]["preset"] == "tiny" and made["settings"]["base_steps"] == 6
     assert not any(str(value).startswith("/") for value in made["settings"].values())

@@ -1,6 +1,7 @@
 """Promises of explain.py: pictures are there, true to the model; the page needs no network."""
 import contextlib
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -108,7 +109,9 @@ def test_the_picture_of_answers_holds_what_the_intervention_makes(tokenizer, pri
     for row, k in enumerate(np.argsort(damage)[::-1][:4]):  # the worst first
         assert np.array_equal(first[row], pixels[k]) and np.array_equal(other[row], pixels[k - 1])
     text = " ".join((tmp_path / "index.html").read_text().split())
-    row = interventions(model, pixels)[0]
+    rows = interventions(model, pixels)
+    assert json.loads((tmp_path / "answers.json").read_text()) == {"images": 9, "rows": rows}
+    row = rows[0]
     assert f"token 1 broken {row['broken']:.2f}, answered {row['answered']:.2f}" in text
     assert bool(silent) == np.array_equal(broken, answered) == ("nobody answers" in text)
     assert silent in text
