@@ -181,13 +181,24 @@ def test_the_table_of_controls_is_that_of_its_result_file():
         assert all(map(shown, cells[2:], [*values, 100 * found["class_accuracy"]])), (cells, values)
 
 
-@pytest.mark.parametrize("name", ("order-tiny", "order-cifar-cpu"))
-def test_tables_of_the_order_experiment_are_what_order_table_makes_of_the_results(name):
-    found = order_table.read_results(str(RESULTS / name), order.ARMS)
-    lines = order_table.summary(found)
+def test_tables_of_the_order_experiment_are_what_order_table_makes_of_the_results():
+    folder = RESULTS / "order-cifar-cpu"
+    lines = order_table.summary(order_table.read_results(str(folder), order.ARMS))
     for line in lines:
         assert line in section("Does native order help?").splitlines(), f"missing: {line}"
-    assert "\n".join(lines) in (RESULTS / name / "table.md").read_text()
+    assert "\n".join(lines) in (folder / "table.md").read_text()
+
+
+def test_pages_say_of_intervention_what_its_result_file_says():
+    made = results("cifar")["intervention"]
+    first = made["rows"][0]
+    exact = [f"{made['images']} images", f"{first['original']:.2f}", f"{first['broken']:.2f} dB",
+             f"{first['answered']:.2f} dB", f"{first['later_ids_changed']:.0%} of their tokens"]
+    assert [words for words in exact if words not in section("CIFAR-10")] == []
+    front = (ROOT / "README.md").read_text(encoding="utf-8")
+    rough = (f"{first['broken']:.1f} dB, and the error", f"{first['answered']:.1f} dB, of "
+             f"{first['original']:.1f}")
+    assert [words for words in rough if words not in front] == []
 
 
 def test_the_table_of_trials_is_what_trials_makes_of_its_rows():
