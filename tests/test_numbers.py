@@ -19,6 +19,7 @@ from nativetok import NativeTok
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECORDS = (ROOT / "experiments" / "RECORDS.md").read_text(encoding="utf-8")
 MEASURED = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
 
 
@@ -63,9 +64,7 @@ def test_result_files_say_where_they_come_from(path):
     for row in made["rows"] if path.stem == "trials" else [made]:
         assert row["command"].split()[0] in ("python", "make", "OMP_NUM_THREADS=1")
         assert row["torch"] and row["device"]
-        # bench-cpu.json is older than bench.py's habit of writing its commit.
-        commit = re.fullmatch(r"[0-9a-f]{40}", row.get("commit", ""))
-        assert commit or path.stem == "bench-cpu", "a result is kept of a commit"
+        assert re.fullmatch(r"[0-9a-f]{40}", row["commit"]), "a result is kept of a commit"
         assert "seed" in row or path.stem in ("pca", "bench-cpu"), "nothing random in these"
 
 
@@ -203,6 +202,14 @@ def test_pages_say_of_intervention_what_its_result_file_says():
 
 def test_the_table_of_trials_is_what_trials_makes_of_its_rows():
     assert trials.table(results("trials")["rows"]) in section("What one change does") + "\n"
+
+
+def test_the_newest_speed_record_is_that_of_its_result_file():
+    made = results("speedrun")
+    _, commit, _, steps, threads, psnr, minutes = tables(RECORDS)[0][0]
+    assert made["passed"] and made["commit"].startswith(commit)
+    assert (steps, threads) == (f"{made['steps']:,}", str(made["threads"]))
+    assert shown(psnr, made["psnr"]) and shown(minutes, made["minutes"])
 
 
 def test_the_table_of_exercises_is_that_of_its_result_file():
