@@ -25,6 +25,7 @@ from mocet import MoCET
 from plumbing import checkpoint
 from plumbing.flags import build, need
 from plumbing.images import to_uint8
+from plumbing.run import need_parts
 from quantizer import VectorQuantizer
 from titok import TiTok
 
@@ -176,8 +177,7 @@ class NativeTok(nn.Module):
     def of_run(folder: str, device: torch.device) -> "NativeTok":
         """The tokenizer in the folder of a run. Raises UserError when there is none."""
         path = os.path.join(folder, "tokenizer.pt")
-        need(checkpoint.exists(path),
-             f"{folder} has no tokenizer.pt; train one: python train.py --run {folder}")
+        need_parts(folder, ("tokenizer.pt",), "train.py")
         return NativeTok.load(path).to(device)
 
 

@@ -22,9 +22,9 @@ from d2it.content import Content
 from d2it.dvae import DVAE, Codes
 from d2it.grain import grained_noise, take_top
 from generator import ARGenerator, Generator
-from plumbing import checkpoint
 from plumbing.flags import need
 from plumbing.images import to_uint8
+from plumbing.run import need_parts
 
 
 class D2iT(nn.Module):
@@ -38,9 +38,7 @@ class D2iT(nn.Module):
     def of_run(folder: str, device: torch.device) -> "D2iT":
         """Raises UserError when a part is missing or was trained with another DVAE."""
         names = ("dvae.pt", "grain.pt", "content.pt")
-        missing = [name for name in names if not checkpoint.exists(os.path.join(folder, name))]
-        need(not missing, f"{folder} has no {' and no '.join(missing)}; train it: "
-             f"python -m d2it.train --run {folder}")
+        need_parts(folder, names, "-m d2it.train")
         paths = [os.path.join(folder, name) for name in names]
         dvae, grain = DVAE.load(paths[0]), Generator.load(paths[1])
         content = Content.load(paths[2])

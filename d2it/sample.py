@@ -34,6 +34,7 @@ from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import read_image, resize_crop, save_grid, to_float, to_uint8
 from plumbing.processes import Processes, enough_memory, need_room, provenance
+from plumbing.run import need_parts
 from plumbing.samples import class_number, write_npz
 
 DEFAULTS = dict(cfg_scale=2.0, steps=50, eta=0.0, seed=0, batch_size=64, per_class=8,
@@ -51,7 +52,7 @@ def parse(argv=None) -> argparse.Namespace:
     add = parser.add_argument_group("samples").add_argument
     add("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: the first 10, "
         "in an .npz all)")
-    add("--grain", metavar="FILE", help="an image as map for all samples, bright is fine "
+    add("--grain", metavar="FILE", help="a square image as map for all samples, bright is fine "
         "(default: maps are predicted)")
     add("--cfg_scale", type=number(float), metavar="FLOAT",
         help="guidance: 0 unconditional, 1 plain, above 1 guided (default: 2)")
@@ -95,8 +96,13 @@ def parse(argv=None) -> argparse.Namespace:
 # samples
 
 def read_map(path: str, side: int) -> Tensor:
-    """An image as bool (1, n, n): cells above middle gray are fine."""
-    shown = resize_crop(read_image(path), side).astype(int).mean(axis=2)      # (n, n)
+    """An image as bool (1, n, n): cells above middle gray are fine. UserError unless it is square,
+    and as large as the map or some times larger."""
+    image = read_image(path)
+    height, width = image.shape[:2]
+    need(height == width and width % side == 0, f"{path} is {width} x {height}; a map is {side} x "
+         f"{side} here, or some times larger, for instance {16 * side} x {16 * side}")
+    shown = resize_crop(image, side).astype(int).mean(axis=2)                 # (n, n)
     return torch.from_numpy(shown > 127)[None]
 
 
@@ -165,8 +171,7 @@ def samples(args, device: torch.device) -> None:
 def reconstruct(args, device: torch.device) -> None:
     """A row per file: image, entropy, map, reconstruction."""
     path = os.path.join(args.run, "dvae.pt")
-    need(checkpoint.exists(path), f"{args.run} has no dvae.pt; train it: "
-         f"python -m d2it.train --run {args.run} --stage 1")
+    need_parts(args.run, ("dvae.pt",), "-m d2it.train")
     model = DVAE.load(path).to(device)
     size = model.cfg.image_size
     pixels = np.stack([resize_crop(read_image(file), size) for file in args.reconstruct])

@@ -24,6 +24,7 @@ BUILT_IN = ("", "shapes", "shapes:val")  # values of --data that name no place o
 PLACES = ("data", "val_data")
 # In "settings" of older checkpoints; the fingerprints of images and tokenizer stand beside it now.
 NO_SETTINGS = (*PLACES, "tokenizer")
+SYSTEMS = {"train.py": "tokenizer.pt", "-m d2it.train": "dvae.pt"}  # what each makes first
 
 
 class Run:
@@ -182,6 +183,18 @@ class OpenRun:
     saved: dict        # the content of the checkpoint
 
 
+def need_parts(folder: str, names: tuple[str, ...], program: str) -> None:
+    """Raise UserError unless the run has the checkpoints `names` that `program` makes."""
+    def has(name):
+        return checkpoint.exists(os.path.join(folder, name))
+    missing = [name for name in names if not has(name)]
+    made_by = [other for other, part in SYSTEMS.items() if other != program and has(part)]
+    need(not missing or not made_by, f"{folder} is a run of python {' and '.join(made_by)}, the "
+         f"other system; give one of python {program}")
+    need(not missing, f"{folder} has no {' and no '.join(missing)}; train it: "
+         f"python {program} --run {folder}")
+
+
 def open_run(folder: str, configs: tuple[type, ...], name: str = "tokenizer.pt",
              program: str = "train.py") -> OpenRun:
     """Open a run to look at it: the settings are those that the checkpoint `name` was made with.
@@ -192,8 +205,7 @@ def open_run(folder: str, configs: tuple[type, ...], name: str = "tokenizer.pt",
     """
     path = os.path.join(folder, name)
     values = read_run(folder)
-    need(checkpoint.exists(path),
-         f"{folder} has no {name}; train one: python {program} --run {folder}")
+    need_parts(folder, (name,), program)
     saved = checkpoint.load(path, needs=("settings", "data"))
     del values["preset"]
     values |= {name: value for name, value in saved["settings"].items() if name not in PLACES}

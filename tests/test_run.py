@@ -10,7 +10,7 @@ import pytest
 
 import loop
 from helpers import ROOT, SMALL, program, some_shapes, start_program, train_shapes
-from plumbing import checkpoint
+from plumbing import checkpoint, run
 from plumbing.flags import UserError
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -149,3 +149,15 @@ def test_a_run_folder_that_cannot_be_made_is_said_before_the_first_step(data, tm
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another folder"):
         train_shapes(tmp_path / "file" / "run", data)
+
+
+@pytest.mark.parametrize("program, makes, other", (
+    ("train.py", "tokenizer.pt", "-m d2it.train"), ("-m d2it.train", "dvae.pt", "train.py")))
+def test_a_run_of_the_other_system_is_called_one(tmp_path, program, makes, other):
+    with pytest.raises(UserError, match=f"has no {makes}; train it: python {program} --run"):
+        run.need_parts(str(tmp_path), (makes,), program)
+    (tmp_path / run.SYSTEMS[other]).touch()
+    with pytest.raises(UserError, match=f"is a run of python {other}, the other system"):
+        run.need_parts(str(tmp_path), (makes,), program)
+    (tmp_path / makes).touch()
+    run.need_parts(str(tmp_path), (makes,), program)

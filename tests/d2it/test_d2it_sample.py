@@ -14,6 +14,7 @@ from d2it.model import D2iT
 from experiments import record
 from helpers import refused
 from plumbing.datasets import open_images
+from plumbing.flags import UserError
 
 LABELS = torch.arange(6)
 
@@ -89,6 +90,13 @@ def test_a_painted_map_is_used_for_every_sample(run, tmp_path, capsys):
     assert f"samples of {16 + 3 * 3}.0 codes each" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("size", ((8, 4), (6, 6), (2, 2)))
+def test_a_picture_that_is_no_map_is_refused_with_the_size_of_one(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "map.png")
+    with pytest.raises(UserError, match=f"{size[0]} x {size[1]}; a map is 4 x 4 here"):
+        sample.read_map(tmp_path / "map.png", 4)
+
+
 def test_an_npz_names_its_classes_and_what_is_said_of_it_can_be_kept(run, tmp_path, monkeypatch):
     command(run, "--npz", tmp_path / "x.npz", "--num_samples", 12, "--steps", 2,
             "--json", run / "samples.json")
@@ -147,8 +155,8 @@ def test_flags_that_would_not_be_read_are_refused(run, tmp_path):
 
 
 def test_a_run_of_the_other_system_is_refused(small_run):
-    refused(command, small_run, names=["dvae.pt", "d2it.train"])
-    refused(command, small_run, "--reconstruct", "x.png", names=["dvae.pt", "--stage 1"])
+    for flags in ((), ("--reconstruct", "x.png")):
+        refused(command, small_run, *flags, names=["a run of python train.py, the other system"])
 
 
 def test_an_unknown_class_is_answered_with_a_near_one(run):
