@@ -77,7 +77,8 @@ class VectorQuantizer(nn.Module):
     def losses(self, z: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Normalised z (..., d) and its ids (...) -> unweighted losses.
 
-        In training it also counts what was chosen.
+        In training it also counts what was chosen. "entropy" is for training only: it looks at all
+        K codes, which an encoder that is only asked for ids should not wait for.
         """
         with torch.autocast(z.device.type, enabled=False):
             e = F.embedding(ids, self.codes())
@@ -89,7 +90,7 @@ class VectorQuantizer(nn.Module):
                 # vectors stay near their codes
                 "commitment": F.mse_loss(z, e.detach()) * (not self.continuous),
             }
-            if self.entropy_weight:
+            if self.entropy_weight and self.training:
                 losses["entropy"] = self.entropy_loss(z)
             return losses
 

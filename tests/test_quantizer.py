@@ -161,6 +161,11 @@ def test_the_entropy_loss_moves_vectors_alone_and_apart():
     assert moved[2]["entropy"] < loss - 0.01
 
 
+def test_the_entropy_loss_is_computed_in_training_only():
+    assert "entropy" in small()(some_z(3, 2, d))[2]
+    assert "entropy" not in small().eval()(some_z(3, 2, d))[2]
+
+
 def test_without_a_weight_the_entropy_loss_is_not_computed():
     quantizer = VectorQuantizer(TokenizerConfig(codebook_size=4, code_dim=4, entropy_weight=0.0))
     assert set(quantizer(some_z(3, 2, 4))[2]) == {"codebook", "commitment"}
