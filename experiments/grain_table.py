@@ -71,16 +71,23 @@ def table_of(results: dict[str, list[dict]], first: str) -> list[str]:
 
 
 def sweep(results: dict[str, list[dict]]) -> dict[float, list[float]]:
-    """r -> codes, PSNR, distance of reconstructions, distance of samples, class seen; means."""
+    """r -> codes, PSNR, distance of reconstructions, distance of samples, class seen.
+
+    Means over the seeds that all points have: those of others would not compare.
+    """
+    points = {r: arms for r, arms in SWEEP.items() if all(arm in results for arm in arms)}
+    seeds = [{result["seed"] for result in results[arm]}
+             for arms in points.values() for arm in arms]
+    common = set.intersection(*seeds) if seeds else set()
     found = {}
-    for r, (codes, images) in SWEEP.items():
-        if codes in results and images in results:
-            rebuilt = [of_codes(result) for result in results[codes]]
-            drawn = [of_images(result, result["samples"][0]) for result in results[images]]
-            found[r] = [statistics.mean(columns[head] for columns in rebuilt)
-                        for head in ("codes", "PSNR, dB", "FD")]
-            found[r] += [statistics.mean(columns[head] for columns in drawn)
-                         for head in ("FD", "class seen")]
+    for r, (codes, images) in points.items() if common else ():
+        rebuilt = [of_codes(result) for result in results[codes] if result["seed"] in common]
+        drawn = [of_images(result, result["samples"][0]) for result in results[images]
+                 if result["seed"] in common]
+        found[r] = [statistics.mean(columns[head] for columns in rebuilt)
+                    for head in ("codes", "PSNR, dB", "FD")]
+        found[r] += [statistics.mean(columns[head] for columns in drawn)
+                     for head in ("FD", "class seen")]
     return found
 
 

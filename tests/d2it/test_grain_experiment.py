@@ -281,6 +281,10 @@ def test_the_sweep_shows_both_distances_for_every_r_that_has_them(results):
     assert list(points) == [0.25, 0.5]
     fd = grain_table.fd_key(results["error"])
     assert points[0.5][2:4] == [results["error"][fd], results["d2it-4+2"]["samples"][0][fd]]
+    other = {**results["d2it-4+2"], "seed": 7, "samples": [
+        {**results["d2it-4+2"]["samples"][0], fd: 1e9}]}
+    found["d2it-4+2"] = [*found["d2it-4+2"], other]
+    assert grain_table.sweep(found) == points, "a seed that not all points have would not compare"
     drawing = grain_table.figure(points)
     assert drawing.startswith("<svg xmlns=") and drawing.count("<polyline") == 2
 
