@@ -8,12 +8,13 @@ calls) is the rest of the whole.
 Run      python -m experiments.sampler                                  2 minutes on 2 cores
          python -m experiments.sampler --before old.json --json new.json
              old.json: the same of another commit, shown beside it
-Makes    the table; --json FILE: its numbers, and those of --before, each with its commit
+         python -m experiments.sampler --show new.json --out sampler.svg
+Makes    the table; --json FILE: its numbers, and those of --before, each with its commit; --out
+         FILE: a bar for each case; --show FILE: of what --json wrote, nothing is measured
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -25,6 +26,7 @@ from experiments.timing import Bench, Operations
 from generator import ARGenerator
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, need
+from plumbing.plot import COLORS
 from plumbing.processes import provenance
 
 # kind: words in the names of its operations; the first that fits counts
@@ -74,6 +76,30 @@ def table(now: dict, before: dict | None) -> str:
     return "\n".join(lines)
 
 
+def drawing(now: dict, before: dict | None) -> str:
+    """A bar for each case, before and now, cut into the milliseconds of each kind: SVG."""
+    bars = [(f"{case}, {when}", made[case]["ms"]) for case in now
+            for when, made in (("before", before), ("now", now)) if made]
+    scale = 560 / max(sum(ms.values()) for _, ms in bars)
+    parts = []
+    for row, (label, ms) in enumerate(bars):
+        x, y = 230.0, 8 + 30 * row
+        parts.append(f'<text x="222" y="{y + 15}" text-anchor="end">{label}</text>')
+        for kind, color in zip(ms, COLORS):
+            parts.append(f'<rect x="{x:.1f}" y="{y}" width="{ms[kind] * scale:.1f}" height="22" '
+                         f'fill="{color}"/>')
+            x += ms[kind] * scale
+        parts.append(f'<text x="{x + 6:.1f}" y="{y + 15}">{sum(ms.values()):.0f} ms</text>')
+    below = 8 + 30 * len(bars)
+    for i, (kind, color) in enumerate(zip(bars[0][1], COLORS)):
+        x, y = 230 + 310 * (i % 2), below + 12 + 20 * (i // 2)
+        parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{color}"/>'
+                     f'<text x="{x + 18}" y="{y + 11}">{kind}</text>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="860" height="{below + 100}" '
+            f'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" '
+            f'fill="white"/>{"".join(parts)}</svg>\n')
+
+
 def parse(argv=None) -> argparse.Namespace:
     parser = Parser(prog="sampler.py", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: 3)")
@@ -82,27 +108,40 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     parser.add_argument("--before", metavar="FILE", help="what --json wrote at another commit")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
+    parser.add_argument("--show", metavar="FILE", help="what --json wrote: measure nothing")
+    parser.add_argument("--out", metavar="FILE", help="write the bars there, as SVG")
     args = parser.parse_args(argv)
     need(args.repeats >= 1, "repeats must be at least 1")
-    need(not args.before or os.path.isfile(args.before), f"--before {args.before}: no such file")
+    for flag in ("before", "show"):
+        path = getattr(args, flag)
+        need(not path or os.path.isfile(path), f"--{flag} {path}: no such file")
+    need(not (args.show and (args.before or args.json)), "--show measures nothing; leave out "
+         "--before and --json")
     return args
+
+
+def measure(args, words: list[str]) -> dict:
+    """-> what --json writes."""
+    bench, before, made = Bench(args), None, {}
+    if args.before:
+        before = checkpoint.read_json(args.before)["now"]
+    for case, (batch, dtype) in CASES.items():
+        made[case] = profile(generator_of(ARGenerator, bench).to(dtype), batch, bench)
+    now = provenance(shlex.join(["python", "-m", "experiments.sampler", *words]), bench.device)
+    return {**now, "seed": 0, "now": {**now, "cases": made}, "before": before}
 
 
 def main(argv=None) -> None:
     args = parse(argv)
-    bench, before = Bench(args), None
-    if args.before:
-        with open(args.before, encoding="utf-8") as file:
-            before = json.load(file)["now"]
-    made = {}
-    for case, (batch, dtype) in CASES.items():
-        made[case] = profile(generator_of(ARGenerator, bench).to(dtype), batch, bench)
-    print(table(made, before and before["cases"]))
-    words = sys.argv[1:] if argv is None else argv
-    now = provenance(shlex.join(["python", "-m", "experiments.sampler", *words]), bench.device)
+    found = checkpoint.read_json(args.show) if args.show else measure(
+        args, sys.argv[1:] if argv is None else argv)
+    cases = found["now"]["cases"], found["before"] and found["before"]["cases"]
+    print(table(*cases))
     if args.json:
-        checkpoint.write_json(args.json, {**now, "seed": 0, "now": {**now, "cases": made},
-                                          "before": before})
+        checkpoint.write_json(args.json, found)
+    if args.out:
+        with checkpoint.replacing(args.out) as file:
+            file.write(drawing(*cases).encode())
 
 
 if __name__ == "__main__":

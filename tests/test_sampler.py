@@ -9,6 +9,7 @@ from config import GeneratorConfig
 from experiments import sampler
 from experiments.timing import Bench, Operations
 from generator import ARGenerator
+from helpers import refused
 
 DEPTH = 3
 
@@ -53,3 +54,15 @@ def test_the_table_shows_what_was_before_what_is(bench, tmp_path, monkeypatch, c
     old, new = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("old", "new"))
     assert new["before"] == old["now"] and old["before"] is None
     assert new["now"]["commit"] and "--before" in new["command"]
+    sampler.main(["--show", str(tmp_path / "new.json"), "--out", str(tmp_path / "bars.svg")])
+    assert "→" in capsys.readouterr().out
+    bars = (tmp_path / "bars.svg").read_text()
+    assert bars.count("<rect") == 1 + 3 * (1 + len(sampler.KINDS)), "two bars and a legend"
+    assert "one, before" in bars and "one, now" in bars
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (("--show", "gone.json"), ("gone.json",)), (("--before", "gone.json"), ("gone.json",)),
+    (("--show", __file__, "--json", "x.json"), ("--show", "--json"))])
+def test_wrong_use_gets_one_line(wrong, says):
+    refused(sampler.parse, wrong, names=says)
