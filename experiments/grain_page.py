@@ -5,6 +5,7 @@ In       results/demo-d2it.json, demo-d2it-fine.json   of the runs of make demo-
 Run      python -m experiments.grain_page      after results have changed
 Makes    what stands between the marks of d2it/README.md; what no file holds is "not run"
 """
+import statistics
 from pathlib import Path
 
 from experiments.grain_arms import CODES, IMAGES
@@ -16,7 +17,8 @@ from plumbing.flags import need
 HOME = Path(__file__).parent
 PAGE, RESULTS = HOME.parent / "d2it" / "README.md", HOME / "results"
 # Only these rows; all arms and columns are in the tables beside the results.
-CODES_SHOWN = ("coarse", "coarse10", "entropy", "static", "random", "error", "fine")
+CODES_SHOWN = ("coarse", "coarse10", "entropy", "static", "random", "error", "fine2", "fine3",
+               "fine")
 IMAGES_SHOWN = ("dit-fine", "dit-coarse10", "d2it-6+0", "d2it-4+2", "d2it-4+2, true maps",
                 "d2it-4+2, random maps")
 SETS = {"shapes": "grain-tiny", "CIFAR-10": "grain-cifar-cpu"}
@@ -33,6 +35,11 @@ def found(folder: Path) -> dict[str, list[dict]]:
     return rows_of(read_results(str(folder), [*CODES, *IMAGES]))
 
 
+def shown(values: list[float], digits: str) -> str:
+    """Mean ± deviation; whole numbers, which hardly differ between seeds, without it."""
+    return format(statistics.mean(values), digits) if digits == ".0f" else cell(values, digits)
+
+
 def table(names: tuple[str, ...], first: str, columns: dict[str, str],
           results: Path) -> list[str]:
     """A row for each name; for each data set the columns of grain_table, with so many digits."""
@@ -40,7 +47,7 @@ def table(names: tuple[str, ...], first: str, columns: dict[str, str],
     heads = [f"{column}, {title}" for title in sets for column in columns]
     lines = [line_of([first, *heads]), "|---" * (1 + len(heads)) + "|"]
     for name in names:
-        cells = [cell([row[column] for row in of_set[name]], digits) if name in of_set else MISSING
+        cells = [shown([row[column] for row in of_set[name]], digits) if name in of_set else MISSING
                  for of_set in sets.values() for column, digits in columns.items()]
         lines.append(line_of([name, *cells]))
     return lines
