@@ -10,7 +10,6 @@ Two families of blocks, as in the code bases this project stands beside:
     LlamaBlock    RMSNorm, SwiGLU, rotary, no biases      generators               [LlamaGen]
 """
 import contextlib
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -229,6 +228,18 @@ class KVCache:
         return (shares @ self.v[:, :, :seen]).flatten(1).type_as(v)
 
 
+def is_amd() -> bool:
+    """Is the CPU one of AMD's? Where the system does not tell (other than Linux): False."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return "AuthenticAMD" in file.read()
+    except OSError:
+        return False
+
+
+ON_AMD = is_amd()  # once: a compiler should find a constant here, not a file to read
+
+
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """F.linear(x, weight) for x (B, D).
 
@@ -238,19 +249,9 @@ def few_rows(x: Tensor, weight: Tensor) -> Tensor:
     TRAP: at 3 GB/s when a row of x does not lie in one piece.
     """
     few = len(x) <= 4 and x.device.type == "cpu" and x.dtype == torch.float32
-    if few and is_amd():
+    if few and ON_AMD:
         return (weight @ x.contiguous().T).T
     return F.linear(x, weight)
-
-
-@functools.cache
-def is_amd() -> bool:
-    """Is the CPU one of AMD's? Where the system does not tell (other than Linux): False."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return "AuthenticAMD" in file.read()
-    except OSError:
-        return False
 
 
 # ------------------------------------------------------------------------------------------------

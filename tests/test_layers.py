@@ -251,7 +251,7 @@ def test_rows_one_by_one_equal_the_whole_sequence_at_once(batch, one_shape, dtyp
 @pytest.mark.parametrize("amd", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_of_few_rows_is_a_linear_layer(dtype, amd, monkeypatch):
-    monkeypatch.setattr(layers, "is_amd", lambda: amd)
+    monkeypatch.setattr(layers, "ON_AMD", amd)
     weight = some(16, D, seed=1).to(dtype)
     for rows in range(1, 7):
         x = some(rows, D).to(dtype)

@@ -214,6 +214,7 @@ ALL_SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"]
 def handlers():
     """What pytest had set for the signals comes back afterwards."""
     before = {name: signal.getsignal(getattr(signal, name)) for name in ALL_SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest itself may run under nohup
     yield
     for name, handler in before.items():
         signal.signal(getattr(signal, name), handler)
