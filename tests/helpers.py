@@ -170,7 +170,6 @@ def run_as_main(words: list[str], said: str, environment: dict[str, str]) -> Non
     for number, ending in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(said + ending, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     os.environ.update(environment)
     os.chdir(ROOT)
     torch.set_num_threads(1)

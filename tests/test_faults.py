@@ -44,11 +44,13 @@ def start(folder, data, *flags, fault="none:0:0", ranks=1, once=None, launcher=(
     if once:
         environment["FAULT_ONCE"] = str(once)
 
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    def prepare():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, start_new_session=group,
-                            preexec_fn=limited if limit else None)
+                            preexec_fn=prepare)
 
 
 def finish(process, timeout=180) -> tuple[int, str]:
