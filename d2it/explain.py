@@ -117,7 +117,8 @@ def latents(page: Page, dvae: DVAE, pixels: Tensor) -> None:
 @torch.no_grad()
 def denoising(page: Page, model: D2iT, count: int, steps: int = 50) -> None:
     """At eight times of one sampling: what the net takes z to be, rough and refined."""
-    labels, trace = torch.arange(min(count, 4), device=model.dvae.limit.device), []
+    labels = torch.arange(min(count, 4, len(model.classes)), device=model.dvae.limit.device)
+    trace = []
     _, grain = model.sample(labels, 1.0, steps, generator=fixed(), trace=trace)
     rows, path = [], model.content.cfg.path
     chosen = [trace[k] for k in np.linspace(0, len(trace) - 1, 8).round().astype(int)]
@@ -151,7 +152,7 @@ def hand_painted(n: int) -> Tensor:
 
 def four_maps(page: Page, model: D2iT, count: int) -> None:
     n, device = model.dvae.cfg.side, model.dvae.limit.device
-    labels = torch.arange(len(model.classes), device=device)[:count]
+    labels = torch.arange(min(count, len(model.classes)), device=device)
     predicted = model.maps(labels, fixed(1))
     variants = [predicted, torch.zeros_like(predicted), torch.ones_like(predicted),
                 hand_painted(n).to(device).expand_as(predicted)]

@@ -6,6 +6,7 @@ from PIL import Image
 
 from d2it import explain
 from d2it.model import D2iT
+from helpers import some_shapes
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,15 @@ def test_pictures_have_the_rows_that_their_captions_name(page):
     assert cells("denoising") == (8, 12), "four rows for each of three classes"
     assert cells("painted") == (3, 8) and cells("sampled") == (10, 6)
     assert cells("samples") == (3, 20)
+
+
+def test_a_run_of_two_classes_has_its_page(training, tmp_path):
+    two = np.load(some_shapes(tmp_path / "all.npz", 60))
+    keep = two["y"] < 2
+    np.savez(tmp_path / "two.npz", x=two["x"][keep], y=two["y"][keep], classes=two["classes"][:2])
+    training(tmp_path / "run", "--data", str(tmp_path / "two.npz"))
+    explain.main(explain.parse(["--run", str(tmp_path / "run"), "--device", "cpu"]))
+    assert (tmp_path / "run" / "explain" / "index.html").exists()
 
 
 def test_the_correction_is_white_on_coarse_cells(page, finished):
