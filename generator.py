@@ -256,7 +256,7 @@ class ARGenerator(Generator):
         x = self.token(ids[:, -1]) if T else self.label(labels)  # (B, D)
         t, seen, mask = torch.tensor([T], device=x.device), T + 1, None
         if self.compiled:  # one shape for all steps
-            seen, mask = L, torch.where(torch.arange(L, device=x.device) <= t, 0.0, -math.inf)
+            seen, mask = L, torch.arange(L, device=x.device)[None] <= t
         x = x + self.position[t]
         for block, cache in zip(self.blocks, caches):
             x = self.block_newest(block, x, self.rotary[t], cache, t, seen, mask)
