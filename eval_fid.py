@@ -10,7 +10,8 @@ Run      python eval_fid.py --run runs/NAME --train_features
          python eval_fid.py --images samples.npz --features inception \\
                             --reference VIRTUAL_imagenet256_labeled.npz
          python eval_fid.py --images samples.npz --judge runs/demo/tinycnn.pt --data shapes
-             samples of any program, by the classifier of a run on the same images
+             samples of any program, by the classifier of a run on the same images (--val_data
+             if that run was given held-out images)
          torchrun --nproc_per_node=8 -- eval_fid.py --run runs/NAME ...
              the same numbers, sooner
 Makes    RUN/summary.json, or --json FILE, with every row as soon as it is known; RUN/tinycnn.pt
@@ -75,7 +76,9 @@ def parse(argv=None) -> argparse.Namespace:
     to.add_argument("--features", choices=("tinycnn", "inception"), default="tinycnn",
                     help="whose features (default: tinycnn; inception is FID)")
     to.add_argument("--judge", metavar="FILE", help="with --images and --data: a TinyCNN that "
-                    "learned from --data; held-out images of it are the reference")
+                    "learned from --data; held-out images are the reference")
+    to.add_argument("--val_data", metavar="PATH", help="with --judge: the held-out images "
+                    "(default: cut from --data)")
     to.add_argument("--train_features", type=number(int), nargs="?", const=500, default=0,
                     metavar="STEPS", help="train the run's TinyCNN first (default: 500 steps)")
     to.add_argument("--inception", metavar="FILE",
@@ -156,6 +159,8 @@ def refuse_unread(args) -> None:
         refuse(given, "belongs to a run's samples")
     if not (args.images or args.run):
         refuse(("num_samples", "json"), "belongs to what is judged, --run or --images")
+    if not args.judge:
+        refuse(("val_data",), "belongs to --judge; --data is what is compared with")
     if args.reference:
         refuse(("save_stats", "num_reference"), "belongs to reference images, not to --reference")
     if args.features == "inception":
@@ -195,8 +200,8 @@ def open_given(args, procs: Processes) -> Given:
              f"{args.run} has no finished phase yet; let train.py go on")
     images = open_images(args.images) if args.images else None
     data, val = (run.data, run.val) if run else (None, None)
-    if args.judge:  # cut in two as train.py would with its defaults
-        data, val = train_and_val(args.data, "", 1000, 0)
+    if args.judge:  # without --val_data cut in two as train.py would with its defaults
+        data, val = train_and_val(args.data, args.val_data or "", 1000, 0)
     if args.reference:
         compared = None
     else:
