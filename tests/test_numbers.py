@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import train
-from experiments import bench, order, order_table, trials
+from experiments import bench, order, order_table, sampler, scaling, trials
 from generator import ARGenerator
 from layers import count_parameters
 from nativetok import NativeTok
@@ -225,3 +225,10 @@ def test_the_table_of_exercises_is_that_of_its_result_file():
 def test_the_table_of_speed_is_what_bench_makes_of_its_rows():
     right = bench.table(results("bench-cpu")["rows"])
     assert right in section("Speed") + "\n", f"the right table:\n{right}"
+
+
+def test_the_tables_of_the_sampler_and_of_scaling_are_those_of_their_result_files():
+    made = results("sampler")
+    for right in (sampler.table(made["now"]["cases"], made["before"]["cases"]),
+                  scaling.table(results("scaling"))):
+        assert right.strip() in section("Speed"), f"the right table:\n{right}"
