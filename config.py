@@ -209,6 +209,8 @@ class TrainConfig:
     workers: int = 0  # data-loading processes per training process
     precision: str = "auto"  # auto (bf16 where the GPU has it), fp32 or bf16
     compile: bool = False  # torch.compile the model
+    # one CUDA GPU: record the kernels of a training step and replay them, see plumbing/graphs.py
+    cuda_graph: bool = False
     # seconds that a process waits for the others before it gives up and ends the run
     timeout: int = 600
     log_every: int = 50  # steps between lines of log.jsonl
@@ -229,6 +231,8 @@ class TrainConfig:
                      "generator_weight_decay", "perceptual_weight", "adversarial_weight",
                      "warmup_steps", "generator_warmup_steps", "reseed_every", "adversarial_start",
                      "adversarial_warmup", "workers", "seed")
+        need(not self.cuda_graph or self.accumulate == 1, "a recording's gradients cannot be added "
+             "up: with --cuda_graph leave out --accumulate")
         for name in ("beta2", "generator_beta2"):  # at 1 the average would never take anything in
             value = getattr(self, name)
             need(0 <= value < 1, f"{name} {value} must be 0 or above, and below 1")
@@ -249,7 +253,8 @@ class TrainConfig:
 
 
 # May differ when a run is resumed.
-RUN_ONLY = ("data", "val_data", "generators", "workers", "precision", "compile", "timeout",
+RUN_ONLY = ("data", "val_data", "generators", "workers", "precision", "compile", "cuda_graph",
+            "timeout",
             "log_every", "save_every", "sample_every", "skip_bad")
 CONFIGS = (TokenizerConfig, GeneratorConfig, TrainConfig)
 GENERATOR_FIELDS = tuple(f.name for f in dataclasses.fields(GeneratorConfig))

@@ -123,12 +123,13 @@ class Loop:
 
     def __init__(self, run: Run, name: str, model: nn.Module, ema: nn.Module,
                  optimizer: Muon, stream: Callable[[int], Iterator], steps: int,
-                 batch_size: int, rates: tuple[float, float, int], start: int = 0):
+                 batch_size: int, rates: tuple[float, float, int], start: int = 0,
+                 cuda_graph: bool = False):
         self.run, self.name, self.ema, self.optimizer = run, name, ema, optimizer
         self.stream, self.steps, self.batch_size, self.rates = stream, steps, batch_size, rates
         self.step = start
         self.bare = model
-        self.model = run.procs.wrap(model, run.train.compile)
+        self.model = run.procs.wrap(model, run.train.compile, cuda_graph)
         self.learning = [p for p in model.parameters() if p.requires_grad]
         self.stepped = self.stop = False
         self.pieces_left = self.skipped_in_a_row = 0
@@ -201,13 +202,16 @@ class Loop:
         train, procs = self.run.train, self.run.procs
         # A limit of infinity only measures.
         norm = nn.utils.clip_grad_norm_(self.learning, train.grad_clip or math.inf)
-        wrong = [name for name, value in {**self.terms, "grad_norm": norm}.items()
-                 if not math.isfinite(value)]
+        values = {**self.terms, "grad_norm": norm}
+        finite = torch.stack([value.float() for value in values.values()]).isfinite().tolist()
+        wrong = [name for name, good in zip(values, finite) if not good]
         skip, self.stop = procs.any(bool(wrong), procs.stop or output_gone())
         if skip:
             self.skipped += 1
             self.skipped_in_a_row += 1
             where = ", ".join(wrong) or "a term on another process"
+            if self.skipped_in_a_row == 10:
+                self.bar.close()  # so that the message has a line of its own
             need(self.skipped_in_a_row < 10,
                  f"{self.name}, step {self.step + 1}: {where} was not finite in 10 steps in a row; "
                  "lower the learning rate or use --precision fp32")
@@ -215,7 +219,7 @@ class Loop:
             self.skipped_in_a_row = 0
             self.optimizer.step()
             update_ema(self.ema, self.bare, train.ema_decay, self.step)
-            for name, value in {**self.terms, "grad_norm": norm}.items():
+            for name, value in values.items():
                 self.sums[name].append(value)
         self.optimizer.zero_grad()
         self.step += 1

@@ -130,9 +130,10 @@ class Muon:
             same.setdefault(u.shape[1:], []).append((w, u))
         for (rows, columns), pairs in same.items():
             done = newton_schulz_fast(torch.cat([u for _, u in pairs]))
-            for (w, _), o in zip(pairs, done.split([len(u) for _, u in pairs])):
-                w.mul_(1 - group["lr"] * group["weight_decay"])
-                w.add_(o, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+            weights, lengths = [w for w, _ in pairs], [len(u) for _, u in pairs]
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, done.split(lengths),
+                                alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def adamw(self, params: list[nn.Parameter], group: dict) -> None:
         first, second, steps = self.states(params, "exp_avg", "exp_avg_sq", "step")

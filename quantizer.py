@@ -83,7 +83,8 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             e = F.embedding(ids, self.codes())
             if self.training:
-                self.count += torch.bincount(ids.flatten(), minlength=len(self.count))
+                said = ids.flatten()  # bincount would make the CPU wait for a GPU
+                self.count.scatter_add_(0, said, torch.ones_like(said))
                 self.recent = z.detach().flatten(0, -2)
             losses = {
                 "codebook": F.mse_loss(e, z.detach()),  # codes move to the vectors

@@ -200,7 +200,8 @@ def train_phase(tokenizer: Tokenizer, phase: Phase, number: int, steps_before: i
     perceptual, adversary = tokenizer.perceptual, tokenizer.adversary
     began = time.time()
     loop = Loop(run, phase.name, model, ema, optimizer, stream, phase.steps, train.batch_size,
-                (phase.learning_rate, train.min_learning_rate, train.warmup_steps), start)
+                (phase.learning_rate, train.min_learning_rate, train.warmup_steps), start,
+                train.cuda_graph)
     for images, _ in loop:
         images = to_float(images)                                   # (B, 3, H, W) in [-1, 1]
         recon, _, terms = loop.model(images)
@@ -319,7 +320,7 @@ def train_generator(run: Run, kind: str, change: Callable = lambda tokenizer: to
     loop = Loop(run, kind, wrapped, LossOf(ema), optimizer, stream, train.generator_steps,
                 train.generator_batch_size,
                 (train.generator_learning_rate, train.generator_min_learning_rate,
-                 train.generator_warmup_steps), start)
+                 train.generator_warmup_steps), start, train.cuda_graph)
     for batch_ids, batch_labels in loop:                         # (B, L), (B,)
         loss, terms = loop.model(batch_ids, batch_labels)
         # nll_by_position is a vector; it is for explain.py, and no line of the log.
@@ -381,6 +382,10 @@ def check_belongs(run: Run) -> None:
     need(train.data != "shapes" or tok.image_size == 32,
          f"the built-in shapes are 32x32 pixels, not {tok.image_size}; "
          "give --data or --image_size 32")
+    if train.cuda_graph:
+        run.procs.need_recordable()
+        need(not tok.tail_drop, "--tail_drop cuts each batch to another length, which no recording "
+             "can follow; leave out --cuda_graph")
     need_equal_pieces("batch_size", train.batch_size, world, train.accumulate)
     need_equal_pieces("generator_batch_size", train.generator_batch_size, world, train.accumulate)
     run.compare(run.path("tokenizer.pt"), settings("tokenizer", tok, train))

@@ -86,6 +86,8 @@ def parse(argv=None) -> argparse.Namespace:
                         help="images per setting of each generator")
     parser.add_argument("--device", choices=DEVICES, default="auto",
                         help="where to compute")
+    parser.add_argument("--cuda_graph", action="store_true", help="train.py's flag, for all "
+                        "tokenizers that drop no tails, and for the generators")
     parser.add_argument("--quick", action="store_true",
                         help="tiny sizes and few steps, to see that everything runs")
     parser.add_argument("--table", action="store_true", help="train nothing; make table and "
@@ -122,6 +124,7 @@ def train_flags(settings: dict, seed: int, args, folder: str) -> list[str]:
     """The command line of train.py for these settings, tokenizer and generators."""
     return ["--preset", args.preset, "--run", folder, "--data", args.data,
             "--val_data", args.val_data, "--seed", str(seed), "--device", args.device,
+            *(["--cuda_graph"] if args.cuda_graph and not settings["tail_drop"] else []),
             *as_flags(settings)]
 
 

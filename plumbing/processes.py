@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from typing import BinaryIO
 
@@ -26,6 +27,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from plumbing.flags import UserError, need
+from plumbing.graphs import Recorded
 
 try:
     import fcntl
@@ -95,7 +97,7 @@ def fresh_store(timeout: int) -> dict:
     return {"store": dist.PrefixStore(attempt, store), "rank": rank, "world_size": world}
 
 
-def join(backend: str, world: int, timeout: int) -> None:
+def join(device: torch.device, world: int, timeout: int) -> None:
     """Wait for the other processes, `timeout` seconds at most; say so when it takes a while."""
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     text = f"waiting for all of {world} processes at {place}, {timeout} seconds at most"
@@ -104,7 +106,10 @@ def join(backend: str, world: int, timeout: int) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one line per machine
         note.start()
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **fresh_store(timeout))
+        # nccl is told its GPU: left to guess, it warns at every barrier.
+        how = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {
+            "backend": "gloo"}
+        dist.init_process_group(timeout=timedelta(seconds=timeout), **how, **fresh_store(timeout))
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the {world} processes did not find each other at {place} ({reason}); "
@@ -158,7 +163,7 @@ class Processes:
             self.device = torch.device("cpu")
             keep_memory()
         if os.environ.get("RANK") and not dist.is_initialized():
-            join("nccl" if self.device.type == "cuda" else "gloo", self.world, timeout)
+            join(self.device, self.world, timeout)
 
     def catch_signals(self) -> None:
         """From now on a signal sets .stop; a second SIGTERM or Ctrl-C quits at once.
@@ -222,11 +227,13 @@ class Processes:
             print(text, flush=True)
         sys.exit(INTERRUPTED)
 
-    def wrap(self, model: nn.Module, compile: bool) -> nn.Module:
+    def wrap(self, model: nn.Module, compile: bool, cuda_graph: bool = False) -> Callable:
         """The model as the training loop calls it: gradients are averaged over processes."""
         if compile:
             need_compiler(self.device)
             model.compile()
+        if cuda_graph:
+            return Recorded(model)
         if not dist.is_initialized():
             return model
         # The one buffer that changes, the quantizer's count, is each process's own and summed where
@@ -234,6 +241,12 @@ class Processes:
         # ones do not know.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         return DistributedDataParallel(model, broadcast_buffers=False)
+
+    def need_recordable(self) -> None:
+        """Raise UserError unless wrap(cuda_graph=True) can work here."""
+        need(self.device.type == "cuda", "--cuda_graph needs a CUDA GPU; leave it out")
+        need(not dist.is_initialized(), "--cuda_graph is for one process: start it with python "
+             "instead of torchrun, or leave it out")
 
     def precision(self, wanted: str) -> str:
         """auto, fp32 or bf16 -> fp32 or bf16: auto is bf16 where the GPU has it."""

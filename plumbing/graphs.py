@@ -1,0 +1,63 @@
+"""CUDA graphs: the kernels of a training step are recorded once, then started all together.
+
+A step of MoCET is thousands of small kernels, an expert after the other, and a GPU waits for each
+to be started far longer than it takes to run (experiments/README.md, "Speed"). A recording has no
+Python in it: it starts the same kernels on the same memory, forward as one launch, backward as one.
+
+In       a model from tensors to tensors, on a GPU; batches of one shape
+Out      Recorded(model): called as the model is, the same values and gradients
+Source   torch.cuda.make_graphed_callables
+"""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class Recorded:
+    """model(*inputs) in training, from a recording; a new one when shapes or `continuous` change.
+
+    Learned parameters, what learns, and training mode have to stay as they are at the first call.
+    TRAP: outputs, and gradients, lie in the recording's own memory and hold until the next call.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.key, self.replay = model, None, None
+        # A recording has no branches: what the quantizer does by this switch is recorded again.
+        self.switched = [part for part in model.modules() if hasattr(part, "continuous")]
+
+    def __call__(self, *inputs: Tensor):
+        key = [x.shape for x in inputs], [part.continuous for part in self.switched]
+        if key != self.key:
+            self.replay = None  # first, so that its memory is free
+            self.replay, self.key = record(self.model, inputs), key
+        return self.replay(*inputs)
+
+
+class Same(nn.Module):
+    """A model as it is: torch puts the recording in the place of a forward, and the model keeps
+    its own."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor):
+        return self.model(*inputs)
+
+
+def record(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable:
+    """-> what replays model(*inputs), under the autocast of this call.
+
+    Rounds that warm up leave nothing behind: buffers and random numbers are as before.
+    """
+    buffers, random = [b.clone() for b in model.buffers()], torch.cuda.get_rng_state()
+    # Without autocast's cache: a weight that was converted in one recording is gone in the next.
+    with torch.autocast("cuda", torch.bfloat16, torch.is_autocast_enabled("cuda"),
+                        cache_enabled=False):
+        replay = torch.cuda.make_graphed_callables(
+            Same(model), tuple(x.clone() for x in inputs), allow_unused_input=True)
+    for b, before in zip(model.buffers(), buffers):
+        b.copy_(before)
+    torch.cuda.set_rng_state(random)
+    return replay

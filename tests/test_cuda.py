@@ -1,0 +1,82 @@
+"""On a CUDA GPU: a recorded step is the step, and a recorded run resumes to the same bits.
+
+Skipped where there is no such GPU.
+"""
+import copy
+
+import pytest
+import torch
+
+from config import GeneratorConfig, TokenizerConfig
+from generator import GENERATORS
+from helpers import SMALL, ended, some_shapes, start_program
+from loop import LossOf
+from nativetok import NativeTok
+from plumbing import checkpoint
+from plumbing.graphs import Recorded
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def gradients(model, call, *inputs):
+    """-> outputs, gradients; of one training step."""
+    model.zero_grad()
+    outputs = call(*inputs)
+    flat, _ = torch.utils._pytree.tree_flatten(outputs)
+    sum(x.float().square().mean() for x in flat if x.requires_grad).backward()
+    return [x.detach().clone() for x in flat], [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("tokenizer", ("nativetok", "titok"))
+def test_a_recorded_step_of_the_tokenizer_is_the_step(tokenizer):
+    cfg = TokenizerConfig(tokenizer=tokenizer, image_size=16, patch_size=4, encoder_width=16,
+                          encoder_heads=2, encoder_depth=2, decoder_width=16, decoder_heads=2,
+                          decoder_depth=2, expert_width=16, expert_heads=2, token_schedule=(6,),
+                          codebook_size=8, code_dim=4)
+    torch.manual_seed(0)
+    plain = NativeTok(cfg).cuda().train()
+    recorded = copy.deepcopy(plain)
+    replay, batches = Recorded(recorded), torch.rand(4, 3, 3, 16, 16, device="cuda") * 2 - 1
+    for images, continuous in zip(batches, (True, True, False, False)):
+        plain.quantizer.continuous = recorded.quantizer.continuous = continuous
+        for ours, theirs in zip(gradients(recorded, replay, images),
+                                gradients(plain, plain, images)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+        assert torch.equal(recorded.quantizer.count, plain.quantizer.count)
+        torch.testing.assert_close(recorded.quantizer.recent, plain.quantizer.recent)
+
+
+@pytest.mark.parametrize("Kind", GENERATORS.values())
+def test_a_recorded_generator_draws_new_masks_at_each_step(Kind):
+    torch.manual_seed(0)
+    model = LossOf(Kind(GeneratorConfig(generator_width=32, generator_depth=2, generator_heads=2),
+                        6, 16, 3)).cuda().train()
+    for p in model.parameters():
+        if p.ndim == 2:
+            torch.nn.init.normal_(p, std=0.4)
+    replay = Recorded(model)
+    ids, labels = torch.randint(16, (8, 6), device="cuda"), torch.arange(8, device="cuda") % 3
+    random = torch.cuda.get_rng_state()
+    first = [replay(ids, labels)[0].item() for _ in range(3)]
+    assert len(set(first)) == 3, "dropout"
+    torch.cuda.set_rng_state(random)
+    assert [replay(ids, labels)[0].item() for _ in range(3)] == first
+    alone = copy.deepcopy(model).eval()(ids[:4], labels[:4])[0].item()
+    assert replay(ids[:4], labels[:4])[0].item() == pytest.approx(alone, rel=0.5), "another shape"
+
+
+def test_a_recorded_run_resumes_to_the_same_bits(tmp_path):
+    data = some_shapes(tmp_path / "shapes.npz", 60)
+
+    def run(name, *flags):
+        done = ended(start_program("train.py", *SMALL, "--run", tmp_path / name, "--data", data,
+                                   "--val_data", data, "--cuda_graph", "--tail_drop", 0,
+                                   "--device", "cuda", *flags), timeout=300)
+        assert done.returncode == 0, done.stderr
+        return tmp_path / name
+
+    whole, halves = run("whole"), run("halves", "--stage", 1)
+    run("halves")
+    for name in ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt"):
+        a, b = (checkpoint.load(str(folder / name))["ema"] for folder in (whole, halves))
+        assert all(torch.equal(a[key], b[key]) for key in a), name
