@@ -9,6 +9,8 @@ Differs  torch.optim.Muon takes single matrices. Here a stack is n matrices, an 
          v are three, all of one shape go through NS in one product, and AdamW has the rest [ours]
 Try      python muon.py      (CPU, a few seconds)
 """
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
@@ -46,7 +48,8 @@ def newton_schulz_fast(u: Tensor, steps: int = 5) -> Tensor:
 
     A step is x -> z x with z = A + B g + C g g, so g -> z g z, and the end is z_5 .. z_1 x: where
     a matrix is not square, x is touched twice in all.
-    TRAP: only in float32. With bfloat16's rounding g gets negative eigenvalues, and these explode.
+    TRAP: only in float32, and without TF32. With coarser rounding g gets negative eigenvalues, and
+    these explode: a loss that falls, and a model that learns next to nothing.
     """
     if u.shape[-2] > u.shape[-1]:  # NS(u^T) = NS(u)^T
         return newton_schulz_fast(u.mT, steps).mT
@@ -62,6 +65,16 @@ def newton_schulz_fast(u: Tensor, steps: int = 5) -> Tensor:
         total = z if total is None else z @ total
         g = z @ g @ z
     return total @ x
+
+
+@contextlib.contextmanager
+def whole_float32(device: torch.device):
+    """Products inside are float32's own, whatever autocast and TF32 are outside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    with torch.autocast(device.type, enabled=False):
+        yield
+    torch.set_float32_matmul_precision(before)
 
 
 class Muon:
@@ -129,7 +142,8 @@ class Muon:
             w, u = (t if t.ndim == 3 else t.unflatten(0, (group["matrices"], -1)) for t in (p, u))
             same.setdefault(u.shape[1:], []).append((w, u))
         for (rows, columns), pairs in same.items():
-            done = newton_schulz_fast(torch.cat([u for _, u in pairs]))
+            with whole_float32(params[0].device):
+                done = newton_schulz_fast(torch.cat([u for _, u in pairs]))
             weights, lengths = [w for w, _ in pairs], [len(u) for _, u in pairs]
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(weights, done.split(lengths),

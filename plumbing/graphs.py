@@ -8,6 +8,7 @@ In       a model from tensors to tensors, on a GPU; batches of one shape
 Out      Recorded(model): called as the model is, the same values and gradients
 Source   torch.cuda.make_graphed_callables
 """
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -51,6 +52,8 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable:
 
     Rounds that warm up leave nothing behind: buffers and random numbers are as before.
     """
+    # A replay hands gradients over on another stream than it was recorded on; torch waits, and warns.
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
     buffers, random = [b.clone() for b in model.buffers()], torch.cuda.get_rng_state()
     # Without autocast's cache: a weight that was converted in one recording is gone in the next.
     with torch.autocast("cuda", torch.bfloat16, torch.is_autocast_enabled("cuda"),

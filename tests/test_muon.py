@@ -58,6 +58,26 @@ def test_a_step_is_that_of_each_matrix_by_itself():
             torch.testing.assert_close(w, plain_step(was, g, 0.1, 0.9), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU"))])
+def test_a_step_is_as_exact_under_autocast_and_with_coarse_products_allowed(device):
+    torch.manual_seed(0)
+    # Singular values over four decades: rounded to bfloat16 such a step would be noise.
+    w, g = torch.randn(6, 32, 96), torch.randn(6, 32, 96) * torch.logspace(0, -4, 32)[:, None]
+    exact = torch.stack([plain_step(*pair, 0.1, 0.95) for pair in zip(w.double(), g.double())])
+    p = nn.Parameter(w.to(device, copy=True))
+    p.grad, before = g.to(device), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # as bfloat16
+    try:
+        with torch.autocast(device, torch.bfloat16):
+            Muon([dict(params=[p], lr=0.1)]).step()
+        assert torch.get_float32_matmul_precision() == "medium", "it is put back"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    off = (p.detach().cpu().double() - exact).norm() / (w - exact).norm()
+    assert off < 1e-3
+
+
 def test_torchs_own_muon_takes_the_same_step_on_a_single_matrix():
     torch.manual_seed(0)
     ours, g = nn.Parameter(torch.randn(16, 48)), torch.randn(16, 48)
