@@ -383,9 +383,9 @@ def check_belongs(run: Run) -> None:
          f"the built-in shapes are 32x32 pixels, not {tok.image_size}; "
          "give --data or --image_size 32")
     if train.cuda_graph:
-        run.procs.need_recordable()
         need(not tok.tail_drop, "--tail_drop cuts each batch to another length, which no recording "
              "can follow; leave out --cuda_graph")
+        run.procs.need_recordable()
     need_equal_pieces("batch_size", train.batch_size, world, train.accumulate)
     need_equal_pieces("generator_batch_size", train.generator_batch_size, world, train.accumulate)
     run.compare(run.path("tokenizer.pt"), settings("tokenizer", tok, train))

@@ -174,30 +174,42 @@ def measure(name: str, way: str, args, procs: Processes) -> dict:
                   "gib": reserved / GIB}
 
 
+def table(made: dict) -> str:
+    """Phases in Markdown, from what --json writes: eager against recorded."""
+    lines = ["| phase | eager, ms | `--cuda_graph`, ms | | images a second | of peak | GiB |",
+             "|---|---|---|---|---|---|---|"]
+    rows = {(row["phase"], row["way"]): row for row in made["rows"]}
+    for (name, way), eager in rows.items():
+        if way == "eager":
+            best = rows.get((name, "graph"), eager)
+            share = eager["gflop"] / best["ms"] / made["tflops"]
+            ms, times = ((f"{best['ms']:.1f}", f"{eager['ms'] / best['ms']:.1f}×")
+                         if best is not eager else ("-", "-"))
+            lines.append(f"| {name} | {eager['ms']:.1f} | {ms} | {times} | "
+                         f"{best['per_second']:,.0f} | {share:.1%} | {best['gib']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv=None) -> None:
     args = parse(argv)
     procs = Processes(args.device)
     words = sys.argv[1:] if argv is None else argv
-    about = provenance(shlex.join(["python", "-m", "experiments.gpu", *words]), procs.device)
-    peak, rows, gflop = matrix_peak(procs.device), [], {}
-    print(f"{about['device']}, torch {about['torch']}, {os.cpu_count()} cores, "
-          f"{procs.precision(args.train.precision)}; matrix peak {peak / 1e12:.1f} TFLOP/s\n"
-          f"{'phase':16}{'way':10}{'first, s':>9}{'ms':>9}{'images/s':>10}{'of peak':>9}"
-          f"{'GiB':>7}", flush=True)
+    made = {**provenance(shlex.join(["python", "-m", "experiments.gpu", *words]), procs.device),
+            "seed": 0, "tflops": matrix_peak(procs.device) / 1e12, "rows": []}
+    print(f"{made['device']}, torch {made['torch']}, {os.cpu_count()} cores, "
+          f"{procs.precision(args.train.precision)}; matrix peak {made['tflops']:.1f} TFLOP/s\n"
+          f"{'phase':16}{'way':10}{'first, s':>9}{'ms':>9}{'images/s':>10}{'GiB':>7}", flush=True)
     for name in args.phases:
         for way in args.ways:
             if name.startswith("sample-") and WAYS[way][1]:
-                continue
+                continue  # samplers are not recorded
             row = measure(name, way, args, procs)
-            gflop[name] = row["gflop"] or gflop.get(name)
-            if gflop[name]:
-                row |= {"gflop": gflop[name], "of_peak": gflop[name] * 1e6 / row["ms"] / peak * 1e6}
-            rows.append(row)
-            share = f"{row['of_peak']:.1%}" if "of_peak" in row else "-"
+            made["rows"].append(row)
             print(f"{name:16}{way:10}{row['first_step_s']:9.1f}{row['ms']:9.1f}"
-                  f"{row['per_second']:10.1f}{share:>9}{row['gib']:7.1f}", flush=True)
+                  f"{row['per_second']:10.1f}{row['gib']:7.1f}", flush=True)
             if args.json:
-                checkpoint.write_json(args.json, {**about, "tflops": peak / 1e12, "rows": rows})
+                checkpoint.write_json(args.json, made)
+    print("\n" + table(made))
 
 
 if __name__ == "__main__":

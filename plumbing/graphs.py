@@ -52,7 +52,7 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable:
 
     Rounds that warm up leave nothing behind: buffers and random numbers are as before.
     """
-    # A replay hands gradients over on another stream than it was recorded on; torch waits, and warns.
+    # A replay hands gradients over on another stream than the recording; torch waits, and warns.
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
     buffers, random = [b.clone() for b in model.buffers()], torch.cuda.get_rng_state()
     # Without autocast's cache: a weight that was converted in one recording is gone in the next.

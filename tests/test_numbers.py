@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import train
-from experiments import bench, order, order_table, sampler, scaling, trials
+from experiments import bench, gpu, order, order_table, sampler, scaling, trials
 from generator import ARGenerator
 from layers import count_parameters
 from nativetok import NativeTok
@@ -165,7 +165,16 @@ def test_the_table_of_cifar_is_that_of_its_result_file():
             tokens = phase["num_tokens"]
             right.append([phase["phase"], f"{phase['steps']:,}", str(tokens), str(tokens * bits),
                           f"{phase['psnr']:.2f} dB", f"{phase['codebook_used']:.0%}"])
-    check_table(tables(section("CIFAR-10"))[0], right)
+    on_a_gpu, on_a_cpu = tables(section("CIFAR-10"))
+    check_table(on_a_cpu, right)
+    right = []
+    for title, name in (("`cifar`", "cifar-gpu"), ("wider and deeper, jointly", "cifar-gpu-wide")):
+        made = results(name)
+        learned = [phase for phase in made["phases"] if "psnr" in phase]
+        right.append([title, f"{sum(phase['steps'] for phase in learned):,}",
+                      str(made["settings"]["batch_size"]), f"{learned[-1]['psnr']:.2f} dB",
+                      f"{sum(phase['seconds'] for phase in learned):.0f}"])
+    check_table(on_a_gpu, right)
 
 
 def test_the_table_of_controls_is_that_of_its_result_file():
@@ -180,12 +189,12 @@ def test_the_table_of_controls_is_that_of_its_result_file():
         assert all(map(shown, cells[2:], [*values, 100 * found["class_accuracy"]])), (cells, values)
 
 
-def test_tables_of_the_order_experiment_are_what_order_table_makes_of_the_results():
-    folder = RESULTS / "order-cifar-cpu"
-    lines = order_table.summary(order_table.read_results(str(folder), order.ARMS))
+@pytest.mark.parametrize("name", ("order-cifar", "order-cifar-cpu"))
+def test_tables_of_the_order_experiment_are_what_order_table_makes_of_the_results(name):
+    lines = order_table.summary(order_table.read_results(str(RESULTS / name), order.ARMS))
     for line in lines:
         assert line in section("Does native order help?").splitlines(), f"missing: {line}"
-    assert "\n".join(lines) in (folder / "table.md").read_text()
+    assert "\n".join(lines) in (RESULTS / name / "table.md").read_text()
 
 
 def test_pages_say_of_intervention_what_its_result_file_says():
@@ -224,6 +233,11 @@ def test_the_table_of_exercises_is_that_of_its_result_file():
 
 def test_the_table_of_speed_is_what_bench_makes_of_its_rows():
     right = bench.table(results("bench-cpu")["rows"])
+    assert right in section("Speed") + "\n", f"the right table:\n{right}"
+
+
+def test_the_table_of_gpu_steps_is_what_gpu_makes_of_its_rows():
+    right = gpu.table(results("gpu"))
     assert right in section("Speed") + "\n", f"the right table:\n{right}"
 
 

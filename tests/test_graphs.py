@@ -1,21 +1,54 @@
-"""On a CUDA GPU: a recorded step is the step, and a recorded run resumes to the same bits.
+"""--cuda_graph: a recorded step is the step, and a recorded run resumes to the same bits.
 
-Skipped where there is no such GPU.
+That needs a CUDA GPU; what is recorded when, and what is refused, is tried everywhere.
 """
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
+import config
+import train
 from config import GeneratorConfig, TokenizerConfig
 from generator import GENERATORS
-from helpers import SMALL, ended, some_shapes, start_program
+from helpers import SMALL, ended, refused, some_shapes, start_program
 from loop import LossOf
 from nativetok import NativeTok
-from plumbing import checkpoint
+from plumbing import checkpoint, graphs
 from plumbing.graphs import Recorded
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+CFG = TokenizerConfig(image_size=16, patch_size=4, encoder_width=16, encoder_heads=2,
+                      encoder_depth=2, decoder_width=16, decoder_heads=2, decoder_depth=2,
+                      expert_width=16, expert_heads=2, token_schedule=(6,), codebook_size=8,
+                      code_dim=4)
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def test_a_recording_is_made_anew_when_a_shape_or_the_quantizers_switch_changes(monkeypatch):
+    made = []
+
+    def record(model, inputs):
+        made.append(len(inputs[0]))
+        return model
+    monkeypatch.setattr(graphs, "record", record)
+    model = NativeTok(CFG).eval()
+    call, images = Recorded(model), torch.rand(4, 3, 16, 16) * 2 - 1
+    call(images), call(images.clone())
+    assert made == [4]
+    call(images[:2]), call(images[:2])
+    model.quantizer.continuous = True
+    call(images[:2]), call(images[:2])
+    assert made == [4, 2, 2]
+
+
+@pytest.mark.parametrize("flags, reason", [
+    ((), "needs a CUDA GPU"), (("--tail_drop", "0.5"), "leave out --cuda_graph"),
+    (("--accumulate", "2"), "leave out --accumulate")])
+def test_what_cannot_be_recorded_is_refused_before_anything_begins(tmp_path, flags, reason):
+    words = ["--run", str(tmp_path / "run"), "--cuda_graph", "--device", "cpu", *flags]
+    assert reason in refused(lambda: train.main(config.parse_run("", words)))
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def gradients(model, call, *inputs):
@@ -27,14 +60,11 @@ def gradients(model, call, *inputs):
     return [x.detach().clone() for x in flat], [p.grad.clone() for p in model.parameters()]
 
 
+@on_a_gpu
 @pytest.mark.parametrize("tokenizer", ("nativetok", "titok"))
 def test_a_recorded_step_of_the_tokenizer_is_the_step(tokenizer):
-    cfg = TokenizerConfig(tokenizer=tokenizer, image_size=16, patch_size=4, encoder_width=16,
-                          encoder_heads=2, encoder_depth=2, decoder_width=16, decoder_heads=2,
-                          decoder_depth=2, expert_width=16, expert_heads=2, token_schedule=(6,),
-                          codebook_size=8, code_dim=4)
     torch.manual_seed(0)
-    plain = NativeTok(cfg).cuda().train()
+    plain = NativeTok(replace(CFG, tokenizer=tokenizer)).cuda().train()
     recorded = copy.deepcopy(plain)
     replay, batches = Recorded(recorded), torch.rand(4, 3, 3, 16, 16, device="cuda") * 2 - 1
     for images, continuous in zip(batches, (True, True, False, False)):
@@ -46,6 +76,7 @@ def test_a_recorded_step_of_the_tokenizer_is_the_step(tokenizer):
         torch.testing.assert_close(recorded.quantizer.recent, plain.quantizer.recent)
 
 
+@on_a_gpu
 @pytest.mark.parametrize("Kind", GENERATORS.values())
 def test_a_recorded_generator_draws_new_masks_at_each_step(Kind):
     torch.manual_seed(0)
@@ -65,6 +96,7 @@ def test_a_recorded_generator_draws_new_masks_at_each_step(Kind):
     assert replay(ids[:4], labels[:4])[0].item() == pytest.approx(alone, rel=0.5), "another shape"
 
 
+@on_a_gpu
 def test_a_recorded_run_resumes_to_the_same_bits(tmp_path):
     data = some_shapes(tmp_path / "shapes.npz", 60)
 
