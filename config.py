@@ -56,7 +56,8 @@ class TokenizerConfig:
     decoder_width: int = 768  # channels of the decoder [TiTok-B]
     decoder_depth: int = 12  # transformer blocks of the decoder [TiTok-B]
     decoder_heads: int = 12  # attention heads of the decoder [TiTok-B]
-    # how patches read codes: attention [TiTok], or linear, one map of its own for each code [ours]
+    # how patches read codes: attention [TiTok], linear, one map of its own for each code [ours], or
+    # both
     decoder_reads: str = "attention"
     # pixels that a patch paints of its neighbours, faded in and out, so that no seam shows [ours]
     decoder_overlap: int = 0
@@ -75,7 +76,7 @@ class TokenizerConfig:
         choose("head", self.head, ("own", "shared"))
         choose("prior", self.prior, ("codes", "hidden"))
         choose("tail_drop_lengths", self.tail_drop_lengths, ("any", "stages"))
-        choose("decoder_reads", self.decoder_reads, ("attention", "linear"))
+        choose("decoder_reads", self.decoder_reads, ("attention", "linear", "both"))
         at_least_one(self, "image_size", "patch_size", "encoder_width", "encoder_depth",
                      "encoder_heads", "expert_width", "expert_depth", "expert_heads",
                      "codebook_size", "code_dim", "decoder_width", "decoder_depth",
@@ -277,8 +278,8 @@ PRESETS = {
         label_smoothing=0.0, generator_batch_size=64, generator_steps=500, log_every=20,
         save_every=250, sample_every=250),
     "cifar": dict(  # real 32x32 images, --data needed; 45 minutes or so on 2 CPU cores
-        SMALL, codebook_size=512, encoder_depth=2, decoder_depth=2, decoder_reads="attention",
-        codebook_rate=5.0, continuous_steps=200, base_steps=2000, grow_steps=600,
+        SMALL, codebook_size=512, encoder_depth=2, decoder_depth=2, decoder_reads="both",
+        codebook_rate=5.0, weight_decay=0.1, continuous_steps=200, base_steps=2000, grow_steps=600,
         finetune_steps=10000,
         generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=1500,
         save_every=500, sample_every=1000),

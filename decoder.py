@@ -9,7 +9,8 @@ Differs  pixels straight from a linear layer, where TiTok's first stage predicts
          another VQGAN; code positions can grow [ours]. Two options for small images [ours]:
          decoder_reads "linear": code i adds a linear map of its own to all patches at once, and the
          ViT runs on patches alone: fewer rows, and no attention has to be learned before a code
-         paints. It takes L d N D numbers, so it is for short sequences of few patches.
+         paints; "both": these maps, silent at first, beside TiTok's attention. Maps take L d N D
+         numbers, so they are for short sequences of few patches.
          decoder_overlap m: a patch paints m pixels of its neighbours too, and the paintings are
          blended, so that no seam shows
 Try      python decoder.py      (CPU, a few seconds)
@@ -29,11 +30,12 @@ class Decoder(nn.Module):
         super().__init__()
         P, D = cfg.patch_size, cfg.decoder_width
         self.patch_size, self.image_size, self.overlap = P, cfg.image_size, cfg.decoder_overlap
-        self.code_dim, self.linear = cfg.code_dim, cfg.decoder_reads == "linear"
-        self.embed = None if self.linear else nn.Linear(cfg.code_dim, D)
+        self.code_dim, reads = cfg.code_dim, cfg.decoder_reads
+        self.attends, self.paints = reads != "linear", reads != "attention"
+        self.embed = nn.Linear(cfg.code_dim, D) if self.attends else None
         # (N, D) a mask token is its position
         self.mask_tokens = nn.Parameter(sincos_2d(cfg.image_size // P, D))
-        # One table per growth step: (new tokens, D) positions, or (new tokens, d, N D) maps.
+        # One table per growth step: (new tokens, D) positions, (new tokens, d, N D) maps.
         self.code_pos = nn.ParameterList()
         self.paint = nn.ParameterList()
         self.blocks = nn.ModuleList(
@@ -43,42 +45,44 @@ class Decoder(nn.Module):
         self.register_buffer("window", blending_window(cfg.image_size, P, self.overlap),
                              persistent=False)  # (3 (P+2m)^2, N)
         self.apply(init_vit)
-        if not self.linear:
+        if self.attends:
             # Codes have norm 1, so the embedding gets the gain that brings it to the mask tokens'
             # scale.
             nn.init.normal_(self.embed.weight)
         self.grow(cfg.token_schedule[0])
 
     def grow(self, num_tokens: int) -> None:
-        """Append positions until there are num_tokens; the old ones stay as they are."""
-        tables, (N, D) = self.paint if self.linear else self.code_pos, self.mask_tokens.shape
-        new = num_tokens - sum(len(table) for table in tables)
-        shape = (new, self.code_dim, N * D) if self.linear else (new, D)
-        table = torch.randn(shape, device=self.mask_tokens.device)
-        if self.linear:
-            # The first maps have unit scale together; later ones start silent, so that a grown
+        """Append positions and maps until there are num_tokens; the old ones stay as they are."""
+        (N, D), device = self.mask_tokens.shape, self.mask_tokens.device
+        new = num_tokens - sum(map(len, self.code_pos if self.attends else self.paint))
+        if self.paints:
+            maps = torch.randn(new, self.code_dim, N * D, device=device)
+            # Alone, the first maps have unit scale together. All others start silent: a grown
             # decoder begins where it stopped.
-            table *= 0 if len(tables) else num_tokens ** -0.5
-        tables.append(nn.Parameter(table))
+            maps *= 0 if self.attends or len(self.paint) else num_tokens ** -0.5
+            self.paint.append(nn.Parameter(maps))
+        if self.attends:
+            self.code_pos.append(nn.Parameter(torch.randn(new, D, device=device)))
 
     def forward(self, z_q: Tensor, kept: Tensor | None = None) -> Tensor:
         """kept (B,)   so many first codes of each image are read, and no more; None: all k"""
         k, N, mask = z_q.shape[1], len(self.mask_tokens), None
         if kept is not None:
             seen = torch.arange(k, device=z_q.device) < kept[:, None]  # (B, k)
-            if self.linear:
-                z_q = z_q * seen[..., None]  # a code of zeros paints nothing
-            else:
+            z_q = z_q * seen[..., None]  # a code of zeros paints nothing
+            if self.attends:
                 mask = F.pad(seen, (N, 0), value=True)[:, None, None]  # (B, 1, 1, N + k)
         # All tables are joined before the cut, so that each of them gets a (maybe zero) gradient at
         # every step.
-        table = torch.cat(list(self.paint if self.linear else self.code_pos))[:k]
-        if self.linear:
-            painted = z_q.flatten(1) @ table.flatten(0, 1).to(z_q.dtype)  # (B, N*D)
-            x = self.mask_tokens + painted.unflatten(1, (N, -1))  # (B, N, D)
-        else:
+        x = self.mask_tokens
+        if self.paints:
+            maps = torch.cat(list(self.paint))[:k]
+            painted = z_q.flatten(1) @ maps.flatten(0, 1).to(z_q.dtype)  # (B, N*D)
+            x = x + painted.unflatten(1, (N, -1))  # (B, N, D)
+        if self.attends:
+            table = torch.cat(list(self.code_pos))[:k]
             codes = self.embed(z_q) + table  # (B, k, D)
-            masks = self.mask_tokens.expand(len(z_q), -1, -1).to(codes.dtype)  # (B, N, D)
+            masks = x.expand(len(z_q), -1, -1).to(codes.dtype)  # (B, N, D)
             x = torch.cat([masks, codes], dim=1)  # (B, N + k, D)
         for block in self.blocks:
             x = block(x, mask)

@@ -262,7 +262,8 @@ def main(args, change_dvae: Callable = lambda dvae: dvae,
     check_belongs(run)
     run.begin()
     run.say(f"{run.folder}: {run.procs.world} x {run.procs.device.type} "
-            f"({torch.get_num_threads()} threads each); images {run.data.name}: "
+            f"({torch.get_num_threads()} threads each), "
+            f"{run.procs.precision(run.train.precision)}; images {run.data.name}: "
             f"{len(run.data):,} to learn from, {len(run.val):,} held out")
     with enough_memory("lower --batch_size or raise --accumulate, and repeat the command"):
         if args.stage in (None, 1):

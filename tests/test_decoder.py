@@ -44,7 +44,7 @@ def changed_patches(before, after):
     return ((by_patch(before) - by_patch(after)).abs() > 1e-5).any(dim=2).any(dim=0)
 
 
-@pytest.mark.parametrize("reads", ["attention", "linear"])
+@pytest.mark.parametrize("reads", ["attention", "linear", "both"])
 @torch.no_grad()
 def test_an_image_that_keeps_k_codes_is_decoded_as_from_these_k_alone(reads):
     decoder = small(dataclasses.replace(CFG, decoder_reads=reads))
@@ -87,6 +87,16 @@ def test_growth_leaves_the_pictures_of_old_lengths_as_they_were():
     assert all(new[name] is p for name, p in old.items())
     added = sum(p.numel() for name, p in new.items() if name not in old)
     assert added == 4 * CFG.decoder_width, "four new positions and nothing else"
+
+
+@torch.no_grad()
+def test_maps_beside_attention_start_silent():
+    plain, both = small(), small(dataclasses.replace(CFG, decoder_reads="both"))
+    both.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(both(some_codes()), plain(some_codes()))
+    both.grow(7)
+    assert [tuple(maps.shape) for maps in both.paint] == [(3, 4, 16 * 32), (4, 4, 16 * 32)]
+    assert not any(maps.any() for maps in both.paint)
 
 
 @torch.no_grad()
