@@ -168,7 +168,8 @@ def test_the_table_of_cifar_is_that_of_its_result_file():
     on_a_gpu, on_a_cpu = tables(section("CIFAR-10"))
     check_table(on_a_cpu, right)
     right = []
-    for title, name in (("`cifar`", "cifar-gpu"), ("wider and deeper, jointly", "cifar-gpu-wide")):
+    for title, name in (("`cifar`, codes read by attention alone", "cifar-gpu"),
+                        ("wider and deeper, jointly", "cifar-gpu-wide")):
         made = results(name)
         learned = [phase for phase in made["phases"] if "psnr" in phase]
         right.append([title, f"{sum(phase['steps'] for phase in learned):,}",
