@@ -6,7 +6,7 @@ Python in it: it starts the same kernels on the same memory, forward as one laun
 
 In       a model from tensors to tensors, on a GPU; batches of one shape
 Out      Recorded(model): called as the model is, the same values and gradients
-Source   torch.cuda.make_graphed_callables
+Differs  from torch.cuda.make_graphed_callables in recording when, and as often as, it is needed
 """
 import warnings
 from collections.abc import Callable
