@@ -20,6 +20,8 @@ Levers, one change each, when asked for:
     nativetok-hnt-thawed  hnt; old experts learn on at a tenth of the rate, so old ids do not stay:
                           no hierarchical native training any more
 """
+import bisect
+import functools
 import math
 from dataclasses import dataclass, field, replace
 
@@ -99,6 +101,7 @@ PLANS = {
 # ------------------------------------------------------------------------------------------------
 # one budget, and encoders of one size
 
+@functools.cache
 def encoder_parameters(tok: TokenizerConfig) -> int:
     """Of what makes tokens of images, at full length."""
     with torch.device("meta"):  # counted without making them
@@ -109,14 +112,11 @@ def encoder_parameters(tok: TokenizerConfig) -> int:
 
 def matched(tok: TokenizerConfig, name: str, step: int, target: int) -> int:
     """The multiple of `step` that, as tok's `name`, brings the encoder nearest to the target."""
-    best_value, best_off = 0, math.inf
-    value = step
-    while True:
-        off = abs(encoder_parameters(replace(tok, **{name: value})) - target)
-        if off > best_off:  # past the nearest, as wider is only ever larger
-            return best_value
-        best_value, best_off = value, off
-        value += step
+    def size(value: int) -> int:
+        return encoder_parameters(replace(tok, **{name: value}))
+    values = range(step, 8192, step)
+    above = bisect.bisect_left(values, target, key=size)
+    return min(values[max(0, above - 1):above + 1], key=lambda value: abs(size(value) - target))
 
 
 def tokenizer_config(preset: dict, settings: dict) -> TokenizerConfig:
