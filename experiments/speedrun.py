@@ -6,7 +6,7 @@ experiments/pca.py reaches there). Anything in the repository may be changed. Ti
 training, reading images and the judgement included, imports left out. Records: RECORDS.md.
 
 Run      python -m experiments.speedrun --data cifar10/train --val_data cifar10/test
-         python -m experiments.speedrun ... --steps 1500 -- --batch_size 32      flags of train.py
+         python -m experiments.speedrun ... --steps 1000 -- --batch_size 32      flags of train.py
 Makes    the run's folder under --out; minutes, steps, threads, peak memory, PSNR on stdout and in
          OUT/speedrun.json
 Exit     0 passed, 1 not passed, 2 something to mend, 3 interrupted (repeat to start anew)
@@ -39,7 +39,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("--data", required=True, help="images to learn from, in any form that train.py takes")
     add("--val_data", required=True, help="images to be judged by, all of them")
-    add("--steps", type=int, default=1500, help="training steps (default: 1500, the record's)")
+    add("--steps", type=int, default=850, help="training steps (default: 850, the record's)")
     add("--seed", type=int, default=0, help="seed of weights and order (default: 0)")
     add("--out", default="runs/speedrun", help="folder, made anew (default: runs/speedrun)")
     add("flags", nargs="*", help="after --: flags of train.py, in place of the preset's settings")
