@@ -30,9 +30,12 @@ from torch import Tensor, nn
 
 from config import CONFIGS, PRESETS, TokenizerConfig
 from layers import count_parameters
+from mit import MIT
+from mocet import MoCET
 from nativetok import NativeTok
 from plumbing import checkpoint
 from plumbing.flags import build
+from titok import TiTok
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,10 @@ PLANS = {
 @functools.cache
 def encoder_parameters(tok: TokenizerConfig) -> int:
     """Of what makes tokens of images, at full length."""
+    whole = replace(tok, token_schedule=(tok.num_tokens,), tail_drop=0.0)
     with torch.device("meta"):  # counted without making them
-        model = NativeTok(tok).grow_to(tok.num_tokens)
-    return sum(count_parameters(part) for name, part in model.named_children()
-               if name in ("mit", "mocet", "titok"))
+        parts = (MIT(whole), MoCET(whole)) if tok.tokenizer == "nativetok" else (TiTok(whole),)
+    return sum(map(count_parameters, parts))
 
 
 def matched(tok: TokenizerConfig, name: str, step: int, target: int) -> int:

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 import signal
 
 import pytest
@@ -9,6 +10,12 @@ import config
 import train
 from helpers import SMALL, some_shapes, train_shapes
 from plumbing import run
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One more than cores, as many tests wait for the programs that they start; those that watch
+    the clock (-m faults) get a core each."""
+    return (os.cpu_count() or 1) + (config.option.markexpr != "faults")
 
 
 @pytest.fixture(scope="session", autouse=True)
