@@ -277,11 +277,11 @@ PRESETS = {
         finetune_steps=630, generator_width=128, generator_depth=4, generator_dropout=0.0,
         label_smoothing=0.0, generator_batch_size=64, generator_steps=500, log_every=20,
         save_every=250, sample_every=250),
-    "cifar": dict(  # real 32x32 images, --data needed; 45 minutes or so on 2 CPU cores
+    "cifar": dict(  # real 32x32 images, --data needed; an hour or two on 2 CPU cores
         SMALL, codebook_size=512, encoder_depth=2, decoder_depth=2, decoder_reads="both",
         codebook_rate=5.0, weight_decay=0.1, continuous_steps=200, base_steps=2000, grow_steps=600,
         finetune_steps=10000,
-        generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=1500,
+        generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=5000,
         save_every=500, sample_every=1000),
     "imagenet-32": dict(IMAGENET, token_schedule=(32,)),
     "imagenet-64": dict(IMAGENET, token_schedule=(32, 64)),
