@@ -36,7 +36,7 @@ ROWS = {
     "query_loop": (rows.query_against_loop, "MoCET, query experts against their own plain loop, "
                    "the same sizes"),
     "encoder": (rows.encoder_against_titok, "MIT-B and query experts against a TiTok-B encoder, "
-                "256 patches, batch 8"),
+                "256 patches, batch 16"),
     "grow": (rows.growth, "a growth step 64 -> 128 against a joint step at 128, imagenet-128, "
              "batch 2"),
     "muon": (rows.muon_against_adamw, "a training step with Muon against one with AdamW, cifar"),

@@ -101,7 +101,7 @@ def encode(images: Tensor, mit: MIT, mocet: MoCET, quantizer: VectorQuantizer) -
 
 
 def encoder_against_titok(bench: Bench) -> None:
-    B = 8  # of few images each expert's weights take longer to read than to use
+    B = 16  # of few images each expert's weights take longer to read than to use
     images = torch.rand(B, 3, 256, 256, device=bench.device) * 2 - 1
     for L in (32, 64, 128):
         cfg = tokenizer_config(token_schedule=(L,))
