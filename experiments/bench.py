@@ -46,7 +46,7 @@ ROWS = {
     "floor": (sampling.step_against_floor, "a step of AR sampling, batch 1, guidance"),
     "bf16": (sampling.bf16_against_float32, "AR sampling, batch 16, bf16 against float32"),
     "maskgit": (sampling.maskgit_against_passes, "MaskGIT, 8 steps, guidance, against as many bare "
-                "passes of its transformer, batch 4"),
+                "passes of its transformer, batch 2"),
     "tokens": (rows.waiting_for_tokens, "stage 3: share of a step spent waiting for the token "
                "cache, cifar"),
     "images": (rows.waiting_for_images, "stage 1: share of a step spent waiting for a folder of "

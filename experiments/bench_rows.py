@@ -73,7 +73,7 @@ def query_against_block(bench: Bench) -> None:
                                    ("forward+backward", forward_backward, 8)):
             fast, slow = bench.seconds(partial(call, query, MoCET.forward, x, quantizer),
                                        partial(call, block, MoCET.forward, x, quantizer),
-                                       repeats=repeats)
+                                       repeats=repeats, spend=5)
             bench.row(f"query against block, {L} experts, {what}", slow / fast, "x", target,
                       floor=bench.flops[1] / bench.flops[0],
                       note=f"{fast * 1e3:.0f} ms against {slow * 1e3:.0f}; "
@@ -90,7 +90,7 @@ def query_against_loop(bench: Bench) -> None:
                                    ("forward+backward", forward_backward, 2)):
             fast, slow = bench.seconds(partial(call, mocet, MoCET.forward, x, quantizer),
                                        partial(call, mocet, MoCET.forward_loop, x, quantizer),
-                                       repeats=1 if call is forward_backward else None)
+                                       repeats=1 if call is forward_backward else None, spend=5)
             bench.row(f"query against its loop, {L} experts, {what}", slow / fast, "x", target,
                       floor=bench.flops[1] / bench.flops[0],
                       note=f"{fast * 1e3:.0f} ms against {slow * 1e3:.0f}; same ids: {same}")

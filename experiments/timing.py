@@ -45,10 +45,15 @@ class Bench:
             torch.set_num_threads(args.threads)
         self.rows = []
 
-    def seconds(self, *ways: Callable[[], object], repeats: int | None = None) -> list[float]:
-        """Median seconds of each way, measured in turn; a first round warms up, and counts."""
+    def seconds(self, *ways: Callable[[], object], repeats: int | None = None,
+                spend: float = 0) -> list[float]:
+        """Median seconds of each way, measured in turn; a first round warms up, and counts.
+
+        repeats   rounds, and more until `spend` seconds are over: short ways differ most
+        """
         times, self.flops = [[] for _ in ways], [flops_of(way) for way in ways]
-        for _ in range(repeats or self.repeats):
+        until = time.perf_counter() + spend
+        while len(times[0]) < (repeats or self.repeats) or time.perf_counter() < until:
             for way, times_of_way in zip(ways, times):
                 began = time.perf_counter()
                 way()
