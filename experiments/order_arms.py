@@ -107,6 +107,7 @@ PLANS = {
 @functools.cache
 def encoder_parameters(tok: TokenizerConfig) -> int:
     """Of what makes tokens of images, at full length."""
+    # Tails are cut to earlier lengths, and there are none here.
     whole = replace(tok, token_schedule=(tok.num_tokens,), tail_drop=0.0)
     with torch.device("meta"):  # counted without making them
         parts = (MIT(whole), MoCET(whole)) if tok.tokenizer == "nativetok" else (TiTok(whole),)
