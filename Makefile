@@ -10,7 +10,8 @@ BIN    := .venv/bin
 RUN    := runs/demo
 D2IT   := runs/demo-d2it
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# a process per core, or one more (tests/conftest.py), each with tests of its own (pytest-xdist); plain pytest runs them too
+# a process per core, or one more (tests/conftest.py), each with tests of its own (pytest-xdist);
+# plain pytest runs them too
 SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo demo-d2it test test-faults lint clean
