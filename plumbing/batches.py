@@ -124,10 +124,11 @@ class Batches:
         Both travel as text: DataLoader would wrap a worker's exception into pages of traceback.
         """
         images, labels, errors = [], [], []
+        in_worker = torch.utils.data.get_worker_info() is not None  # each would keep its own
         for index, transform in self.plan(number):
             while len(images) == len(labels):  # until one more image has been read
                 try:
-                    images.append(transform(self.dataset.load(index)))
+                    images.append(transform(self.dataset.load(index, not in_worker)))
                 except UserError as error:
                     errors.append(str(error))
                     if len(set(errors)) > self.limit:
@@ -136,7 +137,7 @@ class Batches:
                     index = (index + 1) % len(self.dataset)
             labels.append(self.dataset.labels[index])
         batch = torch.from_numpy(np.stack(images)), torch.from_numpy(np.array(labels))
-        if torch.utils.data.get_worker_info() is not None:
+        if in_worker:
             try:
                 # Here and not on the way to the main process, where a failure would be lost.
                 batch = batch[0].share_memory_(), batch[1].share_memory_()

@@ -1,6 +1,7 @@
 """batches.py: nothing disturbs the order of the batches, and an unreadable image is named."""
 import itertools
 import multiprocessing
+import shutil
 import signal
 import subprocess
 import time
@@ -84,6 +85,29 @@ def test_labels_belong_to_their_images(small):
         assert [label_of[image.numpy().tobytes()] for image in images] == labels.tolist()
 
 
+def test_small_images_are_read_once_and_change_nothing(tmp_path):
+    root = folder_of(tmp_path / "set", 6, size=12)
+    dataset = datasets.open_images(str(root))
+    plain = take(stream(dataset), 3)
+    assert sorted(dataset.kept) == list(range(6))
+    shutil.rmtree(root)
+    assert same(plain, take(stream(dataset), 3))
+    refused(datasets.ImageSet.load, dataset.subset(np.arange(2)), 0, names=["000.png"])
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.load(0)[:] = 0
+
+
+@pytest.mark.parametrize("small, keep, workers, kept", [
+    (431, 2 ** 28, 0, 0), (432, 2 ** 28, 0, 6), (432, 2 * 432, 0, 2), (432, 2 ** 28, 1, 0)])
+def test_large_images_and_too_many_and_those_of_workers_are_not_kept(
+        tmp_path, monkeypatch, small, keep, workers, kept):
+    monkeypatch.setattr(datasets, "SMALL", small)  # a 12 x 12 image has 432 bytes
+    monkeypatch.setattr(datasets, "KEEP", keep)
+    dataset = datasets.open_images(str(folder_of(tmp_path / "set", 6, size=12)))
+    take(stream(dataset, workers=workers), 3)
+    assert len(dataset.kept) == kept
+
+
 def test_the_stream_leaves_the_global_random_state_alone(small):
     before = torch.get_rng_state()
     take(stream(small), 2)
@@ -150,7 +174,7 @@ def test_a_batch_that_never_comes_is_waited_for_no_longer_than_the_timeout(small
         def __len__(self):
             return 10
 
-        def load(self, index):
+        def load(self, index, keep):
             time.sleep(3)
     began = time.time()
     told = ["1 data workers in 1 seconds", "/dev/shm", "--shm-size", "--workers 0", "--timeout"]
@@ -204,9 +228,11 @@ def test_skip_bad_stops_above_one_percent(tmp_path):
     dataset = datasets.open_images(str(root))
     assert len(take(stream(dataset, skip_bad=True, batch_size=50), 8)) == 8  # 2 of 200 are 1%
     put(root / "cat" / "100.png", b"")
+    dataset = datasets.open_images(str(root))
     refused(lambda: iter(stream(dataset, skip_bad=True, batch_size=50)), names=["3 of 200"])
     for file in root.rglob("*.png"):
         file.write_bytes(b"")
+    dataset = datasets.open_images(str(root))
     # and it does not hang
     refused(lambda: iter(stream(dataset, skip_bad=True)), names=["3 of 200"])
 
