@@ -192,7 +192,8 @@ class MoCET(nn.Module):
         trace   a list to which each layer of each expert appends its attention
                 (B, heads, N + tokens so far + 1)
         force   {position from 0: ids (B,)}, an intervention: there these ids are said, whatever the
-                expert wanted, and the experts after it answer to them
+                expert wanted, and the experts after it answer to them; or {position: a function}
+                that makes the ids of what it wanted, z (B, d) normalised
         """
         cfg, heads, said, force = self.cfg, self.cfg.expert_heads, [], force or {}
         rows = x_latent  # (B, N, E), later followed by the tokens

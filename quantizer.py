@@ -15,6 +15,7 @@ Differs  The first steps of training run without quantization and the codebook i
 Try      python quantizer.py
 """
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -67,11 +68,13 @@ class VectorQuantizer(nn.Module):
             # Straight-through: argmax has no gradient, so that at z_q is handed to z unchanged.
             return z + (e - z).detach(), ids, z
 
-    def say(self, z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def say(self, z: Tensor, ids: Tensor | Callable) -> tuple[Tensor, Tensor]:
         """Normalised z (..., d), ids (...) to say in the nearest ones' place -> z_q (..., d), ids.
 
-        With the nearest ones it is to the bit what quantize() returns.
+        ids may also be a function that chooses them: z -> ids. With the nearest ones it is to the
+        bit what quantize() returns.
         """
+        ids = ids(z) if callable(ids) else ids
         return z + (self.lookup(ids) - z).detach(), ids
 
     def losses(self, z: Tensor, ids: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,123 @@
+"""How much do the tokens say of an image, and how much could they? Each is thought over once more.
+
+An expert says the code nearest to what it wants to say. Nearest among codes need not be nearest in
+pixels, and what the later experts say changes with it. So, from the first token to the last, the
+codes that lie next are tried in its place, all is decoded, and what comes out nearest to the image
+stays:
+
+    answer   the later experts read the other code and choose anew: only ordered tokens can
+    hold     the later tokens stay as they are, as where all tokens come at once
+
+It is a greedy search, not the best of all 512^16 sequences: a floor of what encoding leaves. The
+ids are those of the same tokenizer and decode as any others do; only the encoder takes longer, by
+L * nearest passes of experts and decoder.
+
+Run      python -m experiments.search --run runs/NAME --nearest 1 3
+Makes    a line for each way, with PSNR over held-out images; --json FILE
+"""
+from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
+
+import shlex
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from config import CONFIGS
+from layers import eval_mode
+from losses import mse, to_db
+from nativetok import NativeTok
+from plumbing import checkpoint
+from plumbing.flags import DEVICES, Parser, need, number
+from plumbing.images import to_float, to_uint8
+from plumbing.processes import Processes, provenance
+from plumbing.run import held_out, open_run
+
+BATCH = 250
+
+
+def errors(tokenizer: NativeTok, ids: Tensor, images: Tensor) -> Tensor:
+    """Mean squared error (B,) of each image in 8-bit RGB."""
+    return mse(to_float(to_uint8(tokenizer.decode(ids))), images)
+
+
+def search(tokenizer: NativeTok, images: Tensor, nearest: int, answer: bool = True) -> Tensor:
+    """images (B, 3, H, W) -> ids (B, L), each token thought over once. No image gets worse.
+
+    nearest   how many codes are tried in a token's place, those next to what its expert wants
+    answer    the experts after it choose anew; False: their tokens are held
+    """
+    L, quantizer = tokenizer.num_tokens, tokenizer.quantizer
+    ids = tokenizer.encode(images)
+    best = errors(tokenizer, ids, images)
+    with eval_mode(tokenizer):
+        x_latent, codes = tokenizer.mit(images), quantizer.codes()
+        for i in range(L):
+            said = {j: ids[:, j] for j in range(L) if j < i or (j > i and not answer)}
+            for k in range(1, nearest + 1):
+                def choice(z: Tensor, k=k) -> Tensor:
+                    return (z @ codes.T).topk(k + 1).indices[:, k]
+                other = tokenizer.mocet(x_latent, quantizer, {**said, i: choice})[1]
+                error = errors(tokenizer, other, images)
+                better = error < best
+                ids = torch.where(better[:, None], other, ids)
+                best = torch.where(better, error, best)
+    return ids
+
+
+def measured(tokenizer: NativeTok, batches: list[Tensor], nearest: int, answer: bool) -> dict:
+    """What search() does to images, (b, 3, H, W) each."""
+    began, L = time.perf_counter(), tokenizer.num_tokens
+    found = [search(tokenizer, images, nearest, answer) for images in batches]
+    seconds = time.perf_counter() - began
+    error = torch.cat([errors(tokenizer, *pair) for pair in zip(found, batches)]).double()
+    plain = torch.cat([tokenizer.encode(images) for images in batches])
+    changed = (torch.cat(found) != plain).double().mean().item()
+    return {"nearest": nearest, "later_tokens": "answer" if answer else "hold",
+            "passes": 1 + L * nearest, "psnr": round(to_db(error.mean()).item(), 3),
+            "ids_changed": round(changed, 3),
+            "ms_per_image": round(1000 * seconds / len(error), 2)}
+
+
+def parse(argv=None):
+    parser = Parser(prog="search.py", description=__doc__)
+    parser.add_argument("--run", required=True, help="folder of a run of train.py")
+    parser.add_argument("--nearest", type=number(int, 1), nargs="+", default=[1], metavar="N",
+                        help="codes tried in each token's place (default: 1)")
+    parser.add_argument("--num_images", type=number(int, 1), default=1000, metavar="N",
+                        help="held-out images, chosen with seed 0 (default: 1000)")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there too")
+    return parser.parse_args(argv)
+
+
+def main(args) -> None:
+    device = Processes(args.device).device
+    run = open_run(args.run, CONFIGS)
+    tokenizer = NativeTok.of_run(args.run, device)
+    cfg = tokenizer.cfg
+    need(cfg.tokenizer == "nativetok" and cfg.prior == "codes",
+         f"{args.run}: no expert of this tokenizer reads a token; only such tokens are searched")
+    need(max(args.nearest) < cfg.codebook_size, f"--nearest {max(args.nearest)}: beside the one "
+         f"that is said there are {cfg.codebook_size - 1} codes")
+    pixels, _ = held_out(run, args.num_images)
+    batches = [to_float(part.to(device)) for part in pixels.split(BATCH)]
+    plain = torch.cat([errors(tokenizer, tokenizer.encode(images), images) for images in batches])
+    rows = [{"nearest": 0, "passes": 1, "psnr": round(to_db(plain.double().mean()).item(), 3)}]
+    print(f"as encoded: {rows[0]['psnr']:.2f} dB on {len(plain):,} images", flush=True)
+    for nearest in sorted(args.nearest):
+        for answer in (False, True):
+            row = measured(tokenizer, batches, nearest, answer)
+            rows.append(row)
+            print(f"{nearest} nearest, later tokens {row['later_tokens']}: {row['psnr']:.2f} dB, "
+                  f"{row['ids_changed']:.0%} of the ids are others, {row['ms_per_image']:.1f} ms "
+                  "an image", flush=True)
+    if args.json:
+        command = "python -m experiments.search " + shlex.join(sys.argv[1:])
+        checkpoint.write_json(args.json, {**provenance(command, device), "images": len(plain),
+                                          "rows": rows})
+
+
+if __name__ == "__main__":
+    main_with_user_errors(lambda: main(parse()))

@@ -1,0 +1,99 @@
+"""experiments/search.py: no image gets worse, each choice is the best of those tried, later experts
+answer."""
+import json
+
+import pytest
+import torch
+from helpers import refused
+from test_intervention import stripes, tokenizer
+
+from experiments import search
+from losses import mse
+from plumbing.images import to_float
+
+K = 16  # codes of that tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tokenizer("nativetok")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return to_float(stripes(12))
+
+
+def error(model, ids, images):
+    return search.errors(model, ids, images)
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_no_image_gets_worse_and_more_codes_find_more(model, images, answer):
+    plain = model.encode(images)
+    before = error(model, plain, images)
+    one, all_of_them = (search.search(model, images, n, answer) for n in (1, K - 1))
+    assert (error(model, one, images) <= before).all() and not torch.equal(one, plain)
+    assert (error(model, all_of_them, images) <= before).all()
+    assert error(model, all_of_them, images).mean() < error(model, one, images).mean()
+
+
+def test_with_all_codes_the_last_token_is_the_best_that_could_be_said(model, images):
+    ids = search.search(model, images, K - 1)
+    found = error(model, ids, images)
+    for code in range(K):
+        ids[:, -1] = code
+        assert (found <= error(model, ids, images)).all()
+
+
+def test_later_experts_answer_or_their_tokens_are_held(model, images, monkeypatch):
+    """By hand: the second choice of expert 3 for all images, and only there."""
+    plain = model.encode(images)
+    with torch.no_grad():
+        z = {}
+        say = model.quantizer.say
+        monkeypatch.setattr(model.quantizer, "say",
+                            lambda wanted, ids: say(z.setdefault(len(z), wanted), ids))
+        model.mocet(model.mit(images), model.quantizer, {2: plain[:, 2]})
+    second = (z[0] @ model.quantizer.codes().T).argsort(descending=True)[:, 1]
+    answered = model.encode(images, force={2: second})
+    held = plain.clone()
+    held[:, 2] = second
+    monkeypatch.undo()
+    assert not torch.equal(answered, held), "else the two ways are one"
+
+    asked = []
+    monkeypatch.setattr(search, "errors", lambda model, ids, images: asked.append(ids.clone())
+                        or mse(model.decode(ids), images) + len(asked))  # nothing is better
+    search.search(model, images, 1, answer=True)
+    search.search(model, images, 1, answer=False)
+    L = model.num_tokens
+    assert len(asked) == 2 * (1 + L)
+    assert torch.equal(asked[3], answered) and torch.equal(asked[1 + L + 3], held)
+
+
+def test_ids_are_those_of_the_same_tokenizer(model, images):
+    """What search says, the tokenizer says when it is made to: nothing outside its way to speak."""
+    ids = search.search(model, images, 2)
+    forced = model.encode(images, force={i: ids[:, i] for i in range(model.num_tokens)})
+    assert torch.equal(forced, ids)
+
+
+def test_a_run_from_the_command_line(small_run, tmp_path, capsys):
+    out = tmp_path / "search.json"
+    search.main(search.parse(["--run", str(small_run), "--nearest", "2", "1", "--num_images", "20",
+                              "--json", str(out)]))
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["nearest"], row.get("later_tokens")) for row in rows] == [
+        (0, None), (1, "hold"), (1, "answer"), (2, "hold"), (2, "answer")]
+    assert all(row["psnr"] >= rows[0]["psnr"] for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    refused(search.main, search.parse(["--run", str(small_run), "--nearest", "999"]), names=["999"])
+
+
+def test_tokens_that_nobody_reads_are_refused(monkeypatch):
+    for name, prior in (("titok", "codes"), ("nativetok", "hidden")):
+        unread = tokenizer(name, prior)
+        monkeypatch.setattr(search, "open_run", lambda *_: None)
+        monkeypatch.setattr(search.NativeTok, "of_run", lambda *_: unread)
+        refused(search.main, search.parse(["--run", "somewhere"]), names=["somewhere", "reads"])
