@@ -68,9 +68,14 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     x (B, heads, T, head_dim), table (T, head_dim/2, 2) -> (B, heads, T, head_dim)
     """
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, T, head_dim/2) each
-    cos, sin = table.unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, heads, T, head_dim/2, 2)
+    if torch.compiler.is_compiling():  # it knows no complex numbers, but needs none
+        a, b = pairs.unbind(-1)
+        cos, sin = table.unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    else:  # the same to the bit: to turn by an angle is to multiply by exp(i angle)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
+    return turned.flatten(-2).type_as(x)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ ids are those of the same tokenizer and decode as any others do; only the encode
 L * nearest passes of experts and decoder.
 
 Run      python -m experiments.search --run runs/NAME --nearest 1 3
-Makes    a line for each way, with PSNR over held-out images; --json FILE
+Makes    a table, a line for each way, with PSNR over held-out images; --json FILE
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
@@ -80,6 +80,21 @@ def measured(tokenizer: NativeTok, batches: list[Tensor], nearest: int, answer: 
             "ms_per_image": round(1000 * seconds / len(error), 2)}
 
 
+HEAD = ("codes tried", "later tokens", "PSNR", "ids that are others", "passes", "ms an image")
+
+
+def cells(row: dict) -> str:
+    if not row["nearest"]:
+        return f"| none: as encoded | | {row['psnr']:.2f} dB | | 1 | |"
+    return (f"| {row['nearest']} | {row['later_tokens']} | {row['psnr']:.2f} dB | "
+            f"{row['ids_changed']:.0%} | {row['passes']} | {row['ms_per_image']:.0f} |")
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD), *map(cells, rows)]
+    return "\n".join(lines) + "\n"
+
+
 def parse(argv=None):
     parser = Parser(prog="search.py", description=__doc__)
     parser.add_argument("--run", required=True, help="folder of a run of train.py")
@@ -105,14 +120,11 @@ def main(args) -> None:
     batches = [to_float(part.to(device)) for part in pixels.split(BATCH)]
     plain = torch.cat([errors(tokenizer, tokenizer.encode(images), images) for images in batches])
     rows = [{"nearest": 0, "passes": 1, "psnr": round(to_db(plain.double().mean()).item(), 3)}]
-    print(f"as encoded: {rows[0]['psnr']:.2f} dB on {len(plain):,} images", flush=True)
+    print(f"{len(plain):,} held-out images\n{table(rows)}", end="", flush=True)
     for nearest in sorted(args.nearest):
         for answer in (False, True):
-            row = measured(tokenizer, batches, nearest, answer)
-            rows.append(row)
-            print(f"{nearest} nearest, later tokens {row['later_tokens']}: {row['psnr']:.2f} dB, "
-                  f"{row['ids_changed']:.0%} of the ids are others, {row['ms_per_image']:.1f} ms "
-                  "an image", flush=True)
+            rows.append(measured(tokenizer, batches, nearest, answer))
+            print(cells(rows[-1]), flush=True)
     if args.json:
         command = "python -m experiments.search " + shlex.join(sys.argv[1:])
         checkpoint.write_json(args.json, {**provenance(command, device), "images": len(plain),

@@ -96,6 +96,19 @@ def test_the_nearest_sincos_rows_are_the_neighbouring_patches():
         assert alike[n][distance[n] == 1].min() > alike[n][distance[n] > 1].max()
 
 
+def test_compilers_turn_to_the_bit_as_complex_numbers_do(monkeypatch):
+    x, grads = torch.randn(2, 3, 5, 8), []
+    results = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        own = x.clone().requires_grad_()
+        results.append(rotate(own, rotary_table(5, 8)))
+        results[-1].square().mul(torch.arange(8.0)).sum().backward()
+        grads.append(own.grad)
+    assert torch.equal(*results) and torch.equal(*grads)
+    assert not torch.equal(results[0], x)
+
+
 def test_rotated_dot_products_depend_on_the_distance_alone():
     q, k = some(2, 1, 1, 1, D)
     table = rotary_table(12, D)

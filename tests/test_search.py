@@ -87,7 +87,7 @@ def test_a_run_from_the_command_line(small_run, tmp_path, capsys):
     assert [(row["nearest"], row.get("later_tokens")) for row in rows] == [
         (0, None), (1, "hold"), (1, "answer"), (2, "hold"), (2, "answer")]
     assert all(row["psnr"] >= rows[0]["psnr"] for row in rows)
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert capsys.readouterr().out == f"20 held-out images\n{search.table(rows)}"
     refused(search.main, search.parse(["--run", str(small_run), "--nearest", "999"]), names=["999"])
 
 
