@@ -73,7 +73,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         a, b = pairs.unbind(-1)
         cos, sin = table.unbind(-1)
         turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    else:  # the same to the bit: to turn by an angle is to multiply by exp(i angle)
+    else:  # the same, fast: to turn by an angle is to multiply by exp(i angle)
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     return turned.flatten(-2).type_as(x)
 

@@ -95,5 +95,5 @@ def test_tokens_that_nobody_reads_are_refused(monkeypatch):
     for name, prior in (("titok", "codes"), ("nativetok", "hidden")):
         unread = tokenizer(name, prior)
         monkeypatch.setattr(search, "open_run", lambda *_: None)
-        monkeypatch.setattr(search.NativeTok, "of_run", lambda *_: unread)
+        monkeypatch.setattr(search.NativeTok, "of_run", lambda *_, run=unread: run)
         refused(search.main, search.parse(["--run", "somewhere"]), names=["somewhere", "reads"])
