@@ -6,9 +6,9 @@ codes that lie next are tried in its place, all is decoded, and what comes out n
 stays:
 
     answer   the later experts read the other code and choose anew: only ordered tokens can
-    hold     the later tokens stay as they are, as where all tokens come at once
+    hold     the later tokens stay as they are
 
-It is a greedy search, not the best of all 512^16 sequences: a floor of what encoding leaves. The
+It is a greedy search, not the best of all sequences of codes: a floor of what encoding leaves. The
 ids are those of the same tokenizer and decode as any others do; only the encoder takes longer, by
 L * nearest passes of experts and decoder.
 
@@ -20,6 +20,7 @@ from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from h
 import shlex
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,23 +43,45 @@ def errors(tokenizer: NativeTok, ids: Tensor, images: Tensor) -> Tensor:
     return mse(to_float(to_uint8(tokenizer.decode(ids))), images)
 
 
+def others(tokenizer: NativeTok, images: Tensor, answer: bool) -> Callable:
+    """-> (ids (B, L), i, k) -> ids in which token i is the k-th next of what was wanted there."""
+    L, quantizer = tokenizer.num_tokens, tokenizer.quantizer
+    codes = quantizer.codes()
+
+    def next_best(z: Tensor, k: int) -> Tensor:
+        return (z @ codes.T).topk(k + 1).indices[:, k]
+
+    if tokenizer.cfg.tokenizer == "nativetok":
+        x_latent = tokenizer.mit(images)
+
+        def swapped(ids, i, k):
+            said = {j: ids[:, j] for j in range(L) if j < i or (j > i and not answer)}
+            said[i] = lambda z: next_best(z, k)
+            return tokenizer.mocet(x_latent, quantizer, said)[1]
+    else:
+        wanted = tokenizer.titok(images, lambda z: z)  # (B, L, d), all at once
+
+        def swapped(ids, i, k):
+            ids = ids.clone()
+            ids[:, i] = next_best(wanted[:, i], k)
+            return ids
+    return swapped
+
+
 def search(tokenizer: NativeTok, images: Tensor, nearest: int, answer: bool = True) -> Tensor:
     """images (B, 3, H, W) -> ids (B, L), each token thought over once. No image gets worse.
 
-    nearest   how many codes are tried in a token's place, those next to what its expert wants
-    answer    the experts after it choose anew; False: their tokens are held
+    nearest   how many codes are tried in a token's place, those next to what was wanted there
+    answer    the experts after it choose anew; False, or a baseline: their tokens are held
     """
-    L, quantizer = tokenizer.num_tokens, tokenizer.quantizer
     ids = tokenizer.encode(images)
     best = errors(tokenizer, ids, images)
     with eval_mode(tokenizer):
-        x_latent, codes = tokenizer.mit(images), quantizer.codes()
-        for i in range(L):
-            said = {j: ids[:, j] for j in range(L) if j < i or (j > i and not answer)}
+        swapped = others(tokenizer, images, answer)
+        for i in range(tokenizer.num_tokens):
+            before = ids
             for k in range(1, nearest + 1):
-                def choice(z: Tensor, k=k) -> Tensor:
-                    return (z @ codes.T).topk(k + 1).indices[:, k]
-                other = tokenizer.mocet(x_latent, quantizer, {**said, i: choice})[1]
+                other = swapped(before, i, k)
                 error = errors(tokenizer, other, images)
                 better = error < best
                 ids = torch.where(better[:, None], other, ids)
@@ -112,8 +135,7 @@ def main(args) -> None:
     run = open_run(args.run, CONFIGS)
     tokenizer = NativeTok.of_run(args.run, device)
     cfg = tokenizer.cfg
-    need(cfg.tokenizer == "nativetok" and cfg.prior == "codes",
-         f"{args.run}: no expert of this tokenizer reads a token; only such tokens are searched")
+    ordered = cfg.tokenizer == "nativetok" and cfg.prior == "codes"  # else nobody reads a token
     need(max(args.nearest) < cfg.codebook_size, f"--nearest {max(args.nearest)}: beside the one "
          f"that is said there are {cfg.codebook_size - 1} codes")
     pixels, _ = held_out(run, args.num_images)
@@ -122,7 +144,7 @@ def main(args) -> None:
     rows = [{"nearest": 0, "passes": 1, "psnr": round(to_db(plain.double().mean()).item(), 3)}]
     print(f"{len(plain):,} held-out images\n{table(rows)}", end="", flush=True)
     for nearest in sorted(args.nearest):
-        for answer in (False, True):
+        for answer in (False, True)[:1 + ordered]:
             rows.append(measured(tokenizer, batches, nearest, answer))
             print(cells(rows[-1]), flush=True)
     if args.json:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import train
-from experiments import bench, gpu, order, order_table, sampler, scaling, trials
+from experiments import bench, gpu, order, order_table, sampler, scaling, search, trials
 from generator import ARGenerator
 from layers import count_parameters
 from nativetok import NativeTok
@@ -193,6 +193,18 @@ def test_the_table_of_cifar_is_that_of_its_result_file():
                       str(made["settings"]["batch_size"]), f"{learned[-1]['psnr']:.2f} dB",
                       f"{sum(phase['seconds'] for phase in learned):.0f}"])
     check_table(on_a_gpu, right)
+
+
+def test_second_thoughts_are_those_of_their_result_files():
+    made, text = results("cifar-joint"), section("Second thoughts")
+    learned, = made["phases"]
+    assert made["command"] in text.replace("\\\n        ", "")
+    assert f"{learned['seconds'] / 60:.1f} minutes" in text
+    assert f"{learned['psnr']:.2f} dB" in section("CIFAR-10")
+    found = results("search")
+    assert found["command"] in text and search.table(found["rows"]) in text
+    recon, = (row for row in made["evaluation"]["rows"] if row["name"] == "reconstruction")
+    assert recon["n"] == found["images"] and shown(f"{found['rows'][0]['psnr']}", recon["psnr"])
 
 
 def test_the_table_of_controls_is_that_of_its_result_file():

@@ -91,9 +91,26 @@ def test_a_run_from_the_command_line(small_run, tmp_path, capsys):
     refused(search.main, search.parse(["--run", str(small_run), "--nearest", "999"]), names=["999"])
 
 
-def test_tokens_that_nobody_reads_are_refused(monkeypatch):
+@pytest.mark.parametrize("name", ["titok", "titok-causal"])
+def test_a_baselines_tokens_are_held(name, images, monkeypatch):
+    model = tokenizer(name)
+    plain, asked, real = model.encode(images), [], search.errors
+    monkeypatch.setattr(search, "errors", lambda model, ids, images: asked.append(ids)
+                        or real(model, ids, images))
+    found = search.search(model, images, K - 1)
+    assert all((ids != plain)[:, i // (K - 1):].sum(1).max() == 1
+               for i, ids in enumerate(asked[1:])), "one token at a time, no other moves"
+    assert {*range(K)} == {ids[0, 0].item() for ids in asked[:K]}, "every code is tried"
+    assert not torch.equal(found, plain)
+    assert (real(model, found, images) <= real(model, plain, images)).all()
+
+
+def test_where_nobody_reads_tokens_none_can_answer(monkeypatch, capsys):
     for name, prior in (("titok", "codes"), ("nativetok", "hidden")):
         unread = tokenizer(name, prior)
         monkeypatch.setattr(search, "open_run", lambda *_: None)
+        monkeypatch.setattr(search, "held_out", lambda *_: (stripes(12), None))
         monkeypatch.setattr(search.NativeTok, "of_run", lambda *_, run=unread: run)
-        refused(search.main, search.parse(["--run", "somewhere"]), names=["somewhere", "reads"])
+        search.main(search.parse(["--run", "somewhere"]))
+        said = capsys.readouterr().out
+        assert "| 1 | hold |" in said and "answer" not in said
