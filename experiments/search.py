@@ -149,8 +149,8 @@ def main(args) -> None:
             print(cells(rows[-1]), flush=True)
     if args.json:
         command = "python -m experiments.search " + shlex.join(sys.argv[1:])
-        checkpoint.write_json(args.json, {**provenance(command, device), "images": len(plain),
-                                          "rows": rows})
+        checkpoint.write_json(args.json, {**provenance(command, device), "seed": 0,
+                                          "images": len(plain), "rows": rows})
 
 
 if __name__ == "__main__":

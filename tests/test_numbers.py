@@ -64,7 +64,7 @@ def test_a_cell_is_held_to_the_digits_it_shows():
 def test_result_files_say_where_they_come_from(path):
     made = json.loads(path.read_text())
     for row in made["rows"] if path.stem == "trials" else [made]:
-        assert row["command"].split()[0] in ("python", "make", "OMP_NUM_THREADS=1")
+        assert re.match(r"(OMP_NUM_THREADS=\d )?(python|make) ", row["command"])
         assert row["torch"] and row["device"]
         assert re.fullmatch(r"[0-9a-f]{40}", row["commit"]), "a result is kept of a commit"
         assert "seed" in row or path.stem in ("pca", "bench-cpu"), "nothing random in these"
@@ -201,6 +201,8 @@ def test_second_thoughts_are_those_of_their_result_files():
     assert made["command"] in text.replace("\\\n        ", "")
     assert f"{learned['seconds'] / 60:.1f} minutes" in text
     assert f"{learned['psnr']:.2f} dB" in section("CIFAR-10")
+    for name in ("search-short", "search-titok"):
+        assert search.table(results(name)["rows"]) in text
     found = results("search")
     assert found["command"] in text and search.table(found["rows"]) in text
     recon, = (row for row in made["evaluation"]["rows"] if row["name"] == "reconstruction")
