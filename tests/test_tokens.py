@@ -55,7 +55,7 @@ def test_the_cache_holds_each_image_and_its_mirror_image_beside_its_label(tmp_pa
     ids, labels = cached(tmp_path / "tokens", dataset)
     assert ids.shape == (11, 2, SIZE) and labels.tolist() == [k % 3 for k in range(11)]
     for i in range(11):
-        image = torch.from_numpy(dataset.load(i))[None]
+        image = torch.tensor(dataset.load(i))[None]
         mirrored = image.numpy()[:, :, ::-1].copy()
         assert ids[i, 0].tolist() == encode(image)[0].tolist()
         turned = encode(torch.from_numpy(mirrored))[0].tolist()
