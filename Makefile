@@ -18,8 +18,8 @@ SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
 
 demo: .venv/ready
 	$(BIN)/python train.py --preset tiny --run $(RUN)
-	$(BIN)/python sample.py --run $(RUN) --generator ar
-	$(BIN)/python sample.py --run $(RUN) --generator maskgit
+	$(BIN)/python sample.py --run $(RUN) --generator ar & \
+		$(BIN)/python sample.py --run $(RUN) --generator maskgit && wait $$!
 	$(BIN)/python eval_fid.py --run $(RUN) --train_features 150 --num_samples 500
 	$(BIN)/python explain.py --run $(RUN)
 
