@@ -17,6 +17,7 @@ Makes    a table, a line for each way, with PSNR over held-out images; --json FI
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
+import os
 import shlex
 import sys
 import time
@@ -132,6 +133,10 @@ def parse(argv=None):
 
 def main(args) -> None:
     device = Processes(args.device).device
+    if args.json:  # now, not after minutes
+        folder = os.path.dirname(args.json) or "."
+        need(os.path.isdir(folder),
+             f"--json {args.json}: there is no folder {folder}; make it first")
     run = open_run(args.run, CONFIGS)
     tokenizer = NativeTok.of_run(args.run, device)
     cfg = tokenizer.cfg

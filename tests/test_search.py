@@ -89,6 +89,9 @@ def test_a_run_from_the_command_line(small_run, tmp_path, capsys):
     assert all(row["psnr"] >= rows[0]["psnr"] for row in rows)
     assert capsys.readouterr().out == f"20 held-out images\n{search.table(rows)}"
     refused(search.main, search.parse(["--run", str(small_run), "--nearest", "999"]), names=["999"])
+    nowhere = str(tmp_path / "none" / "x.json")
+    refused(search.main, search.parse(["--run", str(small_run), "--json", nowhere]),
+            names=[nowhere, "make it"])
 
 
 @pytest.mark.parametrize("name", ["titok", "titok-causal"])
