@@ -211,6 +211,9 @@ def place(small_run, tmp_path_factory):
     some_shapes(folder / "shapes.npz", 60)
     Image.fromarray(np.full((40, 30, 3), 90, np.uint8)).save(folder / "photo.jpg")
     shutil.copytree(small_run, folder / "run")
+    # Commands may run in any order, in any of pytest's processes: none waits for another's judge.
+    start("eval_fid.py", ["--run", str(folder / "run"), "--train_features", "5",
+                          "--num_samples", "20"], folder)
     return folder
 
 
