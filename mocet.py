@@ -34,6 +34,7 @@ learned query, the same for every image: all experts' scores against X_latent ar
 
 Try      python mocet.py      (CPU, a few seconds)
 """
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -185,7 +186,7 @@ class MoCET(nn.Module):
         return sum(len(group) for group in self.groups)
 
     def forward_loop(self, x_latent: Tensor, quantizer: VectorQuantizer,
-                     trace: list | None = None, force: dict[int, Tensor] | None = None
+                     trace: list | None = None, force: dict[int, Tensor | Callable] | None = None
                      ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One expert after the other, slowly: the reading that tests hold forward against.
 
@@ -248,7 +249,7 @@ class MoCET(nn.Module):
     # the same, fast
 
     def forward(self, x_latent: Tensor, quantizer: VectorQuantizer,
-                force: dict[int, Tensor] | None = None
+                force: dict[int, Tensor | Callable] | None = None
                 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         query_form, said, force = self.cfg.expert == "query", [], force or {}
         codes, cx = quantizer.codes(), norm(x_latent)  # (K, d), (B, N, E)
@@ -272,7 +273,7 @@ class MoCET(nn.Module):
         return z_q, ids, losses
 
     def one_expert(self, expert: SimpleNamespace, known: tuple, cx: Tensor, rows: Tensor,
-                   quantizer: VectorQuantizer, codes: Tensor, forced: Tensor | None
+                   quantizer: VectorQuantizer, codes: Tensor, forced: Tensor | Callable | None
                    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """-> z_q_i (B, d), id_i (B,), z_i (B, d), and the row (B, 1, E) that the next ones read.
 

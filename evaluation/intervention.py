@@ -33,6 +33,11 @@ def intervene(tokenizer: NativeTok, images: Tensor, ids: Tensor, position: int,
     return broken, tokenizer.encode(images, force={position - 1: other})
 
 
+def errors(tokenizer: NativeTok, ids: Tensor, images: Tensor) -> Tensor:
+    """Mean squared error (B,) of each image in 8-bit RGB, decoded from ids (B, L)."""
+    return mse(to_float(to_uint8(tokenizer.decode(ids))), images).double()
+
+
 def interventions(tokenizer: NativeTok, pixels: Tensor, shift: int = 1) -> list[dict]:
     """uint8 images (n, H, W, 3) in mixed order -> for each position what forcing does to them.
 
@@ -50,18 +55,15 @@ def interventions(tokenizer: NativeTok, pixels: Tensor, shift: int = 1) -> list[
     ids = [tokenizer.encode(images) for images in batches]
     others = torch.cat(ids).roll(shift, dims=0).split(BATCH)
 
-    def errors(images, ids):
-        return mse(to_float(to_uint8(tokenizer.decode(ids))), images).double()
-
-    original = torch.cat([errors(images, own) for images, own in zip(batches, ids)])
+    original = torch.cat([errors(tokenizer, own, images) for images, own in zip(batches, ids)])
     rows = []
     for position in doubling(tokenizer.num_tokens):
         wrong, mended, changed, other_id = [], [], [], []
         for images, own, other in zip(batches, ids, others):
             forced = other[:, position - 1]
             broken, answered = intervene(tokenizer, images, own, position, forced)
-            wrong.append(errors(images, broken))
-            mended.append(errors(images, answered))
+            wrong.append(errors(tokenizer, broken, images))
+            mended.append(errors(tokenizer, answered, images))
             changed.append((answered != own)[:, position:].flatten())
             other_id.append(forced != own[:, position - 1])
         broken, answered = (to_db(torch.cat(parts).mean()).item() for parts in (wrong, mended))

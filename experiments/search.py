@@ -27,22 +27,15 @@ import torch
 from torch import Tensor
 
 from config import CONFIGS
+from evaluation.intervention import BATCH, errors
 from layers import eval_mode
-from losses import mse, to_db
+from losses import to_db
 from nativetok import NativeTok
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, need, number
-from plumbing.images import to_float, to_uint8
+from plumbing.images import to_float
 from plumbing.processes import Processes, provenance
 from plumbing.run import held_out, open_run
-
-BATCH = 250
-
-
-def errors(tokenizer: NativeTok, ids: Tensor, images: Tensor) -> Tensor:
-    """Mean squared error (B,) of each image in 8-bit RGB."""
-    return mse(to_float(to_uint8(tokenizer.decode(ids))), images)
-
 
 def others(tokenizer: NativeTok, images: Tensor, answer: bool) -> Callable:
     """-> (ids (B, L), i, k) -> ids in which token i is the k-th next of what was wanted there."""
@@ -95,7 +88,7 @@ def measured(tokenizer: NativeTok, batches: list[Tensor], nearest: int, answer: 
     began, L = time.perf_counter(), tokenizer.num_tokens
     found = [search(tokenizer, images, nearest, answer) for images in batches]
     seconds = time.perf_counter() - began
-    error = torch.cat([errors(tokenizer, *pair) for pair in zip(found, batches)]).double()
+    error = torch.cat([errors(tokenizer, *pair) for pair in zip(found, batches)])
     plain = torch.cat([tokenizer.encode(images) for images in batches])
     changed = (torch.cat(found) != plain).double().mean().item()
     return {"nearest": nearest, "later_tokens": "answer" if answer else "hold",
@@ -146,7 +139,7 @@ def main(args) -> None:
     pixels, _ = held_out(run, args.num_images)
     batches = [to_float(part.to(device)) for part in pixels.split(BATCH)]
     plain = torch.cat([errors(tokenizer, tokenizer.encode(images), images) for images in batches])
-    rows = [{"nearest": 0, "passes": 1, "psnr": round(to_db(plain.double().mean()).item(), 3)}]
+    rows = [{"nearest": 0, "passes": 1, "psnr": round(to_db(plain.mean()).item(), 3)}]
     print(f"{len(plain):,} held-out images\n{table(rows)}", end="", flush=True)
     for nearest in sorted(args.nearest):
         for answer in (False, True)[:1 + ordered]:
