@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import GeneratorConfig
-from layers import KVCache, LlamaBlock, RMSNorm, eval_mode, few_rows, join_w1_w3, rotary_table
+from layers import KVCache, LlamaBlock, RMSNorm, eval_mode, rotary_table
 from plumbing import checkpoint
 from plumbing.flags import need
 
@@ -189,7 +189,7 @@ class Generator(nn.Module):
              f"{path} holds no generator; try generator-ar.pt or generator-maskgit.pt")
         Kind, cfg = GENERATORS[saved["kind"]], GeneratorConfig(**saved["generator_config"])
         model = Kind(cfg, saved["num_tokens"], saved["codebook_size"], len(saved["classes"]))
-        checkpoint.load_strict(model, join_w1_w3(saved["ema"]), f"generator weights in {path}")
+        checkpoint.load_strict(model, saved["ema"], f"generator weights in {path}")
         model.classes, model.tokenizer_fingerprint = saved["classes"], saved["tokenizer"]
         return model.eval()
 
@@ -260,7 +260,7 @@ class ARGenerator(Generator):
         x = x + self.position[t]
         for block, cache in zip(self.blocks, caches):
             x = self.block_newest(block, x, self.rotary[t], cache, t, seen, mask)
-        return few_rows(self.norm(x), self.head.weight)[:, None]
+        return self.head(self.norm(x))[:, None]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -66,16 +66,16 @@ def rotary_table(length: int, head_dim: int) -> Tensor:
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn neighbouring channel pairs by the angles in a table.
 
-    x (B, heads, T, head_dim), table (T, head_dim/2, 2) -> (B, heads, T, head_dim)
+    x (B, heads, T, head_dim), table (T, head_dim/2, 2) -> (B, heads, T, head_dim), in x's dtype
+
+    To turn a pair (a, b) by an angle is to multiply a + ib by exp(i angle). Complex numbers are at
+    least float32, whatever x and the table are.
     """
-    pairs = x.float().unflatten(-1, (-1, 2))  # (B, heads, T, head_dim/2, 2)
-    if torch.compiler.is_compiling():  # it knows no complex numbers, but needs none
-        a, b = pairs.unbind(-1)
-        cos, sin = table.unbind(-1)
-        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
-    else:  # the same, fast: to turn by an angle is to multiply by exp(i angle)
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
-    return turned.flatten(-2).type_as(x)
+    real = torch.promote_types(x.dtype, torch.float32)
+    # TRAP: view_as_complex wants the two numbers of a pair next to each other in memory.
+    pairs = x.to(real).contiguous().unflatten(-1, (-1, 2))  # (B, heads, T, head_dim/2, 2)
+    table = torch.view_as_complex(table.to(real).contiguous())  # (T, head_dim/2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2).type_as(x)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -157,15 +157,6 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(gate) * up)
 
 
-def join_w1_w3(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with SwiGLU's w1 and w3 in one: older checkpoints keep them apart."""
-    state = dict(state)
-    for name in [name for name in state if name.endswith("mlp.w1.weight")]:
-        both = state.pop(name), state.pop(name.replace("w1", "w3"))
-        state[name.replace("w1", "w13")] = torch.cat(both)
-    return state
-
-
 class LlamaBlock(nn.Module):
     """Pre-norm block with RMSNorm, rotary attention, SwiGLU: (B, T, D) -> (B, T, D) [LlamaGen]."""
 
@@ -186,12 +177,11 @@ class LlamaBlock(nn.Module):
         angles       (1, D/heads/2, 2): row t of rotary_table
         seen, mask   see KVCache.attend
         """
-        attention, mlp = self.attention, self.mlp
-        qkv = few_rows(self.norm1(x), attention.qkv.weight).view(len(x), 3, attention.heads, -1)
+        attention = self.attention
+        qkv = attention.qkv(self.norm1(x)).view(len(x), 3, attention.heads, -1)
         q, k = rotate(qkv[:, :2], angles).unbind(1)  # (B, heads, D/heads) each
-        x = x + few_rows(cache.attend(q, k, qkv[:, 2], t, seen, mask), attention.out.weight)
-        gate, up = few_rows(self.norm2(x), mlp.w13.weight).chunk(2, dim=-1)
-        return x + few_rows(F.silu(gate) * up, mlp.w2.weight)
+        x = x + attention.out(cache.attend(q, k, qkv[:, 2], t, seen, mask))
+        return x + self.mlp(self.norm2(x))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -223,32 +213,6 @@ class KVCache:
             self.v.index_copy_(2, t, v[:, :, None])
         return F.scaled_dot_product_attention(q[:, :, None], self.k[:, :, :seen],
                                               self.v[:, :, :seen], attn_mask=mask).flatten(1)
-
-
-def is_amd() -> bool:
-    """Is the CPU one of AMD's? Where the system does not tell (other than Linux): False."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return "AuthenticAMD" in file.read()
-    except OSError:
-        return False
-
-
-ON_AMD = is_amd()  # once: a compiler should find a constant here, not a file to read
-
-
-def few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear(x, weight) for x (B, D).
-
-    For so few rows a product takes as long as reading the weight does. On AMD's processors MKL
-    reads it at 20 GB/s when it comes first, and at 7 GB/s when it comes second, as in F.linear; on
-    Intel's it is the other way round, 9 and 18 GB/s [ours: measured, 2 rows].
-    TRAP: at 3 GB/s when a row of x does not lie in one piece.
-    """
-    few = len(x) <= 4 and x.device.type == "cpu" and x.dtype == torch.float32
-    if few and ON_AMD:
-        return (weight @ x.contiguous().T).T
-    return F.linear(x, weight)
 
 
 # ------------------------------------------------------------------------------------------------

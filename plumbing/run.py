@@ -22,8 +22,6 @@ from plumbing.processes import Processes, forget_holder, lock_folder
 EVAL_IMAGES = 2000  # held-out images by which a phase is judged
 BUILT_IN = ("", "shapes", "shapes:val")  # values of --data that name no place on a disk
 PLACES = ("data", "val_data")
-# In "settings" of older checkpoints; the fingerprints of images and tokenizer stand beside it now.
-NO_SETTINGS = (*PLACES, "tokenizer")
 SYSTEMS = {"train.py": "tokenizer.pt", "-m d2it.train": "dvae.pt"}  # what each makes first
 
 
@@ -100,8 +98,7 @@ class Run:
         # A setting that is newer than the checkpoint had its default's effect.
         defaults = as_dict(*build(tuple(map(type, self.configs)), {}))
         was = {name: defaults[name] for name in fixed if name in defaults}
-        was |= {name: value for name, value in saved["settings"].items()
-                if name in fixed or name not in NO_SETTINGS}
+        was |= saved["settings"]
         old = as_flags({name: tuple(value) if isinstance(value, list) else value
                         for name, value in was.items() if fixed.get(name) != value})
         checkpoint.check_same(was, fixed, f"{path}: settings", "start anew in another --run "

@@ -374,21 +374,6 @@ def test_a_checkpoint_alone_rebuilds_the_generator(kind, tmp_path):
     assert torch.equal(ids, model.sample(LABELS, generator=seeded()))
 
 
-def test_a_checkpoint_of_before_w1_and_w3_were_one_gives_the_same_samples(tmp_path):
-    model, old = loud(ARGenerator), {}
-    for name, weight in model.state_dict().items():
-        if "w13" in name:
-            halves = weight.chunk(2)
-            old |= {name.replace("w13", part): w for part, w in zip(("w1", "w3"), halves)}
-        else:
-            old[name] = weight
-    assert len(old) == len(model.state_dict()) + 2
-    checkpoint.save(tmp_path / "generator.pt", saved(model, "ar", ema=old))
-    again = G.Generator.load(tmp_path / "generator.pt")
-    assert torch.equal(again.sample(LABELS, generator=seeded()),
-                       model.sample(LABELS, generator=seeded()))
-
-
 def test_loading_something_else_is_refused(tmp_path):
     path, model = tmp_path / "generator.pt", small(ARGenerator)
     checkpoint.save(path, {"kind": "tokenizer", "model": {}})

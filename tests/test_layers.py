@@ -96,13 +96,18 @@ def test_the_nearest_sincos_rows_are_the_neighbouring_patches():
         assert alike[n][distance[n] == 1].min() > alike[n][distance[n] > 1].max()
 
 
-def test_compilers_turn_as_complex_numbers_do(monkeypatch):
-    x, grads = torch.randn(2, 3, 5, 8), []
-    results = []
-    for compiling in (False, True):
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda now=compiling: now)
+def turned_by_hand(x, table):
+    """rotate() in real numbers."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = table.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
+def test_a_complex_product_is_a_rotation():
+    x, results, grads = torch.randn(2, 3, 5, 8), [], []
+    for turn in (rotate, turned_by_hand):
         own = x.clone().requires_grad_()
-        results.append(rotate(own, rotary_table(5, 8)))
+        results.append(turn(own, rotary_table(5, 8)))
         results[-1].square().mul(torch.arange(8.0)).sum().backward()
         grads.append(own.grad)
     torch.testing.assert_close(*results)
@@ -260,16 +265,6 @@ def test_rows_one_by_one_equal_the_whole_sequence_at_once(batch, one_shape, dtyp
         assert rows[0].dtype == dtype
         expected = block(x, table, causal=True)
     torch.testing.assert_close(torch.stack(rows, dim=1), expected, rtol=exact, atol=exact)
-
-
-@pytest.mark.parametrize("amd", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_product_of_few_rows_is_a_linear_layer(dtype, amd, monkeypatch):
-    monkeypatch.setattr(layers, "ON_AMD", amd)
-    weight = some(16, D, seed=1).to(dtype)
-    for rows in range(1, 7):
-        x = some(rows, D).to(dtype)
-        torch.testing.assert_close(layers.few_rows(x, weight), F.linear(x, weight))
 
 
 # ------------------------------------------------------------------------------------------------
