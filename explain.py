@@ -143,8 +143,6 @@ NATIVE = """Each token is chosen in view of those before it, so the later ones p
 first gets wrong: that is native order."""
 UNORDERED = """Here nobody answers: {name} chooses all its tokens at once, none in view of the
 others."""
-HIDDEN = """Here nobody answers: with prior hidden the experts read each other's outputs, not the
-tokens that are said."""
 EACH = """token {position} broken {broken:.2f}, answered {answered:.2f} ({later_ids_changed:.0%}
 of the later tokens changed)"""
 
@@ -152,8 +150,7 @@ of the later tokens changed)"""
 def answers(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, rows: int) -> None:
     """Token 1 of another image; the numbers are those of all pixels, which are one batch."""
     name, others = model.cfg.tokenizer, ids.roll(1, dims=0)
-    of_experts = NATIVE if model.cfg.prior == "codes" else HIDDEN
-    meaning = of_experts if name == "nativetok" else UNORDERED.format(name=name)
+    meaning = NATIVE if name == "nativetok" else UNORDERED.format(name=name)
     measured = interventions(model, pixels)
     checkpoint.write_json(os.path.join(page.folder, "answers.json"),
                           {"images": len(pixels), "rows": measured})

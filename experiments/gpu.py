@@ -1,7 +1,8 @@
 """imagenet-128 on one GPU: milliseconds of a training step, images a second, memory, samples.
 
-Each phase of training is timed as it is (eager), with --cuda_graph (graph): the same losses, optimizer and averages as train.py's, random images that lie
-on the GPU already. "of peak" is the rate of a large bf16 matrix product, measured in the same call.
+Each phase of training is timed as it is (eager) and with --cuda_graph (graph): the same losses,
+optimizer and averages as train.py's, random images that lie on the GPU already. "of peak" is the
+rate of a large bf16 matrix product, measured in the same call.
 
 Run      python -m experiments.gpu --json gpu.json               on a CUDA GPU, a few minutes
          python -m experiments.gpu --phases base ar --batch_size 64

@@ -7,10 +7,11 @@
     nativetok-hnt         MIT and MoCET, grown by hierarchical native training: the paper
     nativetok-shared      like joint, but one expert serves all positions: the control for experts
 
-and, when asked for, levers of order_arms.py, one change each, and
+and, when asked for,
 
     nativetok-joint-time  joint for as long as hnt takes, whose steps are cheaper
     nativetok-block       like joint, with the published two-layer block experts (narrower)
+    nativetok-hidden      like joint, but experts read each other's outputs unquantized
     nativetok-reversed    control: nativetok-hnt's tokens, and the generator gets the last one first
     nativetok-shuffled    control: the same in a random order, another one for each seed
 
@@ -49,7 +50,7 @@ import torch
 import config
 import train
 from config import CONFIGS, PRESETS
-from experiments.order_arms import ARMS, EXTRA, HNT, PLANS, in_order_of, settings_of
+from experiments.order_arms import ARMS, EXTRA, GONE, HNT, PLANS, in_order_of, settings_of
 from experiments.order_measure import SCALES, measure
 from experiments.order_table import draw_figure, read_results, write_tables
 from experiments.pca import transform_code
@@ -158,9 +159,9 @@ def train_arm(arm: str, seed: int, source_flags: list[str], flags: list[str]) ->
 
     source_flags   of the run whose tokenizer it takes: its own flags, but for the controls
     """
-    train_stages(source_flags, 1, 2)
+    train_stages(source_flags, 1, 2, change_model=ARMS[arm].change)
     if ARMS[arm].order == "as made":
-        train_stages(flags, 3)
+        train_stages(flags, 3, change_model=ARMS[arm].change)
         return
     source, folder = (config.parse_run("", words).run for words in (source_flags, flags))
     os.makedirs(folder, exist_ok=True)
@@ -241,7 +242,7 @@ def main(args) -> None:
                 make_result(arm, seed, args, procs, data, val)
         if not args.quick:
             make_pca(args, data, val)
-    results = read_results(args.out, ARMS)
+    results = read_results(args.out, (*ARMS, *GONE))
     print("\n" + write_tables(results, args.out))
     draw_figure(results, args.out)
 

@@ -6,23 +6,13 @@ Sizes    encoders have as many parameters as NativeTok's, within 10%: the ViT of
          deep as MIT and as wide as it takes; block experts, and one expert for all positions, are
          as wide as it takes.
 
-Levers, one change each, when asked for:
-
-    nativetok-hidden      joint, as in the first author's earlier code: experts read each other's
-                          outputs as they are and share one head
-    nativetok-hnt-drop25  hnt; a quarter of the images keeps the tokens of an earlier stage only
-    nativetok-hnt-drop50  the same with half of them
-    nativetok-hnt-blur50  the same, and these are asked for a blurred target only
-    nativetok-prior02     joint, with an AR prior in the tokenizer's loss: weight 0.02
-    nativetok-prior06     0.06
-    nativetok-prior20     0.2
-    nativetok-hnt-gentle  hnt; growth climbs to 0.3 of the peak
-    nativetok-hnt-thawed  hnt; old experts learn on at a tenth of the rate, so old ids do not stay:
-                          no hierarchical native training any more
+nativetok-hidden   joint, as in the first author's earlier code: experts read each other's outputs
+                   unquantized and share one head
 """
 import bisect
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -30,12 +20,10 @@ from torch import Tensor, nn
 
 from config import CONFIGS, PRESETS, TokenizerConfig
 from layers import count_parameters
-from mit import MIT
-from mocet import MoCET
-from nativetok import NativeTok
+from mocet import MoCET, norm
+from nativetok import NativeTok, as_it_is
 from plumbing import checkpoint
 from plumbing.flags import build
-from titok import TiTok
 
 
 @dataclass(frozen=True)
@@ -44,16 +32,51 @@ class Arm:
     grown: bool = False  # by HNT's phases, instead of all tokens at once
     order: str = "as made"  # in which the generator gets the tokens: as made, reversed, shuffled
     share: float = 1.0  # of the budget's steps
+    change: Callable = as_it_is  # of the model, as train.main takes it
 
 
-STAGES = {"tail_drop_lengths": "stages"}
+def share_experts(model: NativeTok) -> NativeTok:
+    """One expert for all positions; only query and position are each one's own."""
+    first, *others = model.mocet.experts
+    for expert in others:
+        expert.layers, expert.head = first.layers, first.head
+    return model
+
+
+class HiddenMoCET(MoCET):
+    """Experts read each other's outputs unquantized and without positions, and share one head."""
+
+    def __init__(self, cfg: TokenizerConfig):
+        super().__init__(cfg)
+        del self.embed_code
+        for expert in self.experts:
+            del expert.pos
+            expert.head = self.experts[0].head
+
+    def forward(self, x_latent: Tensor, quantizer: nn.Module, force: dict | None = None):
+        rows, emitted, force = x_latent, [], force or {}
+        for i, expert in enumerate(self.experts):
+            h = expert(rows)  # (B, E)
+            z_q_i, id_i, z_i = quantizer.quantize(expert.head(norm(h)), quantizer.codes())
+            if i in force:
+                z_q_i, id_i = quantizer.say(z_i, force[i])
+            rows = torch.cat([rows, h[:, None]], dim=1)
+            emitted.append((z_q_i, id_i, z_i))
+        return self.joined(emitted, rows, quantizer)
+
+
+def hide_codes(model: NativeTok) -> NativeTok:
+    model.mocet = HiddenMoCET(model.cfg)
+    return model
+
+
 MAIN = {  # what a table is of, unless other arms are asked for
     "titok": Arm({"tokenizer": "titok"}),
     "titok-causal": Arm({"tokenizer": "titok-causal"}),
     "titok-taildrop": Arm({"tokenizer": "titok", "tail_drop": 0.5}),
     "nativetok-joint": Arm(),
     "nativetok-hnt": Arm(grown=True),
-    "nativetok-shared": Arm({"experts": "shared", "head": "shared"}),
+    "nativetok-shared": Arm(change=share_experts),
 }
 ARMS = MAIN | {
     # hnt's training time by joint's, as measured
@@ -62,17 +85,11 @@ ARMS = MAIN | {
     # the tokens of HNT
     "nativetok-reversed": Arm(grown=True, order="reversed"),
     "nativetok-shuffled": Arm(grown=True, order="shuffled"),
-    "nativetok-hidden": Arm({"prior": "hidden", "head": "shared"}),
-    "nativetok-hnt-drop25": Arm({"tail_drop": 0.25, **STAGES}, grown=True),
-    "nativetok-hnt-drop50": Arm({"tail_drop": 0.5, **STAGES}, grown=True),
-    "nativetok-hnt-blur50": Arm({"tail_drop": 0.5, **STAGES, "tail_drop_blur": True}, grown=True),
-    "nativetok-prior02": Arm({"ar_prior_weight": 0.02}),
-    "nativetok-prior06": Arm({"ar_prior_weight": 0.06}),
-    "nativetok-prior20": Arm({"ar_prior_weight": 0.2}),
-    "nativetok-hnt-gentle": Arm({"grow_rate": 0.3}, grown=True),
-    "nativetok-hnt-thawed": Arm({"grow_old_rate": 0.1}, grown=True),
+    "nativetok-hidden": Arm(change=hide_codes),
 }
 HNT = "nativetok-hnt"
+# levers of commit 403a52d, gone from the code, whose results are kept
+GONE = ("nativetok-hnt-drop50", "nativetok-hnt-blur50", "nativetok-prior06")
 EXTRA = tuple(arm for arm in ARMS if arm not in MAIN)
 
 
@@ -105,19 +122,18 @@ PLANS = {
 # one budget, and encoders of one size
 
 @functools.cache
-def encoder_parameters(tok: TokenizerConfig) -> int:
+def encoder_parameters(tok: TokenizerConfig, change: Callable = as_it_is) -> int:
     """Of what makes tokens of images, at full length."""
-    # Tails are cut to earlier lengths, and there are none here.
-    whole = replace(tok, token_schedule=(tok.num_tokens,), tail_drop=0.0)
     with torch.device("meta"):  # counted without making them
-        parts = (MIT(whole), MoCET(whole)) if tok.tokenizer == "nativetok" else (TiTok(whole),)
+        model = change(NativeTok(replace(tok, token_schedule=(tok.num_tokens,))))
+    parts = (model.mit, model.mocet) if tok.tokenizer == "nativetok" else (model.titok,)
     return sum(map(count_parameters, parts))
 
 
-def matched(tok: TokenizerConfig, name: str, step: int, target: int) -> int:
+def matched(tok: TokenizerConfig, name: str, step: int, target: int, change: Callable) -> int:
     """The multiple of `step` that, as tok's `name`, brings the encoder nearest to the target."""
     def size(value: int) -> int:
-        return encoder_parameters(replace(tok, **{name: value}))
+        return encoder_parameters(replace(tok, **{name: value}), change)
     values = range(step, 8192, step)
     above = bisect.bisect_left(values, target, key=size)
     return min(values[max(0, above - 1):above + 1], key=lambda value: abs(size(value) - target))
@@ -154,11 +170,13 @@ def settings_of(arm: str, args) -> tuple[dict, int, int]:
     target, tok = encoder_parameters(native), tokenizer_config(preset, settings)
     if tok.tokenizer != "nativetok":
         deep = replace(tok, encoder_depth=2 * native.encoder_depth)
-        width = matched(deep, "encoder_width", math.lcm(4, tok.encoder_heads), target)
+        width = matched(deep, "encoder_width", math.lcm(4, tok.encoder_heads), target,
+                        as_it_is)
         settings |= {"encoder_depth": deep.encoder_depth, "encoder_width": width}
-    elif tok.expert == "block" or tok.experts == "shared":
-        settings |= {"expert_width": matched(tok, "expert_width", tok.expert_heads, target)}
-    return settings, encoder_parameters(tokenizer_config(preset, settings)), target
+    elif arm in ("nativetok-block", "nativetok-shared"):
+        settings |= {"expert_width": matched(tok, "expert_width", tok.expert_heads, target,
+                                             this.change)}
+    return settings, encoder_parameters(tokenizer_config(preset, settings), this.change), target
 
 
 # ------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ from experiments.directional import (
     revealed,
     weak_networks,
 )
-from experiments.order_arms import Permuted, in_order_of
+from experiments.order_arms import ARMS, Permuted, in_order_of
 from experiments.order_table import chosen_scale, costs
 from generator import GENERATORS, Generator
 from losses import mse, to_db
@@ -191,7 +191,7 @@ def measure(arm: str, seed: int, source: str, train_args, args, procs: Processes
     args         the command line of order.py
     """
     device, folder, n = procs.device, train_args.run, args.num_samples
-    inside = NativeTok.of_run(source, device)
+    inside = NativeTok.of_run(source, device, ARMS[arm].change)
     tokenizer = in_order_of(arm, seed, inside)
     judge_of_all = Judge(os.path.join(args.out, "tinycnn.pt"), train_args.tok.image_size,
                          train_args.train.flip, args.judge_steps, seed, data, val, procs)

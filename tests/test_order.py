@@ -16,8 +16,9 @@ from config import CONFIGS
 from experiments import order, order_arms, order_measure, order_table
 from helpers import some_shapes
 from nativetok import NativeTok
+from plumbing import checkpoint
 from plumbing.datasets import open_images
-from plumbing.flags import as_dict, build
+from plumbing.flags import UserError, as_dict, build
 from plumbing.start import main_with_user_errors
 
 ROOT = Path(__file__).parent.parent
@@ -74,9 +75,10 @@ def test_encoders_of_all_arms_have_the_same_size_within_a_tenth(preset):
         tok = build(CONFIGS, {**config.PRESETS[args.preset], **settings})[0]
         flags = order.train_flags(settings, 0, args, "nowhere")
         assert config.parse_run("", flags).tok == tok, "the flags say the same"
-        model = NativeTok(tok).grow_to(tok.num_tokens)                        # counted another way
+        # counted another way
+        model = order_arms.ARMS[arm].change(NativeTok(tok)).grow_to(tok.num_tokens)
         size[arm] = sum(p.numel() for name, p in model.named_parameters()
-                        if not name.startswith(("decoder", "quantizer", "ar_prior")))
+                        if not name.startswith(("decoder", "quantizer")))
         assert size[arm] == parameters
         assert target == size.get("nativetok-joint", target)
     for arm in order_arms.ARMS:
@@ -93,7 +95,7 @@ def test_all_arms_take_the_same_steps_and_differ_only_where_they_should():
         steps = sum(phase.steps for phase in order.train.phases(made.tok, made.train))
         assert steps == (899 if arm == "nativetok-joint-time" else 999), arm
         assert (len(made.tok.token_schedule) > 1) == order_arms.ARMS[arm].grown
-        assert (made.tok.tail_drop > 0) == ("drop" in arm or "blur" in arm)
+        assert (made.tok.tail_drop > 0) == ("drop" in arm)
         values, own = as_dict(made.tok, made.gen, made.train), order_arms.ARMS[arm].settings
         assert all(values[name] == value for name, value in own.items())
         plain = as_dict(*config.load_preset(args.preset))
@@ -101,6 +103,53 @@ def test_all_arms_take_the_same_steps_and_differ_only_where_they_should():
                 if name not in differing)
         shared.add((made.tok.num_tokens, *same))
     assert len(shared) == 1
+
+
+def changed_tokenizer(change) -> NativeTok:
+    torch.manual_seed(0)
+    model = change(NativeTok(config.TokenizerConfig(
+        image_size=32, patch_size=8, encoder_width=32, encoder_depth=1, encoder_heads=2,
+        expert_width=32, expert_heads=2, expert_depth=1, token_schedule=(4,), codebook_size=16,
+        decoder_width=32, decoder_depth=1, decoder_heads=2)))
+    for expert in model.mocet.experts:
+        torch.nn.init.normal_(expert.head.bias, std=0.3)
+    return model
+
+
+def test_one_expert_for_all_is_there_once_and_what_equal_experts_are():
+    images = torch.rand(5, 3, 32, 32) * 2 - 1
+    plain, shared = changed_tokenizer(lambda m: m), changed_tokenizer(order_arms.share_experts)
+    expert = sum(p.numel() for p in plain.mocet.experts[0].parameters()) - 2 * 32  # query, pos
+    more = [sum(p.numel() for p in model.parameters()) for model in (plain, shared)]
+    assert more[0] - more[1] == 3 * expert
+    with torch.no_grad():
+        for other in plain.mocet.experts[1:]:
+            other.layers.load_state_dict(plain.mocet.experts[0].layers.state_dict())
+            other.head.load_state_dict(plain.mocet.experts[0].head.state_dict())
+        plain.mocet.load_state_dict(shared.mocet.state_dict())
+    assert torch.equal(plain.eval().encode(images), shared.eval().encode(images))
+
+
+def test_with_hidden_priors_no_id_that_is_forced_moves_a_later_one():
+    images, moved = torch.rand(40, 3, 32, 32) * 2 - 1, []
+    for change in (lambda m: m, order_arms.hide_codes):
+        model = changed_tokenizer(change).eval()
+        ids = model.encode(images)
+        forced = [model.encode(images, {i: (ids[:, i] + 7) % 16}) for i in range(3)]
+        moved.append(sum((now[:, i + 1:] != ids[:, i + 1:]).sum().item()
+                         for i, now in enumerate(forced)))
+    assert moved[0] > 0 == moved[1]
+
+
+def test_the_tokenizer_of_a_changed_arm_loads_with_the_same_change_only(tmp_path):
+    model, path = changed_tokenizer(order_arms.hide_codes).eval(), tmp_path / "tokenizer.pt"
+    checkpoint.save(path, {"tokenizer_config": as_dict(model.cfg), "num_tokens": 4,
+                           "ema": model.state_dict()})
+    images = torch.rand(5, 3, 32, 32) * 2 - 1
+    loaded = NativeTok.load(path, order_arms.hide_codes)
+    assert torch.equal(loaded.encode(images), model.encode(images))
+    with pytest.raises(UserError, match="missing: mocet.embed_code"):
+        NativeTok.load(path)
 
 
 def test_a_tokenizer_in_another_order_makes_the_same_images():

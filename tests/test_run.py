@@ -138,11 +138,11 @@ def test_a_run_from_before_a_setting_goes_on_with_its_default(finished, data, tm
     shutil.copytree(finished, tmp_path / "run")
     path = tmp_path / "run" / "tokenizer.pt"
     saved = checkpoint.load(path)
-    assert saved["settings"].pop("prior") == "codes"
+    assert saved["settings"].pop("expert") == "query"
     checkpoint.save(path, saved)
     train_shapes(tmp_path / "run", data)
-    with pytest.raises(UserError, match="prior: codes -> hidden"):
-        train_shapes(tmp_path / "run", data, "--prior", "hidden")
+    with pytest.raises(UserError, match="expert: query -> block"):
+        train_shapes(tmp_path / "run", data, "--expert", "block")
 
 
 def test_a_run_folder_that_cannot_be_made_is_said_before_the_first_step(data, tmp_path):
