@@ -175,10 +175,10 @@ PLANS = {
     "cifar-cpu": Plan("cifar", dict(finetune_steps=4300, flip=False, generator_width=128,
                                     generator_dropout=0.0), 1300, 800, 1000, 1000),
     "quick": Plan("tiny", dict(encoder_width=64, encoder_heads=2, expert_width=32, expert_heads=2,
-                               decoder_width=64, decoder_heads=2, token_schedule=(4, 6, 8),
+                               decoder_width=64, decoder_heads=2, token_schedule=(4, 8),
                                codebook_size=32, batch_size=16, reseed_every=10,
                                generator_width=32, generator_depth=2, generator_heads=2,
-                               generator_batch_size=16), 60, 40, 100, 20),
+                               generator_batch_size=16), 60, 40, 100, 5),
 }
 
 
