@@ -24,7 +24,7 @@ from mocet import MoCET
 from plumbing import checkpoint
 from plumbing.flags import build, need
 from plumbing.images import to_uint8
-from plumbing.run import need_parts
+from plumbing.run import need_parts, unfinished
 from quantizer import VectorQuantizer
 from titok import TiTok
 
@@ -36,6 +36,7 @@ def as_it_is(model: nn.Module) -> nn.Module:
 
 class NativeTok(nn.Module):
     """The tokenizer as a whole, at the first length of cfg.token_schedule until it grows."""
+    unfinished = ""  # how far training had come; load() knows it
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -161,6 +162,7 @@ def from_checkpoint(saved: dict, path: str, change: Callable = as_it_is) -> Nati
     # An id means nothing without the codebook and decoder it was made with. Token caches and
     # generators carry this fingerprint, so ids of one tokenizer never reach another.
     model.fingerprint = checkpoint.fingerprint(saved["ema"], saved["tokenizer_config"])
+    model.unfinished = unfinished(saved, path)
     return model.eval()
 
 

@@ -17,6 +17,7 @@ from evaluation.intervention import interventions
 from generator import Generator
 from nativetok import NativeTok, doubling
 from plumbing.start import main_with_user_errors
+from plumbing import checkpoint
 from plumbing.images import to_float
 from plumbing.page import Page
 from plumbing.processes import Processes
@@ -146,6 +147,23 @@ def test_another_run_is_compared_only_on_the_same_images(small_run, tmp_path):
     (other / "config.json").write_text(settings.replace("shapes.npz", "missing.npz"))
     code, _, err = command(small_run, "--against", str(other), out=tmp_path / "b")
     assert code == 2 and "missing.npz" in err and err.count("\n") == 1
+
+
+def test_the_page_says_what_is_unfinished(small_run, tmp_path):
+    """A tokenizer before its fine-tune too: its last phase is done, and it is not its last."""
+    run = shutil.copytree(small_run, tmp_path / "run")
+    saved = checkpoint.load(run / "tokenizer.pt")
+    del saved["results"]["finetune"]
+    checkpoint.save(run / "tokenizer.pt", {**saved, "phase": "grow-6", "step": 4})
+    maskgit = run / "generator-maskgit.pt"
+    checkpoint.save(maskgit, {**checkpoint.load(maskgit), "phase": "maskgit", "step": 1})
+    code, _, err = command(run, out=tmp_path / "page")
+    tokenizer = "grow-6: step 4 of 4, and it goes on up to finetune"
+    assert code == 0, err
+    assert err.count("note: ") == 2 and f"{run}/tokenizer.pt is unfinished, {tokenizer}" in err
+    text = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert f"Unfinished: {tokenizer}; maskgit: step 1 of 5. " in text
+    assert json.loads((tmp_path / "page" / "answers.json").read_text())["unfinished"] == tokenizer
 
 
 def test_wrong_use_gets_one_line(tmp_path):
