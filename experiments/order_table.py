@@ -90,12 +90,13 @@ def reported(result: dict, kind: str) -> dict:
 def above_pca(result: dict, points: list[list[float]]) -> float | None:
     """PSNR minus that of a PCA transform code which spends the bits that an AR model needs, in dB.
 
-    points   [bits, PSNR] of the code, between which a straight line is drawn; outside them: None
+    points   [bits, PSNR] of the code. Between them PSNR is taken to rise with the logarithm of the
+             bits, which it nearly does; outside them: None
     """
     bits, psnr = zip(*points) if points else ((), ())
     if not points or not bits[0] <= result["ar_bits_total"] <= bits[-1]:
         return None
-    return result["psnr"] - float(np.interp(result["ar_bits_total"], bits, psnr))
+    return result["psnr"] - float(np.interp(np.log(result["ar_bits_total"]), np.log(bits), psnr))
 
 
 def columns(result: dict, points: list[list[float]]) -> dict[str, float | None]:
