@@ -8,7 +8,7 @@ import torch
 
 from config import TokenizerConfig
 from evaluation.intervention import intervene, interventions
-from experiments.order_arms import hide_codes
+from experiments.order import hide_codes
 from nativetok import NativeTok, as_it_is
 
 
