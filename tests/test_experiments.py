@@ -14,7 +14,7 @@ from PIL import Image
 import config
 import train
 from experiments import photos, trials
-from helpers import ROOT, program, some_shapes
+from helpers import ROOT, held_shapes, program, some_shapes
 from nativetok import NativeTok
 from plumbing.datasets import open_images
 from plumbing.flags import as_dict, as_flags
@@ -75,8 +75,8 @@ def test_the_change_reaches_the_model_that_is_trained(name, tmp_path, monkeypatc
 
 
 def test_a_trial_leaves_a_row_that_says_everything_and_is_not_run_twice(tmp_path):
-    data = some_shapes(tmp_path / "shapes.npz", 60)
-    flags = ["--data", data, "--val_data", data, "--out", tmp_path / "out", "--steps", 8,
+    data, val = some_shapes(tmp_path / "shapes.npz", 60), held_shapes(tmp_path / "held.npz")
+    flags = ["--data", data, "--val_data", val, "--out", tmp_path / "out", "--steps", 8,
              "--trials", "base"]
     done = call("trials", *flags)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ import torch
 import config
 from config import CONFIGS
 from experiments import order, order_arms, order_measure, order_table
-from helpers import some_shapes
+from helpers import held_shapes, some_shapes
 from nativetok import NativeTok
 from plumbing.datasets import open_images
 from plumbing.flags import as_dict, build
@@ -41,8 +41,8 @@ def command(*flags) -> tuple[int, str, str]:
 def flags(tmp_path_factory):
     """A quick run of three arms on 60 shapes with hardly any steps: bad, but complete."""
     folder = tmp_path_factory.mktemp("order")
-    data = some_shapes(folder / "shapes.npz", 60)
-    flags = ["--quick", "--data", data, "--val_data", data, "--budget", 20, "--generator_steps", 4,
+    data, val = some_shapes(folder / "shapes.npz", 60), held_shapes(folder / "held.npz")
+    flags = ["--quick", "--data", data, "--val_data", val, "--budget", 20, "--generator_steps", 4,
              "--num_samples", 20, "--out", folder / "out", "--arms", *TRIED]
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     code, _, err = command(*flags)

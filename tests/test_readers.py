@@ -95,7 +95,7 @@ def test_images_that_are_gone_are_looked_for_where_config_json_says(run, program
 
 def test_the_same_images_may_lie_elsewhere(run, tmp_path):
     data = some_shapes(tmp_path / "moved.npz", 60)
-    change_config(run, data=data, val_data=data)
+    change_config(run, data=data)
     assert open_run(str(run), CONFIGS).data.name == "moved.npz"
 
 
@@ -106,7 +106,7 @@ def test_the_same_images_may_lie_elsewhere(run, tmp_path):
 def flat_run(run, tmp_path):
     """Its held-out images have no classes, as in a flat folder."""
     shapes = open_images("shapes")
-    np.savez(tmp_path / "flat.npz", x=np.stack([shapes.load(i) for i in range(60)]))
+    np.savez(tmp_path / "flat.npz", x=np.stack([shapes.load(i) for i in range(60, 120)]))
     change_config(run, val_data=str(tmp_path / "flat.npz"))
     return run
 
