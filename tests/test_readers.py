@@ -83,7 +83,7 @@ def test_settings_are_those_of_the_checkpoint_whatever_config_json_says_now(run)
 
 @pytest.mark.parametrize("program", ["eval_fid", "explain"])
 def test_images_that_have_changed_since_are_refused(run, tmp_path, program):
-    change_config(run, data=some_shapes(tmp_path / "more.npz", 61))
+    change_config(run, data=some_shapes(tmp_path / "more.npz", 61, first=200))
     is_refused(program, "--run", run, says=("data changed", "tokenizer.pt"))
 
 
