@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import tarfile
+import tempfile
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -255,24 +256,26 @@ def peek_in_shard(root: str, key: np.void, most: int) -> bytes:
 def decompressed(path: str, kind: str, cache: str | None) -> str:
     """A compressed tar -> path of the plain one in `cache`, made once: it has no random access.
 
-    A copy belongs to what the archive holds, not to its date. That of an older content goes.
+    A copy belongs to what the archive holds, not to its date. That of an older content goes. Where
+    nothing can be written, as on a read-only disk, it is made in the user's cache folder.
     """
-    with open(path, "rb") as file:  # the last bytes hold checksums or sizes of all that is packed
-        size = os.stat(path).st_size
-        first, _, last = file.read(1 << 20), file.seek(max(0, size - (1 << 20))), file.read()
-    content = digest(str(size), first, last)[:12]
-    folder, base = cache or os.path.dirname(path), os.path.basename(path)
+    size = os.stat(path).st_size
+    with open(path, "rb") as file:  # its last bytes hold checksums, or sizes of all that is packed
+        content = digest(str(size), peeked(file, 0, size, 1 << 24))[:12]
+    base, place = os.path.basename(path), digest(os.path.abspath(path))[:6]
+    folders = [cache or os.path.dirname(path) or ".", user_cache()]
+    for folder in folders:
+        made = glob.glob(f"{glob.escape(os.path.join(folder, base))}.*.{content}.tar")
+        if made:
+            return made[0]
+    folder = next((folder for folder in folders if writable(folder)), None)
+    need(folder, f"{path}: it has to be unpacked once, and neither {' nor '.join(folders)} can be "
+         "written; unpack it yourself and give the folder")
     start = os.path.join(glob.escape(folder), glob.escape(base))
-    made = glob.glob(f"{start}.*.{content}.tar")
-    if made:
-        return made[0]
-    place = digest(os.path.abspath(path))[:6]
     target = os.path.join(folder, f"{base}.{place}.{content}.tar")
     print(f"unpacking {path} once into {target}", file=sys.stderr)
-    repair = f"is it complete, and is there room in {folder or '.'}?"
-    with explained(path, repair):
-        os.makedirs(folder or ".", exist_ok=True)
-    checkpoint.sweep(folder or ".")  # a killed run may have left as much as it had unpacked
+    repair = f"is it complete, and is there room in {folder}?"
+    checkpoint.sweep(folder)  # a killed run may have left as much as it had unpacked
     with (checkpoint.replacing(target) as plain, explained(path, repair),
           OPENERS[kind](path) as packed):
         while chunk := packed.read(1 << 20):
@@ -284,6 +287,22 @@ def decompressed(path: str, kind: str, cache: str | None) -> str:
         if stale != target:
             os.unlink(stale)
     return target
+
+
+def user_cache() -> str:
+    """Where programs of this user keep what can be made again."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
+                        "nativetok")
+
+
+def writable(folder: str) -> bool:
+    """Make `folder` and write there: only trying tells, on every system and kind of disk."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
 
 
 def need_sane(path: str, packed: int, unpacked: int) -> None:
