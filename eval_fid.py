@@ -50,7 +50,7 @@ from evaluation.tinycnn import train_judge
 from generator import GENERATORS, Generator
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
-from plumbing.datasets import ImageSet, open_images, train_and_val
+from plumbing.datasets import ImageSet, open_images, tell_seen, train_and_val
 from plumbing.flags import DEVICES, Parser, UserError, need, number
 from plumbing.processes import Processes, need_room, provenance
 from plumbing.run import OpenRun, open_run
@@ -213,6 +213,8 @@ def open_given(args, procs: Processes) -> Given:
     else:
         size = min((images or compared).load(0).shape[:2])
     size = args.image_size or size
+    if run and args.data:
+        tell_seen(run.data, compared, args.data, f"the data of {args.run}")
     return Given(run, tokenizer, images, data, val, compared, size)
 
 
@@ -249,8 +251,7 @@ def feature_nets(args, given: Given, procs: Processes) -> tuple[list[FeatureNet]
     procs.barrier()
     need(checkpoint.exists(path), f"{args.run or args.judge} has no classifier yet; add "
          "--train_features (trained once, then kept)")
-    nets, accuracy = tinycnn_nets(path, given.data, procs.device)
-    return nets, accuracy if given.val.classes == given.data.classes else None
+    return tinycnn_nets(path, given.data, given.val, procs.device)
 
 
 def reference_images(args, given: Given, how: Batching) -> ImageSource | None:

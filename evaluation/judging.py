@@ -61,10 +61,10 @@ class FeatureNet:
     says_class: bool = False
 
 
-def tinycnn_nets(path: str, data: ImageSet,
+def tinycnn_nets(path: str, data: ImageSet, val: ImageSet,
                  device: torch.device) -> tuple[list[FeatureNet], float | None]:
-    """-> the trained classifier and its random twin, and the classifier's held-out accuracy."""
-    trained, accuracy = load_judge(path, data)
+    """-> the trained classifier and its random twin, and the classifier's accuracy on `val`."""
+    trained, accuracy = load_judge(path, data, val)
     nets = []
     for name, net in (("tinycnn", trained), ("random", random_twin(len(data.classes)))):
         digest = checkpoint.fingerprint(net.state_dict())[:8]

@@ -85,7 +85,8 @@ def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip:
     if val.classes == data.classes:
         right = accuracy(judge.eval(), val, image_size, device, skip_bad)
     checkpoint.save(path, {"classes": data.classes, "data": data.fingerprint, "steps": steps,
-                           "model": judge.state_dict(), "accuracy": right})
+                           "held_out": val.fingerprint, "model": judge.state_dict(),
+                           "accuracy": right})
 
 
 @torch.no_grad()
@@ -99,17 +100,20 @@ def accuracy(judge: TinyCNN, val: ImageSet, image_size: int, device: torch.devic
     return float(np.mean(np.concatenate(hits)))
 
 
-def load_judge(path: str, data: ImageSet) -> tuple[TinyCNN, float | None]:
-    """-> the classifier at `path`, its accuracy on held-out images if they had labels.
+def load_judge(path: str, data: ImageSet, val: ImageSet) -> tuple[TinyCNN, float | None]:
+    """-> the classifier at `path`, its accuracy on the images of `val` if these have labels.
 
+    None as well where it was measured on other held-out images; --train_features measures it anew.
     Raises UserError when it learned from other images.
     """
-    saved = checkpoint.load(path, needs=("classes", "data", "steps", "model", "accuracy"))
+    saved = checkpoint.load(path, needs=("classes", "data", "held_out", "steps", "model",
+                                         "accuracy"))
     need(saved["data"] == data.fingerprint, f"{path} was trained on other images than {data.name}; "
          "train it anew with --train_features")
     judge = TinyCNN(len(saved["classes"]))
     checkpoint.load_strict(judge, saved["model"], path)
-    return judge.eval(), saved["accuracy"]
+    same = saved["held_out"] == val.fingerprint
+    return judge.eval(), saved["accuracy"] if same else None
 
 
 if __name__ == "__main__":
@@ -121,6 +125,6 @@ if __name__ == "__main__":
         path = os.path.join(folder, "tinycnn.pt")
         data, val = open_images("shapes"), open_images("shapes:val")
         train_judge(path, data, val, 32, False, 35, torch.device("cpu"))
-        judge, right = load_judge(path, data)
+        judge, right = load_judge(path, data, val)
     print(f"right on {right:.1%} of held-out shapes after 35 steps; "
           f"a coin with {len(data.classes)} sides: {1 / len(data.classes):.0%}")

@@ -135,7 +135,7 @@ class Judge:
                  val: ImageSet, procs: Processes):
         if not checkpoint.exists(path):
             train_judge(path, data, val, size, flip, steps, procs.device)
-        (self.net, _), self.accuracy = tinycnn_nets(path, data, procs.device)
+        (self.net, _), self.accuracy = tinycnn_nets(path, data, val, procs.device)
         self.how, self.procs = Batching(batch_size=BATCH, seed=seed), procs
         self.held_out = real("held out", val, np.arange(len(val)), size, self.how)
         stats, _ = extract(self.held_out, [self.net], self.how, procs)

@@ -155,11 +155,7 @@ def train_and_val(data: str, val_data: str, holdout: int, seed: int,
              f"{val_data}: its classes are not those of {data}, in this order "
              f"(missing: {some_of(ours - theirs)}; extra: {some_of(theirs - ours)}); "
              "give both the same class folders")
-        seen, sought = seen_before(train, val)
-        if seen:
-            note(f"{val_data}: {seen} of {sought} held-out images that were looked for are also in "
-                 f"{data}: they are learned from, not held out, and what is told of them looks too "
-                 "good; give others with --val_data, or leave it out: some of --data are set aside")
+        tell_seen(train, val, val_data, data)
         return train, val
     if data == "shapes":
         return train, open_images("shapes:val")
@@ -170,10 +166,7 @@ def train_and_val(data: str, val_data: str, holdout: int, seed: int,
     count = max(1, min(holdout, n // 10))
     shuffled = np.random.default_rng(seed).permutation(n)
     learned, val = train.subset(np.sort(shuffled[count:])), train.subset(np.sort(shuffled[:count]))
-    seen, sought = seen_before(learned, val)
-    if seen:
-        note(f"{data} holds images twice: {seen} of {sought} held-out ones that were looked for "
-             "are learned from too, and what is told of them looks too good; remove the copies")
+    tell_seen(learned, val, data, "what is left of it, so it holds them twice")
     return learned, val
 
 
@@ -203,6 +196,14 @@ def print_of(key: np.void, peek: Callable, most: int) -> bytes:
 
 def bytes_of(images: ImageSet, i: int, most: int = GLANCE) -> bytes:
     return print_of(images.keys[i], images.peek, most)
+
+
+def tell_seen(learned: ImageSet, held: ImageSet, path: str, other: str) -> None:
+    """A note when images of `held`, from `path`, are learned from: they are in `other` too."""
+    seen, sought = seen_before(learned, held)
+    if seen:
+        note(f"{path}: {seen} of {sought} images that were looked for are also in {other}: they "
+             "are learned from, not held out, and what is told of them looks too good")
 
 
 def pixels_of(images: ImageSet, i: int, most: int = 0) -> bytes:

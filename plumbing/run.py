@@ -164,10 +164,12 @@ class Run:
 
 def need_same_images(path: str, saved: dict, data: ImageSet) -> None:
     """Raise UserError unless the checkpoint `saved` has learned from these very images."""
+    first = os.path.join(os.path.dirname(path), SYSTEMS["-m d2it.train"])
+    program = "-m d2it.train" if checkpoint.exists(first) else "train.py"
     need(saved["data"] == data.fingerprint,
          f"{path}: data changed: it learned from {saved.get('images', 'other')} images, and "
-         f"{data.name} has {len(data)} to learn from, not the same; give train.py --data as "
-         "it was (it may lie elsewhere), or start anew in another --run folder")
+         f"{data.name} has {len(data)} to learn from, not the same; give python {program} --data "
+         "as it was (it may lie elsewhere), or start anew in another --run folder")
 
 
 def tell_other_held_out(path: str, saved: dict, val: ImageSet) -> bool:

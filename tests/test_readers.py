@@ -99,6 +99,15 @@ def test_the_same_images_may_lie_elsewhere(run, tmp_path):
     assert open_run(str(run), CONFIGS).data.name == "moved.npz"
 
 
+def test_images_of_the_run_that_are_given_as_others_are_told(run, tmp_path):
+    words = ("eval_fid", "--run", run, "--num_samples", 20, "--generator", "ar", "--json",
+             tmp_path / "x.json", "--data")
+    code, _, err = command(*words, some_shapes(tmp_path / "mixed.npz", 40, first=30))
+    assert code == 0 and "30 of 40 images that were looked for are also in the data of" in err, err
+    code, _, err = command(*words, some_shapes(tmp_path / "new.npz", 40, first=200))
+    assert code == 0 and "looked for" not in err, err
+
+
 # ------------------------------------------------------------------------------------------------
 # labels that mean nothing
 
@@ -119,8 +128,8 @@ def test_no_accuracy_is_told_without_labels(flat_run, tmp_path):
     rows = {row["name"]: row for row in results["rows"]}
     assert "class_accuracy" not in rows["reconstruction"] and "class_accuracy" in rows["ar"]
     assert "classifier_on_real" not in results["class_accuracy"]
-    data = open_run(str(flat_run), CONFIGS).data
-    assert load_judge(str(flat_run / "tinycnn.pt"), data)[1] is None
+    opened = open_run(str(flat_run), CONFIGS)
+    assert load_judge(str(flat_run / "tinycnn.pt"), opened.data, opened.val)[1] is None
 
 
 def test_a_classifier_from_before_tells_no_accuracy_of_other_labels(flat_run):
