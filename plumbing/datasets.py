@@ -198,14 +198,6 @@ def bytes_of(images: ImageSet, i: int, most: int = GLANCE) -> bytes:
     return print_of(images.keys[i], images.peek, most)
 
 
-def tell_seen(learned: ImageSet, held: ImageSet, path: str, other: str) -> None:
-    """A note when images of `held`, from `path`, are learned from: they are in `other` too."""
-    seen, sought = seen_before(learned, held)
-    if seen:
-        note(f"{path}: {seen} of {sought} images that were looked for are also in {other}: they "
-             "are learned from, not held out, and what is told of them looks too good")
-
-
 def pixels_of(images: ImageSet, i: int, most: int = 0) -> bytes:
     """A digest of all of an image's pixels; b"" for one that cannot be read."""
     try:
@@ -250,6 +242,14 @@ def seen_before(learned: ImageSet, held: ImageSet) -> tuple[int, int]:
             seen += len(alike) - len(others)
             alike[:] = others
     return seen, len(sought)
+
+
+def tell_seen(learned: ImageSet, held: ImageSet, path: str, other: str) -> None:
+    """A note when images of `held`, from `path`, are learned from: they are in `other` too."""
+    seen, sought = seen_before(learned, held)
+    if seen:
+        note(f"{path}: {seen} of {sought} images that were looked for are also in {other}: they "
+             "are learned from, not held out, and what is told of them looks too good")
 
 
 # ------------------------------------------------------------------------------------------------
