@@ -51,7 +51,7 @@ from generator import GENERATORS, Generator
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
 from plumbing.archives import note
-from plumbing.datasets import ImageSet, open_images
+from plumbing.datasets import ImageSet, open_images, tell_seen
 from plumbing.flags import DEVICES, Parser, UserError, need, number
 from plumbing.processes import Processes, need_room, provenance
 from plumbing.run import OpenRun, open_run
@@ -213,6 +213,8 @@ def open_given(args, procs: Processes) -> Given:
     else:
         size = min((images or compared).load(0).shape[:2])
     size = args.image_size or size
+    if run and args.data:
+        tell_seen(run.data, compared, args.data, f"the data of {args.run}")
     return Given(run, tokenizer, images, data, val, compared, size)
 
 

@@ -175,6 +175,6 @@ if __name__ == "__main__":
         path = os.path.join(folder, "tinycnn.pt")
         data, val = open_images("shapes"), open_images("shapes:val")
         train_judge(path, data, val, 32, False, 35, torch.device("cpu"))
-        judge, right = load_judge(path, data)
+        judge, right = load_judge(path, data, val)
     print(f"right on {right:.1%} of held-out shapes after 35 steps; "
           f"a coin with {len(data.classes)} sides: {1 / len(data.classes):.0%}")
