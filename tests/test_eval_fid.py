@@ -53,7 +53,9 @@ def rows(run, tmp_path, *flags) -> dict:
 
 def refused(*flags, says=()):
     code, _, err = command(*flags)
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    *notes, last = err.splitlines()
+    assert code == 2 and last.startswith("error: "), err
+    assert all(line.startswith("note: ") for line in notes), err
     for text in says:
         assert text in err, err
 

@@ -12,7 +12,7 @@ from d2it import explain, sample
 from d2it.grain import spread
 from d2it.model import D2iT
 from experiments import record
-from helpers import held_shapes, refused, some_shapes
+from helpers import held_shapes, refused
 from plumbing import checkpoint
 from plumbing.datasets import open_images
 from plumbing.flags import UserError
