@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from muon import Muon, is_hidden_matrix
+from muon import Muon, matrices_of
 from plumbing.flags import need
 from plumbing.processes import INTERRUPTED, Interrupted, peak_memory, reset_peak_memory
 from plumbing.run import Run
@@ -46,16 +46,13 @@ def new_optimizer(model: nn.Module, kind: str, weight_decay: float, beta2: float
     Weight decay touches matrices only: biases, norms, positions, queries and codes map nothing.
     A group's "scale" is its learning rate as a multiple of the one that Loop sets for each step.
     """
-    groups = {}
+    groups, marked = {}, matrices_of(model)
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        # Experts' matrices are stacked: (n, out, in).
-        decay = weight_decay if p.ndim >= 3 or (p.ndim == 2 and name.endswith("weight")) else 0.0
-        matrices, scale = 0, codebook_scale if name.endswith("codebook") else 1.0
-        if kind == "muon" and is_hidden_matrix(name, p):
-            matrices = 3 if "qkv" in name else 2 if "w13" in name else 1  # stored as one
-            scale = muon_scale
+        decay = weight_decay if p in marked else 0.0
+        matrices = marked.get(p, 0) if kind == "muon" else 0
+        scale = muon_scale if matrices else codebook_scale if name.endswith("codebook") else 1.0
         scale *= getattr(p, "rate", 1.0)  # what train.freeze wants to learn more slowly
         groups.setdefault((matrices, scale, decay), []).append(p)
     return Muon([dict(params=params, matrices=matrices, scale=scale, weight_decay=decay)

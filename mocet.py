@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import TokenizerConfig
-from layers import count_parameters
+from layers import as_matrices, count_parameters
 from quantizer import VectorQuantizer
 
 
@@ -89,6 +89,9 @@ class ExpertGroup(nn.Module):
         if own:
             self.head = matrices(own, d, E)
             self.head_bias = nn.Parameter(torch.zeros(own, d))
+        as_matrices(self, 0)  # its head
+        for layer in self.layers:
+            as_matrices(layer)
 
     def __len__(self) -> int:
         return len(self.query)

@@ -15,14 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-# What reads or writes something other than hidden channels is AdamW's: pixels, codes, ids, classes.
-OUTER = ("embed", "head", "to_pixels", "paint", "token", "label", "codebook", "query", "pos")
 
+def matrices_of(model: nn.Module) -> dict[nn.Parameter, int]:
+    """{weight: how many hidden matrices it is}, as layers.as_matrices marks them.
 
-def is_hidden_matrix(name: str, p: Tensor) -> bool:
-    """Does Muon take this parameter? Not for embeddings, positions, output layers and vectors."""
-    inner = not any(word in part for part in name.split(".")[-2:] for word in OUTER)
-    return inner and (p.ndim == 3 or (p.ndim == 2 and name.endswith("weight")))
+    0: it is a matrix and AdamW's, since it reads or writes something other than hidden channels; so
+    are convolutions, embeddings and what has no mark. Biases, norms, positions, queries and codes
+    are no matrices and not in here.
+    """
+    found = {}
+    for module in model.modules():
+        marked = hasattr(module, "matrices")
+        for name, p in module.named_parameters(recurse=False):
+            if (name == "weight" and p.ndim >= 2) or (marked and p.ndim == 3):
+                found[p] = module.matrices if marked else 0
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -72,9 +79,11 @@ def whole_float32(device: torch.device):
     """Products inside are float32's own, whatever autocast and TF32 are outside."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    with torch.autocast(device.type, enabled=False):
-        yield
-    torch.set_float32_matmul_precision(before)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Muon:
