@@ -86,6 +86,9 @@ def whole_float32(device: torch.device):
         torch.set_float32_matmul_precision(before)
 
 
+MUON, ADAMW = ("momentum",), ("exp_avg", "exp_avg_sq", "step")  # what is kept for a parameter
+
+
 class Muon:
     """groups: dicts of params with `matrices`: 0 AdamW; else Muon, 3 for q, k, v stored as one.
 
@@ -122,7 +125,12 @@ class Muon:
         return [[self.state[p][name] for p in params] for name in names]
 
     def state_dict(self) -> dict:
-        """In torch's form: a parameter is its number, in the order of the groups."""
+        """In torch's form: a parameter is its number, in the order of the groups.
+
+        Before its first step a parameter has moments of zero, so any state can be gone on from.
+        """
+        for group in self.param_groups:
+            self.states(group["params"], *(MUON if group["matrices"] else ADAMW))
         number = {p: i for i, p in enumerate(self.params)}
         return {"state": {number[p]: state for p, state in self.state.items()},
                 "param_groups": [{**group, "params": [number[p] for p in group["params"]]}
@@ -144,7 +152,7 @@ class Muon:
             group.update({name: value for name, value in old.items() if name != "params"})
 
     def muon(self, params: list[nn.Parameter], group: dict) -> None:
-        b, (m,) = group["momentum"], self.states(params, "momentum")
+        b, (m,) = group["momentum"], self.states(params, *MUON)
         torch._foreach_lerp_(m, [p.grad for p in params], 1 - b)
         same = {}  # (rows, columns) -> [(W, u)], as stacks
         for p, u in zip(params, torch._foreach_lerp([p.grad for p in params], m, b)):
@@ -159,7 +167,7 @@ class Muon:
                                 alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def adamw(self, params: list[nn.Parameter], group: dict) -> None:
-        first, second, steps = self.states(params, "exp_avg", "exp_avg_sq", "step")
+        first, second, steps = self.states(params, *ADAMW)
         adamw(params, [p.grad for p in params], first, second, [], steps, fused=True, amsgrad=False,
               maximize=False, eps=1e-8, lr=group["lr"], weight_decay=group["weight_decay"],
               beta1=group["betas"][0], beta2=group["betas"][1])
