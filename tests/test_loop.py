@@ -289,9 +289,8 @@ def test_two_processes_with_micro_batches_take_the_steps_of_one(
         one, two = ([row for row in rows(tmp_path / folder) if row["phase"] == phase
                      and "grad_norm" in row] for folder in ("one", "two"))
         assert len(one) == len(two) == 5
-        # The first steps are the same; later ones differ by what AdamW makes of rounding.
-        for a, b in zip(one[:2], two[:2]):
-            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-3), phase
+        for a, b in zip(one, two):
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=5e-5), phase
 
 
 def test_a_term_that_some_micro_batches_lack_is_averaged_over_those_that_have_it(

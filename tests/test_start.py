@@ -82,8 +82,10 @@ from tqdm import tqdm
 from plumbing.flags import UserError
 from plumbing.start import main_with_user_errors
 def main():
-    for k in tqdm(range(100), mininterval=0):
+    bar = tqdm(total=100, mininterval=0)
+    for k in range(100):
         time.sleep(0.01)
+        bar.update()
         if k == 20:
             raise {error}
 main_with_user_errors(main)
@@ -97,4 +99,4 @@ def test_an_error_in_the_middle_of_a_bar_is_the_last_line_and_one_of_its_own(err
     done = subprocess.run([sys.executable, "-c", BAR.format(error=error)], cwd=ROOT, text=True,
                           capture_output=True)
     lines = done.stderr.replace("\r", "\n").splitlines()
-    assert lines[-1] == line and "20/100" in "".join(lines), done.stderr
+    assert lines[-1] == line and "21/100" in "".join(lines), done.stderr
