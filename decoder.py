@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import TokenizerConfig
-from layers import ViTBlock, count_parameters, init_vit, sincos_2d, unpatchify
+from layers import ViTBlock, as_matrices, count_parameters, init_vit, sincos_2d, unpatchify
 
 
 class Decoder(nn.Module):
@@ -37,7 +37,7 @@ class Decoder(nn.Module):
         self.mask_tokens = nn.Parameter(sincos_2d(cfg.image_size // P, D))
         # One table per growth step: (new tokens, D) positions, (new tokens, d, N D) maps.
         self.code_pos = nn.ParameterList()
-        self.paint = nn.ParameterList()
+        self.paint = as_matrices(nn.ParameterList(), 0)  # they read codes
         self.blocks = nn.ModuleList(
             ViTBlock(D, cfg.decoder_heads) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(D)

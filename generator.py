@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from config import GeneratorConfig
 from layers import KVCache, LlamaBlock, RMSNorm, eval_mode, rotary_table
 from plumbing import checkpoint
-from plumbing.flags import need
+from plumbing.flags import build, need
 from plumbing.run import unfinished
 
 # ------------------------------------------------------------------------------------------------
@@ -181,7 +181,8 @@ class Generator(nn.Module):
         saved = checkpoint.load(path)
         need(saved.get("kind") in GENERATORS,
              f"{path} holds no generator; try generator-ar.pt or generator-maskgit.pt")
-        Kind, cfg = GENERATORS[saved["kind"]], GeneratorConfig(**saved["generator_config"])
+        Kind = GENERATORS[saved["kind"]]
+        cfg, = build((GeneratorConfig,), saved["generator_config"])
         model = Kind(cfg, saved["num_tokens"], saved["codebook_size"], len(saved["classes"]))
         checkpoint.load_strict(model, saved["ema"], f"generator weights in {path}")
         model.classes, model.tokenizer_fingerprint = saved["classes"], saved["tokenizer"]
@@ -302,7 +303,8 @@ class MaskGITGenerator(Generator):
     def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """Mean of the smoothed cross-entropy: masked tokens weigh 1, others unmasked_weight.
 
-        dict   "masked_share"; "masked_accuracy", the share of masked tokens guessed exactly
+        dict   "masked_share"; "masked_accuracy", the share of masked tokens guessed exactly;
+               "weight", that of a token on average: what this mean counts in a larger one
         """
         masked = random_masks(*ids.shape, ids.device)  # (B, L)
         hidden = ids.masked_fill(masked, self.mask_id)  # (B, L)
@@ -313,7 +315,7 @@ class MaskGITGenerator(Generator):
         loss = (weight * error).sum() / weight.sum()
         hits = (logits.detach().argmax(dim=-1) == ids) & masked
         return loss, {"masked_share": masked.float().mean(),
-                      "masked_accuracy": hits.sum() / masked.sum()}
+                      "masked_accuracy": hits.sum() / masked.sum(), "weight": weight.mean()}
 
     def sample(self, labels: Tensor, steps: int | None = None, cfg_scale: float = 1.0,
                temperature: float = 1.0, randomize_temperature: float = 4.5,

@@ -79,6 +79,22 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
+# which weights are matrices
+
+def as_matrices(module: nn.Module, count: int = 1) -> nn.Module:
+    """Mark the module's own weights for the optimizer (loop.new_optimizer), and return it.
+
+    count   matrices from hidden channels to hidden channels that are stored as one: Muon's.
+            0: they read or write something else, such as codes or pixels: AdamW's
+    What counts as its weights: the one called weight, and stacks (n, out, in). A Linear, a
+    convolution and an embedding without a mark are 0; a bare parameter without a mark is a position
+    or a bias, which no weight decay touches.
+    """
+    module.matrices = count
+    return module
+
+
+# ------------------------------------------------------------------------------------------------
 # attention
 
 class Attention(nn.Module):
@@ -92,8 +108,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
+        self.qkv = as_matrices(nn.Linear(width, 3 * width, bias=bias), 3)
+        self.out = as_matrices(nn.Linear(width, width, bias=bias))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False,
                 rotary: Tensor | None = None) -> Tensor:
@@ -113,7 +129,8 @@ class Attention(nn.Module):
 
 class MLP(nn.Sequential):
     def __init__(self, width: int):
-        super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        super().__init__(as_matrices(nn.Linear(width, 4 * width)), nn.GELU(),
+                         as_matrices(nn.Linear(4 * width, width)))
 
 
 class ViTBlock(nn.Module):
@@ -149,8 +166,8 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         hidden = -(-8 * width // 3 // 64) * 64  # rounded up to a multiple of 64; 2048 at 768
-        self.w13 = nn.Linear(width, 2 * hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w13 = as_matrices(nn.Linear(width, 2 * hidden, bias=False), 2)
+        self.w2 = as_matrices(nn.Linear(hidden, width, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import TokenizerConfig
-from layers import count_parameters, init_vit
+from layers import as_matrices, count_parameters, init_vit
 from quantizer import VectorQuantizer
 
 
@@ -67,6 +67,8 @@ class Layer(nn.Module):
         E = width
         self.wq, self.wk, self.wv = (nn.Linear(E, E, bias=False) for _ in range(3))
         self.wo, self.w1, self.w2 = nn.Linear(E, E), nn.Linear(E, 4 * E), nn.Linear(4 * E, E)
+        for linear in self.children():
+            as_matrices(linear)
 
     def attend(self, asking: Tensor, rows: Tensor, heads: int, trace: list | None) -> Tensor:
         """asking (B, R, E) and rows (B, T, E), both normalised -> what is read, (B, R, E)."""

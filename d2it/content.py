@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from d2it.grain import pack, unpack
 from d2it.presets import ContentConfig, load_preset
-from layers import MLP, Attention, count_parameters, init_vit, patchify, sincos_2d, unpatchify
+from layers import (
+    MLP, Attention, as_matrices, count_parameters, init_vit, patchify, sincos_2d, unpatchify)
 from plumbing import checkpoint
 from plumbing.flags import build, need
 from plumbing.run import unfinished
@@ -30,7 +31,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(),
+                                 as_matrices(nn.Linear(width, width)))
         omega = torch.exp(-math.log(10000) * torch.arange(128) / 128)
         self.register_buffer("omega", omega, persistent=False)
 
@@ -46,7 +48,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def adaptive(width: int, count: int) -> nn.Sequential:
     """c (B, D) -> `count` vectors (B, D) in one, all zero at first [DiT's adaLN-zero]."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
+    return nn.Sequential(nn.SiLU(), as_matrices(nn.Linear(width, count * width), count))
 
 
 class DiTBlock(nn.Module):
@@ -90,7 +92,7 @@ class RefineNet(nn.Module):
     def __init__(self, cfg: ContentConfig, channels: int, side: int):
         super().__init__()
         D = cfg.content_width
-        self.split = nn.Linear(D, 4 * D)                      # a cell's h -> one h for each code
+        self.split = as_matrices(nn.Linear(D, 4 * D), 4)         # a cell's h -> one h for each code
         self.embed = nn.Linear(channels, D)
         # One position for each slot, in the order of cells: (n², 4, D).
         slots = sincos_2d(2 * side, D).T.reshape(1, D, 2 * side, 2 * side)

@@ -82,14 +82,19 @@ def loss(content: Callable, z: Tensor, labels: Tensor, grain: Tensor, path: str 
     alpha, sigma = alpha_sigma(t, path)
     out = content(alpha * z + sigma * noise, t, labels, grain)
     error = (out.float() - target(z, noise, path)).square().mean(dim=1)   # (B, 2n, 2n)
-    weights = code_weights(grain)[:, 0]                       # (B, 2n, 2n), 1 or 1/4
-    fine = weights == 1
+    fine = code_weights(grain)[:, 0] == 1                     # (B, 2n, 2n)
+    quarter = (4 * (t.ceil() - 1).clamp_min(0) / T).long()    # (B,) 0 .. 3; T/4 is of the first
     logs = {"fine": error[fine], "coarse": error[~fine]}
-    logs |= {f"quarter_{q}": part for q, part in enumerate(error.chunk(4), start=1)}
+    logs |= {f"quarter_{q + 1}": error[quarter == q] for q in range(4)}
     logs = {name: part.detach().mean() for name, part in logs.items() if part.numel()}
-    if grain_loss == "slot":
-        weights = torch.ones_like(weights)
+    weights = loss_weights(grain, grain_loss)
     return (weights * error).sum() / weights.sum(), logs
+
+
+def loss_weights(grain: Tensor, grain_loss: str = "code") -> Tensor:
+    """How much each slot counts in the loss, (B, 2n, 2n): a code once, or a slot once."""
+    weights = code_weights(grain)[:, 0]                       # 1 or 1/4
+    return torch.ones_like(weights) if grain_loss == "slot" else weights
 
 
 # ------------------------------------------------------------------------------------------------

@@ -39,6 +39,10 @@ MEND_SHARED = ("give it more (docker run --shm-size=8g), or use --workers 0 or a
 SKIP_BAD = " (train.py --skip_bad passes over up to 1% of bad ones)"
 
 
+class ImagesFailed(UserError):
+    """Images cannot be had: a bad file, a data worker that died. All that was learned is sound."""
+
+
 # ------------------------------------------------------------------------------------------------
 # data workers
 
@@ -79,6 +83,40 @@ def obey_only_the_parent(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     if hasattr(signal, "sigwaitinfo"):  # a Mac has none
         threading.Thread(target=listen, daemon=True).start()
+
+
+class Watch:
+    """Of data workers: one that died is told of while a batch is waited for, at no other moment.
+
+    TRAP: DataLoader raises it from a signal handler, so out of any line, in the middle of a step or
+    of saving, and nobody knows what is sound after that.
+    """
+    waiting, theirs = False, None
+
+    def begin(self) -> None:
+        """After workers have been started, no sooner: DataLoader sets its handler then, once."""
+        number = getattr(signal, "SIGCHLD", None)  # Windows has none
+        in_main = threading.current_thread() is threading.main_thread()
+        if number and in_main and signal.getsignal(number) != self.on_death:
+            self.theirs = signal.signal(number, self.on_death)
+
+    def on_death(self, number, frame) -> None:
+        if self.waiting and callable(self.theirs):
+            self.theirs(number, frame)
+
+    @contextlib.contextmanager
+    def waits(self):
+        """Inside, DataLoader may say that a worker has died, also one that did so before."""
+        self.waiting = True
+        try:
+            if callable(self.theirs):
+                self.theirs(signal.SIGCHLD, None)
+            yield
+        finally:
+            self.waiting = False
+
+
+WATCH = Watch()
 
 
 def need_shared_memory(workers: int, batch_bytes: int) -> None:
@@ -150,7 +188,7 @@ class Batches:
         """Yield (images, labels) for each of `numbers`.
 
         workers   processes of one thread each that prepare them ahead
-        timeout   seconds to wait for a batch of theirs, or UserError
+        timeout   seconds to wait for a batch of theirs, or ImagesFailed
         """
         need_shared_memory(workers, self.batch_bytes)
         loader = torch.utils.data.DataLoader(
@@ -165,21 +203,25 @@ class Batches:
         skipped = set()
         with stop_signals_blocked() if workers else contextlib.nullcontext():
             batches = iter(loader)
+            if workers:
+                WATCH.begin()
         try:
             while True:
                 batch = wait_for(batches, workers, timeout)
                 if batch is None:
                     return
                 images, labels, errors, failure = batch
-                need(not failure, failure)
+                if failure:
+                    raise ImagesFailed(failure)
                 for error in errors:
                     if self.limit and error not in skipped:
                         print(f"skipped {error}", file=sys.stderr)
                     skipped.add(error)
                 if len(skipped) > self.limit:
-                    raise UserError(errors[-1] + self.advice if not self.limit else
-                                    f"{len(skipped)} of {len(self.dataset)} images cannot be read, "
-                                    "more than 1%; mend the data")
+                    raise ImagesFailed(
+                        errors[-1] + self.advice if not self.limit else
+                        f"{len(skipped)} of {len(self.dataset)} images cannot be read, "
+                        "more than 1%; mend the data")
                 yield images, labels
         finally:
             # Now, so that its workers are told to end. An error that holds this frame would leave
@@ -188,13 +230,21 @@ class Batches:
 
 
 def wait_for(batches, workers: int, timeout: int):
-    """The next of DataLoader's batches, or None at their end; UserError when none comes in time."""
+    """The next of DataLoader's batches, or None at their end.
+
+    ImagesFailed when none comes in time, or never, since a worker has died.
+    """
     try:
-        return next(batches, None)
+        with WATCH.waits() if workers else contextlib.nullcontext():
+            return next(batches, None)
     except RuntimeError as error:
-        if "DataLoader timed out" not in str(error):
+        reason = str(error).splitlines()[0] if str(error) else ""
+        if reason.startswith("DataLoader worker"):
+            raise ImagesFailed(f"a data worker died ({reason}); is memory short? "
+                               "lower --workers") from None
+        if "DataLoader timed out" not in reason:
             raise
-        raise UserError(
+        raise ImagesFailed(
             f"no batch came from {workers} data workers in {timeout} seconds; is the disk that "
             f"slow, or {SHARED} full? {MEND_SHARED}, or raise --timeout") from None
 
@@ -219,7 +269,7 @@ class ImageStream:
     skip_bad     the next image stands in for an unreadable one; above 1% of the data set (and one)
                  it is a UserError. None: like False, where there is no such flag
     timeout      seconds to wait for a batch of the workers
-    Raises UserError with the first unreadable image's name unless skip_bad.
+    Raises ImagesFailed with the first unreadable image's name unless skip_bad.
     """
 
     def __init__(self, dataset: ImageSet, image_size: int, batch_size: int, seed: int,

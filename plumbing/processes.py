@@ -23,11 +23,12 @@ from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from plumbing.flags import UserError, need
 from plumbing.graphs import Recorded
+from plumbing.start import close_bars
 
 try:
     import fcntl
@@ -205,6 +206,14 @@ class Processes:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return flags.bool().tolist()
 
+    def mean(self, value: Tensor | float) -> Tensor | float:
+        """The mean over processes of a scalar; a float is the same on all of them already."""
+        if not dist.is_initialized() or isinstance(value, float):
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.world
+
     def gather(self, thing) -> list:
         """The `thing` of every process, in order of rank, on every process."""
         things = [thing]
@@ -224,6 +233,7 @@ class Processes:
     def leave(self, text: str) -> None:
         """Say why, and exit as after a signal."""
         if self.main:
+            close_bars()
             print(text, flush=True)
         sys.exit(INTERRUPTED)
 
@@ -261,14 +271,10 @@ class Processes:
 
 @contextlib.contextmanager
 def enough_memory(repair: str):
-    """Running out of memory inside, here or in a data worker, becomes a UserError."""
+    """Running out of memory inside becomes a UserError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # TRAP: DataLoader raises this from a signal handler, so it can come out of any line.
-        if "DataLoader worker" in str(error):
-            raise UserError(f"a data worker died ({str(error).splitlines()[0]}); is memory short? "
-                            "lower --workers, and repeat the command to go on") from None
         # A CPU without memory has no exception of its own in torch, only this text.
         out = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
         if out or "can't allocate memory" in str(error):

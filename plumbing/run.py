@@ -110,16 +110,13 @@ class Run:
         return saved
 
     def resume(self, path: str, fixed: dict, needs: tuple[str, ...] = ()) -> dict | None:
-        """compare(), and what it takes to go on: the log is cut where the checkpoint ends."""
+        """compare(), and all that it takes to go on must be there."""
         saved = self.compare(path, fixed)
         if saved is None:
             return None
         expected = ("settings", "data", "phase", "step", "model", "ema", "optimizer", "random")
         missing = [name for name in (*expected, *needs) if name not in saved]
         need(not missing, f"{path} has no {', '.join(missing)}")
-        if self.procs.main:  # rows after the checkpoint will be written again
-            checkpoint.trim_jsonl(self.path("log.jsonl"), lambda row: row["phase"] != saved["phase"]
-                                  or row["step"] <= saved["step"])
         return saved
 
     def seed(self, states: list | None, number: int) -> None:
@@ -143,6 +140,15 @@ class Run:
     def say(self, text: str) -> None:
         if self.procs.main:
             print(text, flush=True)
+
+    def trim_log(self, phase: str, step: int) -> None:
+        """Before a phase goes on from `step`, 0 without a checkpoint: drop what is written again.
+
+        These are the lines of later steps, and one of results, whose checkpoint was never made.
+        """
+        if self.procs.main:
+            checkpoint.trim_jsonl(self.path("log.jsonl"), lambda row: row["phase"] != phase
+                                  or (row["step"] <= step and "learning_rate" in row))
 
     def log(self, **row) -> None:
         if self.procs.main:
