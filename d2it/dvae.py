@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from d2it.grain import entropy, grain_map, grained_noise, merge, per_code, spread, threshold
-from d2it.presets import DVAEConfig, load_preset
+from d2it.presets import DVAEConfig, load_preset, norm_groups
 from layers import count_parameters
 from plumbing import checkpoint
 from plumbing.flags import as_dict, build, need
@@ -36,7 +36,7 @@ class Codes(NamedTuple):
 # parts
 
 def norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, width // 4), width)
+    return nn.GroupNorm(norm_groups(width), width)
 
 
 class ResBlock(nn.Module):
