@@ -52,6 +52,7 @@ from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
 from plumbing.datasets import ImageSet, open_images, train_and_val
 from plumbing.flags import DEVICES, Parser, UserError, need, number
+from plumbing.outputs import JSON, NPZ, need_places
 from plumbing.processes import Processes, need_room, provenance
 from plumbing.run import OpenRun, open_run
 from plumbing.samples import compile_sampler
@@ -219,12 +220,10 @@ def open_given(args, procs: Processes) -> Given:
 def output_places(args) -> str | None:
     """Where the results go, if anywhere. Raises UserError unless that can be written: now."""
     path = args.json
-    if path:
-        folder = os.path.dirname(path) or "."
-        need(os.path.isdir(folder), f"--json {path}: there is no folder {folder}; make it first")
-        need(not os.path.isdir(path), f"--json {path} is a folder; give the name of a file")
-        need_room(folder)
-    elif args.run and not args.images:
+    need_places({"--json": (path, JSON), "--save_stats": (args.save_stats, NPZ)},
+                reads={"--images": args.images, "--data": args.data, "--judge": args.judge,
+                       "--reference": args.reference, "--inception": args.inception})
+    if not path and args.run and not args.images:
         path = os.path.join(args.run, "summary.json")
     if args.run and os.path.isdir(args.run) and (args.train_features or not args.json):
         need_room(args.run)

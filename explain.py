@@ -38,7 +38,7 @@ from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import to_float, to_uint8
 from plumbing.page import Page
 from plumbing.plot import COLORS, Curve, log_curves, svg
-from plumbing.processes import Processes, launched
+from plumbing.processes import Processes, need_one_process
 from plumbing.run import OpenRun, held_out, open_run
 from quantizer import usage
 
@@ -336,7 +336,7 @@ def bits_of(model: NativeTok, ar: Generator, ids: Tensor, labels: Tensor) -> tup
 
 
 def main(args) -> None:
-    need(launched() == (0, 1), "explain.py works in one process; start it without torchrun")
+    need_one_process("explain.py")
     device = Processes(args.device).device
     # All that can be refused is refused before the first picture.
     run, model, generators = opened(args.run, device)

@@ -32,7 +32,7 @@ from plumbing.flags import DEVICES, Parser, number
 from plumbing.images import to_float, to_uint8
 from plumbing.page import Page
 from plumbing.plot import log_curves
-from plumbing.processes import Processes
+from plumbing.processes import Processes, need_one_process
 from plumbing.run import held_out, open_run
 
 TITLES = {
@@ -201,6 +201,7 @@ def samples(page: Page, model: D2iT, per_class: int) -> None:
 
 
 def main(args) -> None:
+    need_one_process("d2it.explain")
     device = Processes(args.device).device
     run = open_run(args.run, CONFIGS, "dvae.pt", "-m d2it.train")
     model = D2iT.of_run(args.run, device)

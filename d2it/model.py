@@ -26,6 +26,8 @@ from plumbing.flags import need
 from plumbing.images import to_uint8
 from plumbing.run import need_parts
 
+PIXELS = 1 << 16  # of images whose entropies are in memory at a time
+
 
 class D2iT(nn.Module):
     """dvae, grain and content of one run, in eval mode; .classes are the names of the labels."""
@@ -97,7 +99,13 @@ class D2iT(nn.Module):
         of two shares, fine cells that are among them and coarse ones that are not: 1 all, 0.5
         chance.
         """
-        scores = self.dvae.entropy(images.cpu())
-        found = take_top(scores, grain.flatten(1).sum(dim=1))
-        shares = [(found == grain)[grain == kind].float().mean() for kind in (True, False)]
-        return torch.stack(shares).nanmean().item()           # nan: no cell of that kind
+        right, count = torch.zeros(2, 2, dtype=torch.float64)  # of fine cells, of coarse ones
+        # Part by part: of all at once the entropy would take a hundred times the images' memory.
+        few = max(1, PIXELS // images[0, ..., 0].numel())
+        for pixels, asked in zip(images.split(few), grain.cpu().split(few)):
+            scores = self.dvae.entropy(pixels.cpu())
+            found = take_top(scores, asked.flatten(1).sum(dim=1))
+            for row, mine in enumerate((asked, ~asked)):
+                right[row] += (found == asked)[mine].sum()
+                count[row] += mine.sum()
+        return (right / count).nanmean().item()               # nan: no cell of that kind

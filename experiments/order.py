@@ -55,7 +55,8 @@ from experiments.order_table import draw_figure, read_results, write_tables
 from experiments.pca import transform_code
 from plumbing import checkpoint
 from plumbing.datasets import ImageSet, train_and_val
-from plumbing.flags import DEVICES, Parser, as_flags, build, choose, need
+from plumbing.flags import DEVICES, SEED, Parser, as_flags, build, choose, need
+from plumbing.outputs import need_places
 from plumbing.processes import Processes, provenance
 
 
@@ -73,7 +74,7 @@ def parse(argv=None) -> argparse.Namespace:
                         help="held-out images; not needed for the shapes")
     parser.add_argument("--out", metavar="DIR",
                         help="results (default: runs/order-PRESET, or runs/order-quick)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N",
+    parser.add_argument("--seeds", type=SEED, nargs="+", default=[0], metavar="N",
                         help="of weights, data order and samples (default: 0)")
     parser.add_argument("--arms", nargs="+", metavar="ARM",
                         default=[arm for arm in ARMS if arm not in EXTRA],
@@ -106,7 +107,6 @@ def parse(argv=None) -> argparse.Namespace:
             setattr(args, number, getattr(plan, number))
         need(getattr(args, number) >= least,
              f"{number} {getattr(args, number)} must be at least {least}")
-    need(min(args.seeds) >= 0, f"seeds {min(args.seeds)} is negative; give 0 or more")
     for arm in args.arms:
         choose("arm", arm, ARMS)
     need(args.preset != "cifar" or args.data != "shapes" or args.table,
@@ -235,7 +235,7 @@ def main(args) -> None:
         data, val = train_and_val(args.data, args.val_data, 0, 0)
         need(val.classes == data.classes and len(data.classes) > 1,
              f"{args.data} and {args.val_data} need the same classes, two or more")
-        os.makedirs(os.path.join(args.out, "runs"), exist_ok=True)
+        need_places(folders={"--out": os.path.join(args.out, "runs")})
         for seed in args.seeds:  # a whole table first, then its spread
             for arm in args.arms:
                 make_result(arm, seed, args, procs, data, val)

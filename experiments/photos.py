@@ -14,7 +14,8 @@ import os
 from PIL import Image
 
 from plumbing.datasets import open_images
-from plumbing.flags import Parser, choose, need
+from plumbing.flags import Parser, choose, need, number
+from plumbing.outputs import need_places
 
 SIZES = ((32, 32), (64, 48), (100, 100), (90, 160), (200, 150))
 ENDINGS = ("jpg", "png", "webp", "gif", "JPG", "jpeg")
@@ -48,7 +49,7 @@ def main() -> None:
                         "train.py takes (default: the built-in shapes)")
     parser.add_argument("--classes", nargs="+", metavar="CLASS",
                         help="names of classes (default: all)")
-    parser.add_argument("--per_class", type=int, default=400, metavar="N",
+    parser.add_argument("--per_class", type=number(int, 1), default=400, metavar="N",
                         help="pictures of each class (default: 400)")
     parser.add_argument("--out", required=True, metavar="DIR", help="the new folder")
     args = parser.parse_args()
@@ -57,14 +58,15 @@ def main() -> None:
     classes = args.classes or images.classes
     for name in classes:
         choose("class", name, images.classes)
+    need_places(folders={"--out": args.out})
     count = 0
     for name in classes:
         label = images.classes.index(name)
         members = [i for i, l in enumerate(images.labels) if l == label][:args.per_class]
         os.makedirs(os.path.join(args.out, name))
-        for number, i in enumerate(members):
-            stem = os.path.join(args.out, name, f"IMG {number:04}")
-            save(Image.fromarray(images.load(i)), number, stem)
+        for place, i in enumerate(members):
+            stem = os.path.join(args.out, name, f"IMG {place:04}")
+            save(Image.fromarray(images.load(i)), place, stem)
             count += 1
     print(f"{args.out}: {count} pictures")
 

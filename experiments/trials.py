@@ -25,7 +25,8 @@ from experiments.order import train_stages
 from experiments.order_table import read_log
 from nativetok import NativeTok
 from plumbing import checkpoint
-from plumbing.flags import Parser, as_flags, choose
+from plumbing.flags import SEED, Parser, as_flags, choose, number
+from plumbing.outputs import need_places
 from plumbing.processes import Processes, provenance
 
 BASE = dict(
@@ -101,10 +102,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--val_data", required=True, help="held-out images")
     parser.add_argument("--trials", nargs="+", default=list(TRIALS), metavar="NAME",
                         help=f"only these (default: all): {', '.join(map(repr, TRIALS))}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N",
+    parser.add_argument("--seeds", type=SEED, nargs="+", default=[0], metavar="N",
                         help="of weights and data order (default: 0)")
-    parser.add_argument("--steps", type=int, metavar="N", help="steps of tokenizer and "
-                        "generator, to see quickly that everything runs")
+    parser.add_argument("--steps", type=number(int, 1), metavar="N", help="steps of tokenizer "
+                        "and generator, to see quickly that everything runs")
     parser.add_argument("--out", default="runs/trials", metavar="DIR",
                         help="results (default: runs/trials)")
     args = parser.parse_args()
@@ -126,6 +127,7 @@ def place(row: dict) -> tuple[int, int]:
 def main() -> None:
     args = parse()
     device, path = Processes("auto").device, os.path.join(args.out, "trials.json")
+    need_places(folders={"--out": args.out})
 
     def rows_so_far() -> list[dict]:
         return checkpoint.read_json(path)["rows"] if os.path.exists(path) else []
