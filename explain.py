@@ -39,7 +39,7 @@ from plumbing.images import to_float, to_uint8
 from plumbing.page import Page
 from plumbing.plot import COLORS, Curve, log_curves, svg
 from plumbing.processes import Processes, need_one_process
-from plumbing.run import OpenRun, held_out, open_run
+from plumbing.run import OpenRun, held_out, need_same_held_out, open_run
 from quantizer import usage
 
 
@@ -345,8 +345,7 @@ def main(args) -> None:
          f"{val.name} has a single held-out image, and tokens are swapped between two")
     if args.against:
         other, other_model, other_generators = opened(args.against, device)
-        need(other.val.fingerprint == val.fingerprint, f"{args.against} holds out other images "
-             f"than {args.run}; train both on the same data")
+        need_same_held_out(run, other)
         need("ar" in other_generators, f"{args.against} has no ar generator, whose bits are to be "
              "compared; train it, or leave --against out")
     name = os.path.basename(os.path.abspath(args.run))
