@@ -16,8 +16,8 @@ import math
 from dataclasses import dataclass
 
 from plumbing.flags import (
-    Parser, UserError, as_dict, at_least_one, build, choose, learns, need, not_negative, number,
-    parse_command, shares, sizes)
+    Parser, UserError, as_dict, at_least_one, below_one, build, choose, learns, need, not_negative,
+    number, parse_command, shares, sizes)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ class GeneratorConfig:
     def __post_init__(self):
         sizes(self, "generator_width", "generator_heads")
         sizes(self, "generator_depth", most=1000)
-        shares(self, "generator_dropout", "label_dropout", "label_smoothing", "unmasked_weight")
+        shares(self, "label_dropout", "unmasked_weight")
+        below_one(self, "generator_dropout", "label_smoothing")  # at 1 nothing would be learned
         width, heads = self.generator_width, self.generator_heads
         need(width % heads == 0 and width // heads % 2 == 0,
              f"generator_width {width} must be generator_heads {heads} times an even number "
@@ -337,7 +338,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     def add(flag: str, text: str) -> None:
         kind = SAMPLING_TYPES[flag.removeprefix("--")]
         to.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
-    add("--cfg_scale", "guidance: 0 unconditional, 1 plain, above 1 guided (default: 2)")
+    add("--cfg_scale", "guidance: 0 unconditional, 1 plain, above 1 guided (default: 2; "
+        "1 after --label_dropout 0)")
     add("--temperature", "of the tokens' distribution; 0 takes the likeliest (default: 1)")
     add("--top_k", "ar: draw from the k likeliest tokens; 0: off (default: 0)")
     add("--top_p", "ar: draw from the likeliest tokens that reach this probability; 1: off "

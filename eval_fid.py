@@ -47,7 +47,7 @@ from evaluation.judging import (
 from evaluation.measures import frechet_distance
 from evaluation.report import headline, phases_table, run_summary, table
 from evaluation.tinycnn import train_judge
-from generator import GENERATORS, Generator
+from generator import GENERATORS, Generator, need_guidance
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
 from plumbing.datasets import ImageSet, open_images, train_and_val
@@ -302,12 +302,16 @@ def image_sources(args, given: Given, originals: ImageSource | None, how: Batchi
     for kind in kinds:
         model = Generator.of_run(args.run, kind, given.tokenizer, procs.device)
         options = sampling_options(args, model.options)
+        if args.cfg_scale is None:
+            options["cfg_scale"] = model.default_cfg_scale
         if args.compile:
             batch = min(args.batch_size, args.num_samples)
             said = compile_sampler(model, batch, options["cfg_scale"], procs.device)
             if procs.main:
                 print(f"{kind}: {said}")
         for swept in combinations(args.sweep, model.options):
+            scale = swept.get("cfg_scale", options["cfg_scale"])
+            need_guidance(scale, model.cfg.label_dropout)
             sources.append(generated(kind, model, given.tokenizer, args.num_samples, options,
                                      swept, how, procs.device))
     return sources

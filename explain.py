@@ -214,15 +214,16 @@ def first_labels(model: NativeTok, classes: list[str]) -> tuple[Tensor, str]:
     return labels, ", ".join(classes[:len(labels)])
 
 
-AR = """Classes {names}, guidance 2: what the decoder makes of the first {ks} tokens, each drawn
-after those before it."""
+AR = """Classes {names}, guidance {scale:g}: what the decoder makes of the first {ks} tokens, each
+drawn after those before it."""
 
 
 def ar_growing(page: Page, model: NativeTok, ar: Generator) -> None:
     ks, (labels, names) = doubling(model.num_tokens), first_labels(model, ar.classes)
-    ids = ar.sample(labels, cfg_scale=2.0, generator=torch.Generator().manual_seed(0))
+    scale, noise = ar.default_cfg_scale, torch.Generator().manual_seed(0)
+    ids = ar.sample(labels, cfg_scale=scale, generator=noise)
     rows = list(torch.stack([decode(model, ids[:, :k]) for k in ks], dim=1))
-    caption = AR.format(names=names, ks=", ".join(map(str, ks)))
+    caption = AR.format(names=names, scale=scale, ks=", ".join(map(str, ks)))
     page.grid("ar", "An AR sample, token by token", caption, rows)
 
 
@@ -234,8 +235,8 @@ it is still masked: a decoder cannot show a token that has not been chosen."""
 def maskgit_steps(page: Page, model: NativeTok, maskgit: Generator) -> None:
     """Tokens still masked are shown as black squares in a strip under the picture."""
     trace, (labels, names) = [], first_labels(model, maskgit.classes)
-    final = maskgit.sample(labels, cfg_scale=2.0, generator=torch.Generator().manual_seed(0),
-                           trace=trace)
+    final = maskgit.sample(labels, cfg_scale=maskgit.default_cfg_scale, trace=trace,
+                           generator=torch.Generator().manual_seed(0))
     rows, size = [], model.cfg.image_size
     for i in range(len(labels)):
         cells = []
@@ -371,7 +372,8 @@ def main(args) -> None:
     measured = []
     if "ar" in generators:
         ar_growing(page, model, generators["ar"])
-        guidance(page, model, generators["ar"])
+        if generators["ar"].cfg.label_dropout:  # else only one scale was learned
+            guidance(page, model, generators["ar"])
         if labelled:
             measured.append(bits_of(model, generators["ar"], ids, labels))
     if "maskgit" in generators:

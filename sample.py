@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import SAMPLING, add_sampling_flags, sampling_options
-from generator import GENERATORS, Generator
+from generator import GENERATORS, Generator, need_guidance
 from losses import psnr
 from nativetok import NativeTok, doubling, sample_batch
 from plumbing import checkpoint
@@ -145,6 +145,9 @@ def samples(args, tokenizer: NativeTok, device: torch.device) -> None:
     else:         # a row each
         labels = classes.repeat_interleave(args.per_class)
     options = args.options
+    if args.cfg_scale is None:
+        options = {**options, "cfg_scale": model.default_cfg_scale}
+    need_guidance(options["cfg_scale"], model.cfg.label_dropout)
     if options.get("steps", 0) is None:
         options = {**options, "steps": model.default_steps}
     if not args.npz:

@@ -193,10 +193,11 @@ def spread_to(maps: Tensor, S: int) -> Tensor:
 
 def samples(page: Page, model: D2iT, per_class: int) -> None:
     labels = torch.arange(min(10, len(model.classes)), device=model.dvae.limit.device)
-    images, grain = model.draw(labels.repeat_interleave(per_class), {"cfg_scale": 2.0}, 0, 0)
+    scale = model.default_cfg_scale
+    images, grain = model.draw(labels.repeat_interleave(per_class), {"cfg_scale": scale}, 0, 0)
     rows = [row for pair in zip(images.split(per_class), painted(images, grain).split(per_class))
             for row in pair]
-    page.grid("samples", TITLES["samples"], f"Guidance 2, 50 steps, two rows a class "
+    page.grid("samples", TITLES["samples"], f"Guidance {scale:g}, 50 steps, two rows a class "
               f"({', '.join(model.classes[:len(labels)])}): images and the maps they were drawn "
               f"under. Maps obeyed: {model.obeyed(images, grain):.0%}; the maps of their "
               f"neighbours would be {model.obeyed(images, grain.roll(1, 0)):.0%}.", rows)

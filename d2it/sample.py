@@ -29,6 +29,7 @@ from tqdm import tqdm
 from d2it.dvae import DVAE
 from d2it.grain import count_codes, gray, heat, painted
 from d2it.model import D2iT
+from generator import need_guidance
 from losses import psnr
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, need, number
@@ -38,7 +39,7 @@ from plumbing.processes import Processes, enough_memory, need_one_process, prove
 from plumbing.run import need_parts
 from plumbing.samples import class_number, write_npz
 
-DEFAULTS = dict(cfg_scale=2.0, steps=50, eta=0.0, seed=0, batch_size=64, per_class=8,
+DEFAULTS = dict(cfg_scale=None, steps=50, eta=0.0, seed=0, batch_size=64, per_class=8,
                 num_samples=50000)
 
 
@@ -56,7 +57,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--grain", metavar="FILE", help="a square image as map for all samples, bright is fine "
         "(default: maps are predicted)")
     add("--cfg_scale", type=number(float), metavar="FLOAT",
-        help="guidance: 0 unconditional, 1 plain, above 1 guided (default: 2)")
+        help="guidance: 0 unconditional, 1 plain, above 1 guided (default: 2; "
+        "1 after --label_dropout 0)")
     add("--steps", type=number(int, 1, 1000), metavar="INT", help="DDIM steps (default: 50)")
     add("--eta", type=number(float, 0, 1), metavar="FLOAT",
         help="0 DDIM, 1 DDPM; needs path noise (default: 0)")
@@ -152,6 +154,9 @@ def samples(args, device: torch.device) -> None:
                 reads={"--grain": args.grain})
     model = D2iT.of_run(args.run, device)
     names, side = model.classes, model.dvae.cfg.side
+    if args.cfg_scale is None:
+        args.options["cfg_scale"] = model.default_cfg_scale
+    need_guidance(args.options["cfg_scale"], model.content.cfg.label_dropout)
     if args.classes:
         classes = torch.tensor([class_number(c, names) for c in args.classes])
     else:

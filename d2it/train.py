@@ -26,7 +26,7 @@ from d2it.dvae import DVAE, Codes
 from d2it.grain import grained_noise, painted
 from d2it.presets import parse_run, settings
 from d2it.progress import held_out, reconstruction_quality, some_training_images
-from generator import ARGenerator
+from generator import ARGenerator, default_guidance
 from layers import count_parameters
 from loop import Loop, LossOf, frozen_copy, need_equal_pieces, new_optimizer
 from losses import reconstruction
@@ -214,7 +214,8 @@ def train_content(run: Run, change: Callable) -> None:
         pixels, labels = next(held_out(run, 12))
         grain = dvae.grain_of(pixels)
         start = grained_noise(grain, C, torch.Generator().manual_seed(train.seed))
-        z = diffusion.sample(stage.ema, start, labels, grain, classes, cfg.path, 50, 2.0)
+        z = diffusion.sample(stage.ema, start, labels, grain, classes, cfg.path, 50,
+                             default_guidance(cfg.label_dropout))
         pixels = pixels.cpu()
         run.grid(name, [to_float(pixels), to_float(painted(pixels, grain)),
                         dvae.decode(Codes(z, grain))])

@@ -52,7 +52,7 @@ from experiments.order_measure import Judge
 from experiments.order_table import costs
 from plumbing import checkpoint
 from plumbing.datasets import train_and_val
-from plumbing.flags import DEVICES, SEED, Parser, as_flags, choose, need
+from plumbing.flags import DEVICES, Parser, as_flags, choose, need, need_seed
 from plumbing.outputs import need_places
 from plumbing.processes import Processes, provenance
 
@@ -67,7 +67,7 @@ def parse(argv=None) -> argparse.Namespace:
         "(default: tiny)")
     add("--data", default="shapes", help="training images (default: the built-in shapes)")
     add("--val_data", default="", help="held-out images; not needed for the shapes")
-    add("--seeds", type=SEED, nargs="+", default=[0], metavar="N",
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N",
         help="of weights, order of images and samples (default: 0)")
     add("--arms", nargs="+", metavar="ARM", default=[arm for arm in ARMS if arm not in EXTRA],
         help=f"only these (default: all but {', '.join(EXTRA)})")
@@ -81,6 +81,8 @@ def parse(argv=None) -> argparse.Namespace:
     args.command = "python -m experiments.grain " + shlex.join(words)
     name = "quick" if args.quick else args.preset
     args.plan, args.out = PLANS[name], args.out or os.path.join("runs", f"grain-{name}")
+    for seed in args.seeds:
+        need_seed(seed, "seeds")
     for arm in args.arms:
         choose("arm", arm, ARMS)
     own = args.data != "shapes"

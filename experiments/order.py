@@ -55,7 +55,7 @@ from experiments.order_table import draw_figure, read_results, write_tables
 from experiments.pca import transform_code
 from plumbing import checkpoint
 from plumbing.datasets import ImageSet, train_and_val
-from plumbing.flags import DEVICES, SEED, Parser, as_flags, build, choose, need
+from plumbing.flags import DEVICES, Parser, as_flags, build, choose, need, need_seed
 from plumbing.outputs import need_places
 from plumbing.processes import Processes, provenance
 
@@ -74,7 +74,7 @@ def parse(argv=None) -> argparse.Namespace:
                         help="held-out images; not needed for the shapes")
     parser.add_argument("--out", metavar="DIR",
                         help="results (default: runs/order-PRESET, or runs/order-quick)")
-    parser.add_argument("--seeds", type=SEED, nargs="+", default=[0], metavar="N",
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N",
                         help="of weights, data order and samples (default: 0)")
     parser.add_argument("--arms", nargs="+", metavar="ARM",
                         default=[arm for arm in ARMS if arm not in EXTRA],
@@ -107,6 +107,8 @@ def parse(argv=None) -> argparse.Namespace:
             setattr(args, number, getattr(plan, number))
         need(getattr(args, number) >= least,
              f"{number} {getattr(args, number)} must be at least {least}")
+    for seed in args.seeds:
+        need_seed(seed, "seeds")
     for arm in args.arms:
         choose("arm", arm, ARMS)
     need(args.preset != "cifar" or args.data != "shapes" or args.table,

@@ -32,7 +32,7 @@ from evaluation.progress import evaluate
 from nativetok import NativeTok
 from plumbing import checkpoint, run
 from plumbing.datasets import train_and_val
-from plumbing.flags import SEED, Parser, need, number
+from plumbing.flags import Parser, need, number
 from plumbing.outputs import need_places
 from plumbing.processes import (
     forget_holder, lock_folder, need_one_process, peak_memory, provenance)
@@ -48,7 +48,7 @@ def parse(argv=None):
     add("--val_data", required=True, help="images to be judged by, all of them")
     add("--steps", type=number(int, 1), default=850,
         help="training steps (default: 850, the record's)")
-    add("--seed", type=SEED, default=0, help="seed of weights and order (default: 0)")
+    add("--seed", type=int, default=0, help="seed of weights and order (default: 0)")
     add("--out", default="runs/speedrun", help="folder of its own, made anew (default: "
         "runs/speedrun)")
     add("flags", nargs="*", help="after --: flags of train.py, in place of the preset's settings")

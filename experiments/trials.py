@@ -25,7 +25,7 @@ from experiments.order import train_stages
 from experiments.order_table import read_log
 from nativetok import NativeTok
 from plumbing import checkpoint
-from plumbing.flags import SEED, Parser, as_flags, choose, number
+from plumbing.flags import Parser, as_flags, choose, need_seed, number
 from plumbing.outputs import need_places
 from plumbing.processes import Processes, provenance
 
@@ -102,13 +102,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--val_data", required=True, help="held-out images")
     parser.add_argument("--trials", nargs="+", default=list(TRIALS), metavar="NAME",
                         help=f"only these (default: all): {', '.join(map(repr, TRIALS))}")
-    parser.add_argument("--seeds", type=SEED, nargs="+", default=[0], metavar="N",
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N",
                         help="of weights and data order (default: 0)")
     parser.add_argument("--steps", type=number(int, 1), metavar="N", help="steps of tokenizer "
                         "and generator, to see quickly that everything runs")
     parser.add_argument("--out", default="runs/trials", metavar="DIR",
                         help="results (default: runs/trials)")
     args = parser.parse_args()
+    for seed in args.seeds:
+        need_seed(seed, "seeds")
     for name in args.trials:
         choose("trial", name, TRIALS)
     args.sizes = {}

@@ -46,18 +46,27 @@ def shares(cfg, *names: str) -> None:
         need(0 <= value <= 1, f"{name} {value} is a share; give a number from 0 to 1")
 
 
+def below_one(cfg, *names: str) -> None:
+    for name in names:
+        value = getattr(cfg, name)
+        need(0 <= value < 1, f"{name} {value} must be 0 or above, and below 1")
+
+
 def not_negative(cfg, *names: str) -> None:
     for name in names:
         value = getattr(cfg, name)
         need(0 <= value < math.inf, f"{name} {value} must be 0 or above")
 
 
+def need_seed(seed: int, name: str = "seed") -> None:
+    need(0 <= seed < 2 ** 32, f"{name} {seed} must be 0 or above, and below {2 ** 32}")
+
+
 def learns(cfg) -> None:
     """What the training settings of both systems have in common, as far as these have it."""
-    need(0 <= cfg.seed < 2 ** 32, f"seed {cfg.seed} must be 0 or above, and below {2 ** 32}")
-    for name in ("beta2", "generator_beta2"):  # at 1 the average would never take anything in
-        value = getattr(cfg, name, 0)
-        need(0 <= value < 1, f"{name} {value} must be 0 or above, and below 1")
+    need_seed(cfg.seed)
+    # At 1 the average would never take anything in.
+    below_one(cfg, *(name for name in ("beta2", "generator_beta2") if hasattr(cfg, name)))
     choose("precision", cfg.precision, ("auto", "fp32", "bf16"))
     choose("optimizer", cfg.optimizer, ("adamw", "muon"))
     shares(cfg, "ema_decay")
@@ -142,9 +151,6 @@ def number(kind: type, low: float = 0, high: float = 1e9):
     # argparse then says: invalid int value: 'x'
     read.__name__ = kind.__name__
     return read
-
-
-SEED = number(int, 0, 2 ** 32 - 1)  # the type of a flag: what torch and NumPy both take
 
 
 class Parser(argparse.ArgumentParser):

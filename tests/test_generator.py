@@ -1,6 +1,7 @@
 """Promises of generator.py: what each generator may see, how it learns, what sampling keeps."""
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import generator as G
 from config import GeneratorConfig
 from generator import ARGenerator, MaskGITGenerator
+from helpers import refused
 from plumbing import checkpoint
 from plumbing.flags import UserError, as_dict
 
@@ -383,3 +385,16 @@ def test_loading_something_else_is_refused(tmp_path):
     checkpoint.save(path, saved(model, "ar", ema=lacking))
     with pytest.raises(UserError, match="position"):
         G.Generator.load(path)
+
+
+@KINDS
+def test_what_python_users_hand_over_is_looked_at(Kind):
+    model, labels = small(Kind), torch.arange(2)
+    for wrong in ([0, 1], "cat", labels.float(), labels + 100, labels - 1, labels[:, None], 1,
+                  labels.numpy(), labels[:0]):
+        refused(model.sample, wrong, names=["0 to"])
+    wrong = dict(temperature=-1, cfg_scale="2", generator=0)
+    wrong |= dict(steps=1.5) if Kind is MaskGITGenerator else dict(top_k=2.5)
+    for name, value in wrong.items():
+        refused(partial(model.sample, **{name: value}), labels, names=[name])
+    assert model.sample(labels.to(torch.uint8)).shape == (2, model.num_tokens)
