@@ -28,7 +28,7 @@ from experiments.timing import Bench
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, choose, number
 from plumbing.outputs import JSON, need_places
-from plumbing.processes import provenance
+from plumbing.processes import need_one_process, provenance
 
 # name: (function, what it compares)
 ROWS = {
@@ -94,6 +94,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse(argv)
+    need_one_process("experiments.bench")
     bench = Bench(args)
     if args.child:
         print(json.dumps(rows.training_step(args.child, bench.device)))

@@ -33,7 +33,7 @@ from nativetok import NativeTok, sample_batch
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, choose, number
 from plumbing.outputs import JSON, need_places
-from plumbing.processes import Processes, provenance
+from plumbing.processes import Processes, need_one_process, provenance
 from plumbing.samples import compile_sampler
 
 CLASSES = 1000
@@ -194,6 +194,7 @@ def table(made: dict) -> str:
 
 def main(argv=None) -> None:
     args = parse(argv)
+    need_one_process("experiments.gpu")
     procs = Processes(args.device)
     words = sys.argv[1:] if argv is None else argv
     made = {**provenance(shlex.join(["python", "-m", "experiments.gpu", *words]), procs.device),

@@ -20,7 +20,7 @@ from experiments.order_table import costs, read_log
 from plumbing import checkpoint
 from plumbing.flags import Parser, as_dict, read_run
 from plumbing.outputs import JSON, need_places
-from plumbing.processes import Processes, provenance
+from plumbing.processes import Processes, need_one_process, provenance
 from plumbing.run import PLACES, OpenRun, open_run
 
 CONTENTS = {"evaluation": "summary.json", "intervention": "explain/answers.json",
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--by", required=True, metavar="COMMAND", help="what was typed to make it")
     parser.add_argument("--out", required=True, metavar="FILE", help="the JSON to write")
     args = parser.parse_args()
+    need_one_process("experiments.record")
     need_places({"--out": (args.out, JSON)}, reads={
         "what is recorded": [os.path.join(args.run, name) for name in CONTENTS.values()]})
     run = open_either(args.run)

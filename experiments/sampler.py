@@ -28,7 +28,7 @@ from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.outputs import JSON, SVG, need_places
 from plumbing.plot import COLORS
-from plumbing.processes import provenance
+from plumbing.processes import need_one_process, provenance
 
 # kind: words in the names of its operations; the first that fits counts
 KINDS = {
@@ -136,6 +136,7 @@ def measure(args, words: list[str]) -> dict:
 
 def main(argv=None) -> None:
     args = parse(argv)
+    need_one_process("experiments.sampler")
     found = checkpoint.read_json(args.show) if args.show else measure(
         args, sys.argv[1:] if argv is None else argv)
     cases = found["now"]["cases"], found["before"] and found["before"]["cases"]

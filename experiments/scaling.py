@@ -30,7 +30,7 @@ from nativetok import NativeTok
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.outputs import JSON, PNG, need_places
-from plumbing.processes import peak_memory, provenance, reset_peak_memory
+from plumbing.processes import need_one_process, peak_memory, provenance, reset_peak_memory
 
 TOKENS, PATCHES, WIDTHS = (16, 32, 64, 128, 256), (64, 144, 256, 576, 1024), (64, 128, 256, 512)
 AXES = {  # what varies: (its values, points (tokens, patches, experts' width), what stays)
@@ -150,6 +150,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse(argv)
+    need_one_process("experiments.scaling")
     bench = Bench(argparse.Namespace(repeats=1, device=args.device, threads=args.threads))
     if args.child:
         print(json.dumps(point(*args.child, bench.device)))

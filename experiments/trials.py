@@ -27,7 +27,7 @@ from nativetok import NativeTok
 from plumbing import checkpoint
 from plumbing.flags import Parser, as_flags, choose, need_seed, number
 from plumbing.outputs import need_places
-from plumbing.processes import Processes, provenance
+from plumbing.processes import Processes, need_one_process, provenance
 
 BASE = dict(
     token_schedule=(16,), base_steps=800, continuous_steps=130, generators="ar",
@@ -128,6 +128,7 @@ def place(row: dict) -> tuple[int, int]:
 
 def main() -> None:
     args = parse()
+    need_one_process("experiments.trials")
     device, path = Processes("auto").device, os.path.join(args.out, "trials.json")
     need_places(folders={"--out": args.out})
 

@@ -110,3 +110,16 @@ def test_an_unset_variable_does_not_start_another_run(here, monkeypatch):
         for flag in ("--run", "--data", "--preset"):
             refused(parse, "", [flag, ""], names=[flag, "empty"])
         assert parse("", ["--val_data", ""]).train.val_data == ""
+
+
+@pytest.mark.parametrize("program", [  # the others share their work
+    name for name in PROGRAMS if name not in ("eval_fid", "experiments.order", "experiments.grain",
+                                              "experiments.photos")])
+def test_a_program_of_one_process_refuses_several(program, here, monkeypatch):
+    for name, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                            MASTER_PORT="29500").items():
+        monkeypatch.setenv(name, value)
+    words, flag = PROGRAMS[program][-1]
+    words = [*words, flag, "x"] if program == "experiments.record" else words
+    with pytest.raises(UserError, match=f"{program}.* works in one process.*without torchrun"):
+        started(monkeypatch, program, here(words))
