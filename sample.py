@@ -37,7 +37,7 @@ from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import read_image, resize_crop, save_grid, to_float, to_uint8
 from plumbing.outputs import NPZ, PNG, need_places
 from plumbing.processes import Processes, enough_memory, need_one_process
-from plumbing.samples import class_number, compile_sampler, write_npz
+from plumbing.samples import class_number, write_npz
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -65,11 +65,9 @@ def parse(argv=None) -> argparse.Namespace:
     to.add_argument("--single", action="store_true", default=None,
                     help="also write every sample as OUT/NNN_CLASS.png")
     to.add_argument("--npz", metavar="FILE", help="instead of a picture write arr_0, uint8 (n, H, "
-                    "W, 3), as ADM's evaluator reads it, and arr_1, the labels")
+                    "W, 3), as ADM's evaluator reads it, labels arr_1, and the names classes")
     to.add_argument("--num_samples", type=number(int, 1), metavar="INT",
                     help="in an .npz: how many; the classes take turns (default: 50000)")
-    to.add_argument("--compile", action="store_true", default=None,
-                    help="compile the generator first: for many samples, above all on a GPU")
     add_sampling_flags(parser)
     to = parser.add_argument_group("reconstructions")
     to.add_argument("--reconstruct", nargs="+", metavar="FILE",
@@ -86,7 +84,7 @@ def parse(argv=None) -> argparse.Namespace:
          "--npz and --reconstruct are two uses; give one of them")
     if args.reconstruct:
         refuse(("generator", "classes", "seed", "batch_size", "per_class", "single", "num_samples",
-                "compile", *SAMPLING), "samples")
+                *SAMPLING), "samples")
     else:
         refuse(("prefixes",), "--reconstruct")
     if args.npz is not None:
@@ -152,15 +150,13 @@ def samples(args, tokenizer: NativeTok, device: torch.device) -> None:
         options = {**options, "steps": model.default_steps}
     if not args.npz:
         need_places(folders={"--out": args.out})
-    if args.compile:
-        batch = min(args.batch_size, len(labels))
-        print(compile_sampler(model, batch, options["cfg_scale"], device))
 
     began = time.perf_counter()
     images = draw_samples(model, tokenizer, labels.to(device), options, args.seed, args.batch_size)
     seconds = time.perf_counter() - began
     if args.npz:
-        made = write_npz(args.npz, images, labels)
+        made = write_npz(args.npz, images, labels, names,
+                         "; ".join(filter(None, (tokenizer.unfinished, model.unfinished))))
     else:
         made = write_pictures(args, images, labels, names)
     print(f"{args.generator}:", *(f"{name} {value:g}," for name, value in options.items()),

@@ -228,10 +228,11 @@ def main(args) -> None:
     pixels, labels = held_out(run)
     few = pixels[:args.images]
     cfg = run.configs[0]
+    unfinished = f"Unfinished: {model.unfinished}. " if model.unfinished else ""
     page = Page(args.out or os.path.join(args.run, "explain"), pixels.shape[1],
                 f"What D²iT makes of {run.data.name}", f"{cfg.side} x {cfg.side} cells, threshold "
                 f"{model.dvae.limit.item():.3f} nats, policy {cfg.grain_policy}. "
-                f"Made by: python -m d2it.explain --run {shlex.quote(args.run)}")
+                f"{unfinished}Made by: python -m d2it.explain --run {shlex.quote(args.run)}")
 
     maps(page, model.dvae, few)
     reconstructions(page, model.dvae, few, others)

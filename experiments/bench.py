@@ -41,7 +41,6 @@ ROWS = {
     "grow": (rows.growth, "a growth step 64 -> 128 against a joint step at 128, imagenet-128, "
              "batch 2"),
     "muon": (rows.muon_against_adamw, "a training step with Muon against one with AdamW, cifar"),
-    "compile": (rows.compiling, "MoCET compiled: how long that takes with 16, 64, 128 experts"),
     "cache": (sampling.cache_against_recomputing, "AR sampling with a KV cache against "
               "recomputing, LlamaGen-B size, 128 tokens, guidance"),
     "floor": (sampling.step_against_floor, "a step of AR sampling, batch 1, guidance"),

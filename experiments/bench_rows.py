@@ -31,7 +31,7 @@ from nativetok import NativeTok
 from plumbing.batches import ImageStream
 from plumbing.datasets import open_images
 from plumbing.images import to_float
-from plumbing.processes import need_compiler, peak_memory
+from plumbing.processes import peak_memory
 from plumbing.tokens import TokenStream
 from quantizer import VectorQuantizer
 from titok import TiTok
@@ -177,30 +177,6 @@ def muon_against_adamw(bench: Bench) -> None:
               note=f"{muon * 1e3:.0f} ms against {adamw * 1e3:.0f}: "
                    f"{1 - adamw / muon:.0%} of a step is Muon's own")
 
-
-def compiling(bench: Bench) -> None:
-    """One expert is compiled, however many there are."""
-    from torch._inductor.utils import fresh_cache
-    need_compiler(bench.device)
-    x = torch.randn(4, 256, 256, device=bench.device)
-    for L in (16, 64, 128):
-        mocet, quantizer = experts(L, "query", bench)
-        plain, _ = experts(L, "query", bench)
-        torch._dynamo.reset()
-        mocet.compile()
-        with fresh_cache():  # else an earlier call's code is read
-            began = time.perf_counter()
-            forward_backward(mocet, MoCET.forward, x, quantizer)
-            first = time.perf_counter() - began
-        compiled, eager = bench.seconds(*(partial(forward_backward, model, MoCET.forward, x,
-                                                  quantizer) for model in (mocet, plain)),
-                                        repeats=1)
-        bench.row(f"compiling a step of {L} experts", first - compiled, "s", 30, least=False,
-                  note=f"a step then takes {compiled * 1e3:.0f} ms, as it is {eager * 1e3:.0f}")
-
-
-# ------------------------------------------------------------------------------------------------
-# data
 
 def waiting(stream: Iterator, step: Callable, steps: int) -> tuple[float, float]:
     """Share of the time of `steps` steps that went by in next(stream), and seconds a step.

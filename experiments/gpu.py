@@ -1,8 +1,8 @@
 """imagenet-128 on one GPU: milliseconds of a training step, images a second, memory, samples.
 
-Each phase of training is timed as it is (eager), with --compile (compiled), with --cuda_graph
-(graph) and with both: the same losses, optimizer and averages as train.py's, random images that lie
-on the GPU already. "of peak" is the rate of a large bf16 matrix product, measured in the same call.
+Each phase of training is timed as it is (eager) and with --cuda_graph (graph): the same losses,
+optimizer and averages as train.py's, random images that lie on the GPU already. "of peak" is the
+rate of a large bf16 matrix product, measured in the same call.
 
 Run      python -m experiments.gpu --json gpu.json               on a CUDA GPU, a few minutes
          python -m experiments.gpu --phases base ar --batch_size 64
@@ -34,12 +34,9 @@ from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, choose, number
 from plumbing.outputs import JSON, need_places
 from plumbing.processes import Processes, need_one_process, provenance
-from plumbing.samples import compile_sampler
 
 CLASSES = 1000
-WAYS = {  # -> compile, cuda_graph
-    "eager": (False, False), "compiled": (True, False), "graph": (False, True),
-    "both": (True, True)}
+WAYS = {"eager": False, "graph": True}  # -> cuda_graph
 
 
 def parse(argv=None):
@@ -95,7 +92,7 @@ def tokenizer_step(name: str, args, procs: Processes, way: str) -> Callable:
     train.freeze(model, phase.learns)
     size = args.tok.image_size
     images = torch.rand(args.batch_size, 3, size, size, device=procs.device) * 2 - 1
-    wrapped = procs.wrap(model.train(), *WAYS[way])
+    wrapped = procs.wrap(model.train(), WAYS[way])
 
     def loss() -> Tensor:
         recon, _, terms = wrapped(images)
@@ -114,7 +111,7 @@ def generator_step(kind: str, args, procs: Processes, way: str) -> Callable:
     shape = args.batch_size, args.tok.num_tokens
     ids = torch.randint(args.tok.codebook_size, shape, device=procs.device)
     labels = torch.randint(CLASSES, shape[:1], device=procs.device)
-    wrapped = procs.wrap(model.train(), *WAYS[way])
+    wrapped = procs.wrap(model.train(), WAYS[way])
     return learner(model, lambda: wrapped(ids, labels)[0], args, procs)
 
 
@@ -124,8 +121,6 @@ def sampler(kind: str, args, procs: Processes, way: str) -> Callable:
     tokenizer = NativeTok(args.tok).grow_to(args.tok.num_tokens).to(procs.device).eval()
     labels = torch.arange(args.batch_size, device=procs.device) % CLASSES
     options = dict(cfg_scale=2.0)
-    if way == "compiled":
-        compile_sampler(model, args.batch_size, 2.0, procs.device)
     return partial(sample_batch, model, tokenizer, labels, options, 0, 0)
 
 

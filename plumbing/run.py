@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from plumbing import checkpoint
+from plumbing.archives import note
 from plumbing.batches import eval_batches
 from plumbing.datasets import ImageSet, train_and_val
 from plumbing.flags import UserError, as_dict, as_flags, build, need, read_run
@@ -178,6 +179,27 @@ class OpenRun:
     data: ImageSet     # what it has learned from
     val: ImageSet      # what was held out
     saved: dict        # the content of the checkpoint
+
+
+def unfinished(saved: dict, path: str) -> str:
+    """How far training had come that was not at its end: "ar: step 10 of 1,000"; else "".
+
+    saved   the checkpoint at `path`, of any network of either system
+    It is also told on stderr: what such a network makes looks like any other picture or number.
+    """
+    phase, settings = saved.get("phase", "finished"), saved.get("settings", {})
+    if phase == "finished":
+        return ""
+    more = ""
+    if "results" in saved:  # a tokenizer, whose phases come one after the other
+        last = "finetune" if len(settings["token_schedule"]) > 1 else "base"
+        if last in saved["results"]:
+            return ""
+        more = f", and it goes on up to {last}" if phase != last else ""
+    kind = "generator" if phase in ("ar", "maskgit") else phase.partition("-")[0]
+    text = f"{phase}: step {saved['step']:,} of {settings[f'{kind}_steps']:,}{more}"
+    note(f"{path} is unfinished, {text}")
+    return text
 
 
 def need_parts(folder: str, names: tuple[str, ...], program: str) -> None:

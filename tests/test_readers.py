@@ -145,8 +145,9 @@ def test_rows_are_on_the_disk_before_the_next_one_is_judged(run, tmp_path, monke
 
     def judge(source, *rest):
         if source.name == "ar":
-            assert [row["name"] for row in json.loads(path.read_text())["rows"]] == \
-                ["real", "reconstruction"]
+            written = json.loads(path.read_text())
+            assert [row["name"] for row in written["rows"]] == ["real", "reconstruction"]
+            assert written["to_come"] == ["ar", "maskgit"]
             raise KeyboardInterrupt
         return original(source, *rest)
     monkeypatch.setattr(eval_fid, "judge", judge)

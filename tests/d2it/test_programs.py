@@ -25,17 +25,15 @@ PROGRAMS = {
     "experiments.order": [([], "--out")],
     "experiments.grain": [([], "--out")],
     "experiments.record": [([*RUN, "--by", "me"], "--out")],
-    "experiments.trials": [(["--data", "DATA", "--val_data", "DATA"], "--out")],
     "experiments.speedrun": [(["--data", "DATA", "--val_data", "DATA"], "--out")],
-    "experiments.photos": [(["--data", "DATA"], "--out")],
 }
 CASES = [(program, words, flag) for program, uses in PROGRAMS.items() for words, flag in uses]
 FILES = ("experiments.scaling", "experiments.sampler", "experiments.record")  # where --out is one
 WORK = ("sample.draw_samples", "d2it.sample.draw_samples", "plumbing.page.Page.grid",
         "eval_fid.judge", "eval_fid.extract", "experiments.search.search",
         "experiments.timing.Bench.seconds", "experiments.gpu.measure", "train.main",
-        "d2it.train.main", "experiments.trials.run_trial", "experiments.record.phases",
-        "experiments.photos.save", "d2it.train.train_dvae")
+        "d2it.train.main", "experiments.record.phases",
+        "d2it.train.train_dvae")
 
 
 def started(monkeypatch, program: str, words: list[str]) -> None:
@@ -112,9 +110,10 @@ def test_an_unset_variable_does_not_start_another_run(here, monkeypatch):
         assert parse("", ["--val_data", ""]).train.val_data == ""
 
 
-@pytest.mark.parametrize("program", [  # the others share their work
-    name for name in PROGRAMS if name not in ("eval_fid", "experiments.order", "experiments.grain",
-                                              "experiments.photos")])
+SHARED = ("eval_fid", "experiments.order", "experiments.grain")  # several processes may work at it
+
+
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in SHARED])
 def test_a_program_of_one_process_refuses_several(program, here, monkeypatch):
     for name, value in dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                             MASTER_PORT="29500").items():
