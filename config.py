@@ -16,8 +16,8 @@ import math
 from dataclasses import dataclass
 
 from plumbing.flags import (
-    Parser, UserError, as_dict, at_least_one, build, choose, need, not_negative, number,
-    parse_command, shares)
+    Parser, UserError, as_dict, at_least_one, below_one, build, choose, learns, need, not_negative,
+    number, parse_command, shares, sizes)
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class TokenizerConfig:
         choose("tokenizer", self.tokenizer, ("nativetok", "titok", "titok-causal"))
         choose("expert", self.expert, ("query", "block"))
         choose("decoder_reads", self.decoder_reads, ("attention", "linear", "both"))
-        at_least_one(self, "image_size", "patch_size", "encoder_width", "encoder_depth",
-                     "encoder_heads", "expert_width", "expert_depth", "expert_heads",
-                     "codebook_size", "code_dim", "decoder_width", "decoder_depth",
-                     "decoder_heads")
+        sizes(self, "image_size", most=2 ** 14)
+        sizes(self, "patch_size", "encoder_width", "encoder_heads", "expert_width", "expert_heads",
+              "codebook_size", "code_dim", "decoder_width", "decoder_heads")
+        sizes(self, "encoder_depth", "expert_depth", "decoder_depth", most=1000)
         if self.image_size % self.patch_size:
             below = self.image_size // self.patch_size * self.patch_size
             options = " or ".join(str(s) for s in (below, below + self.patch_size) if s)
@@ -78,6 +78,8 @@ class TokenizerConfig:
         steps = self.token_schedule
         need(len(steps) > 0 and steps[0] >= 1 and all(a < b for a, b in zip(steps, steps[1:])),
              f"token_schedule {' '.join(map(str, steps))} must grow at every step, like 32 64 128")
+        need(steps[-1] <= 2 ** 16,
+             f"token_schedule {steps[-1]} is out of range; give up to {2 ** 16:,} tokens")
         need(len(steps) == 1 or self.tokenizer == "nativetok",
              f"{self.tokenizer} has no experts to grow; give one length, "
              f"like --token_schedule {steps[-1]}")
@@ -109,8 +111,10 @@ class GeneratorConfig:
     unmasked_weight: float = 0.1
 
     def __post_init__(self):
-        at_least_one(self, "generator_width", "generator_depth", "generator_heads")
-        shares(self, "generator_dropout", "label_dropout", "label_smoothing", "unmasked_weight")
+        sizes(self, "generator_width", "generator_heads")
+        sizes(self, "generator_depth", most=1000)
+        shares(self, "label_dropout", "unmasked_weight")
+        below_one(self, "generator_dropout", "label_smoothing")  # at 1 nothing would be learned
         width, heads = self.generator_width, self.generator_heads
         need(width % heads == 0 and width // heads % 2 == 0,
              f"generator_width {width} must be generator_heads {heads} times an even number "
@@ -134,7 +138,8 @@ class TrainConfig:
     # stages 1 and 2: the tokenizer
     batch_size: int = 256  # images per step over all processes [TiTok]
     learning_rate: float = 1e-4  # peak learning rate [TiTok]
-    min_learning_rate: float = 1e-5  # learning rate at the end of a phase [TiTok]
+    # learning rate at the end of a phase, at most its peak [TiTok]
+    min_learning_rate: float = 1e-5
     warmup_steps: int = 5000  # steps until the learning rate has reached its peak [TiTok]
     # first steps without quantization, before the codebook is drawn from z [ours]
     continuous_steps: int = 1000
@@ -169,7 +174,7 @@ class TrainConfig:
     generators: str = "both"  # which generators to train: ar, maskgit or both
     generator_batch_size: int = 256  # token sequences per step over all processes [LlamaGen]
     generator_learning_rate: float = 1e-4  # peak learning rate [LlamaGen]
-    # learning rate at the end; LlamaGen keeps it constant [LlamaGen]
+    # learning rate at the end, at most the peak; LlamaGen keeps it constant [LlamaGen]
     generator_min_learning_rate: float = 1e-4
     generator_warmup_steps: int = 1000  # steps until the learning rate has reached its peak [ours]
     generator_steps: int = 500000  # steps of each generator [MaskGIT]
@@ -188,24 +193,16 @@ class TrainConfig:
 
     def __post_init__(self):
         choose("generators", self.generators, ("ar", "maskgit", "both"))
-        choose("optimizer", self.optimizer, ("adamw", "muon"))
-        choose("precision", self.precision, ("auto", "fp32", "bf16"))
-        at_least_one(self, "batch_size", "generator_batch_size", "accumulate", "log_every",
-                     "save_every", "sample_every", "holdout", "timeout", "base_steps", "grow_steps",
-                     "finetune_steps", "generator_steps")
-        shares(self, "ema_decay")
-        not_negative(self, "learning_rate", "min_learning_rate", "weight_decay",
-                     "grad_clip", "muon_learning_rate", "codebook_rate",
+        learns(self)
+        sizes(self, "generator_batch_size")
+        at_least_one(self, "base_steps", "grow_steps", "finetune_steps", "generator_steps")
+        not_negative(self, "learning_rate", "codebook_rate",
                      "generator_learning_rate", "generator_min_learning_rate",
                      "generator_weight_decay", "perceptual_weight", "adversarial_weight",
-                     "warmup_steps", "generator_warmup_steps", "reseed_every", "adversarial_start",
-                     "adversarial_warmup", "workers", "seed")
+                     "generator_warmup_steps", "reseed_every", "adversarial_start",
+                     "adversarial_warmup")
         need(not self.cuda_graph or self.accumulate == 1, "a recording's gradients cannot be added "
              "up: with --cuda_graph leave out --accumulate")
-        for name in ("beta2", "generator_beta2"):  # at 1 the average would never take anything in
-            value = getattr(self, name)
-            need(0 <= value < 1, f"{name} {value} must be 0 or above, and below 1")
-        need(self.seed < 2 ** 32, f"seed {self.seed} must be below {2 ** 32}")
         need(0 <= self.continuous_steps < self.base_steps,
              f"continuous_steps {self.continuous_steps} must leave quantized steps in base_steps "
              f"{self.base_steps}")
@@ -301,7 +298,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     def add(flag: str, text: str) -> None:
         kind = SAMPLING_TYPES[flag.removeprefix("--")]
         to.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
-    add("--cfg_scale", "guidance: 0 unconditional, 1 plain, above 1 guided (default: 2)")
+    add("--cfg_scale", "guidance: 0 unconditional, 1 plain, above 1 guided (default: 2; "
+        "1 after --label_dropout 0)")
     add("--temperature", "of the tokens' distribution; 0 takes the likeliest (default: 1)")
     add("--top_k", "ar: draw from the k likeliest tokens; 0: off (default: 0)")
     add("--top_p", "ar: draw from the likeliest tokens that reach this probability; 1: off "

@@ -47,12 +47,13 @@ from evaluation.judging import (
 from evaluation.measures import SSIM_WINDOW, frechet_distance
 from evaluation.report import headline, phases_table, run_summary, table
 from evaluation.tinycnn import CUT, images_of_judge, is_to_be_trained, train_judge
-from generator import GENERATORS, Generator
+from generator import GENERATORS, Generator, need_guidance
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
 from plumbing.archives import note
 from plumbing.datasets import ImageSet, open_images, tell_seen
 from plumbing.flags import DEVICES, Parser, UserError, need, number
+from plumbing.outputs import JSON, NPZ, need_places
 from plumbing.processes import Processes, need_room, provenance
 from plumbing.run import OpenRun, open_run
 from plumbing.samples import unfinished_maker
@@ -221,12 +222,10 @@ def open_given(args, procs: Processes) -> Given:
 def output_places(args) -> str | None:
     """Where the results go, if anywhere. Raises UserError unless that can be written: now."""
     path = args.json
-    if path:
-        folder = os.path.dirname(path) or "."
-        need(os.path.isdir(folder), f"--json {path}: there is no folder {folder}; make it first")
-        need(not os.path.isdir(path), f"--json {path} is a folder; give the name of a file")
-        need_room(folder)
-    elif args.run and not args.images:
+    need_places({"--json": (path, JSON), "--save_stats": (args.save_stats, NPZ)},
+                reads={"--images": args.images, "--data": args.data, "--judge": args.judge,
+                       "--reference": args.reference, "--inception": args.inception})
+    if not path and args.run and not args.images:
         path = os.path.join(args.run, "summary.json")
     if args.run and os.path.isdir(args.run) and (args.train_features or not args.json):
         need_room(args.run)
@@ -323,7 +322,11 @@ def image_sources(args, given: Given, originals: ImageSource | None, how: Batchi
     for kind in kinds:
         model = Generator.of_run(args.run, kind, given.tokenizer, procs.device)
         options = sampling_options(args, model.options)
+        if args.cfg_scale is None:
+            options["cfg_scale"] = model.default_cfg_scale
         for swept in combinations(args.sweep, model.options):
+            scale = swept.get("cfg_scale", options["cfg_scale"])
+            need_guidance(scale, model.cfg.label_dropout)
             source = generated(kind, model, given.tokenizer, args.num_samples, options, swept, how,
                                procs.device)
             parts = filter(None, (given.tokenizer.unfinished, model.unfinished))

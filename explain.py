@@ -38,8 +38,8 @@ from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import to_float, to_uint8
 from plumbing.page import Page
 from plumbing.plot import COLORS, Curve, log_curves, svg
-from plumbing.processes import Processes, launched
-from plumbing.run import OpenRun, held_out, open_run
+from plumbing.processes import Processes, need_one_process
+from plumbing.run import OpenRun, held_out, need_same_held_out, open_run
 from quantizer import usage
 
 
@@ -212,15 +212,16 @@ def first_labels(model: NativeTok, classes: list[str]) -> tuple[Tensor, str]:
     return labels, ", ".join(classes[:len(labels)])
 
 
-AR = """Classes {names}, guidance 2: what the decoder makes of the first {ks} tokens, each drawn
-after those before it."""
+AR = """Classes {names}, guidance {scale:g}: what the decoder makes of the first {ks} tokens, each
+drawn after those before it."""
 
 
 def ar_growing(page: Page, model: NativeTok, ar: Generator) -> None:
     ks, (labels, names) = doubling(model.num_tokens), first_labels(model, ar.classes)
-    ids = ar.sample(labels, cfg_scale=2.0, generator=torch.Generator().manual_seed(0))
+    scale, noise = ar.default_cfg_scale, torch.Generator().manual_seed(0)
+    ids = ar.sample(labels, cfg_scale=scale, generator=noise)
     rows = list(torch.stack([decode(model, ids[:, :k]) for k in ks], dim=1))
-    caption = AR.format(names=names, ks=", ".join(map(str, ks)))
+    caption = AR.format(names=names, scale=scale, ks=", ".join(map(str, ks)))
     page.grid("ar", "An AR sample, token by token", caption, rows)
 
 
@@ -232,8 +233,8 @@ it is still masked: a decoder cannot show a token that has not been chosen."""
 def maskgit_steps(page: Page, model: NativeTok, maskgit: Generator) -> None:
     """Tokens still masked are shown as black squares in a strip under the picture."""
     trace, (labels, names) = [], first_labels(model, maskgit.classes)
-    final = maskgit.sample(labels, cfg_scale=2.0, generator=torch.Generator().manual_seed(0),
-                           trace=trace)
+    final = maskgit.sample(labels, cfg_scale=maskgit.default_cfg_scale, trace=trace,
+                           generator=torch.Generator().manual_seed(0))
     rows, size = [], model.cfg.image_size
     for i in range(len(labels)):
         cells = []
@@ -334,7 +335,7 @@ def bits_of(model: NativeTok, ar: Generator, ids: Tensor, labels: Tensor) -> tup
 
 
 def main(args) -> None:
-    need(launched() == (0, 1), "explain.py works in one process; start it without torchrun")
+    need_one_process("explain.py")
     device = Processes(args.device).device
     # All that can be refused is refused before the first picture.
     run, model, generators = opened(args.run, device)
@@ -344,8 +345,7 @@ def main(args) -> None:
          "more pictures, of which a tenth is held out, or give train.py --val_data")
     if args.against:
         other, other_model, other_generators = opened(args.against, device)
-        need(other.val.fingerprint == val.fingerprint, f"{args.against} holds out other images "
-             f"than {args.run}; train both on the same data")
+        need_same_held_out(run, other)
         need("ar" in other_generators, f"{args.against} has no ar generator, whose bits are to be "
              "compared; train it, or leave --against out")
     name = os.path.basename(os.path.abspath(args.run))
@@ -376,7 +376,8 @@ def main(args) -> None:
     measured = []
     if "ar" in generators:
         ar_growing(page, model, generators["ar"])
-        guidance(page, model, generators["ar"])
+        if generators["ar"].cfg.label_dropout:  # else only one scale was learned
+            guidance(page, model, generators["ar"])
         if labelled:
             measured.append(bits_of(model, generators["ar"], ids, labels))
     if "maskgit" in generators:

@@ -36,6 +36,7 @@ from config import GeneratorConfig
 from layers import KVCache, LlamaBlock, RMSNorm, eval_mode, rotary_table
 from plumbing import checkpoint
 from plumbing.flags import build, need
+from plumbing.given import need_generator, need_labels, need_number
 from plumbing.run import unfinished
 
 # ------------------------------------------------------------------------------------------------
@@ -44,6 +45,18 @@ from plumbing.run import unfinished
 def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance on logits: scale 0 unconditional, 1 plain, above 1 guided."""
     return uncond + scale * (cond - uncond)
+
+
+def need_guidance(scale: float, label_dropout: float) -> None:
+    """Raise UserError for a scale that reads what nobody has learned."""
+    # TRAP: with the row "no class" as it was drawn at the start, guidance runs and adds noise.
+    need(scale == 1 or label_dropout > 0, f"cfg_scale {scale:g} reads the row of no class, which "
+         "label_dropout 0 has never trained; use cfg_scale 1, or train with --label_dropout 0.1")
+
+
+def default_guidance(label_dropout: float) -> float:
+    """2 [ours], and 1 where the row of no class was not learned."""
+    return 2.0 if label_dropout > 0 else 1.0
 
 
 def gumbel(shape, generator: torch.Generator | None, device) -> Tensor:
@@ -169,11 +182,17 @@ class Generator(nn.Module):
         hidden = torch.rand(labels.shape, device=labels.device) < self.cfg.label_dropout
         return labels.masked_fill(hidden, self.num_classes)
 
-    def check(self, labels: Tensor) -> None:
-        # TRAP: label C would run, as "no class"; so only 0..C-1 may come in from outside.
-        C = self.num_classes
-        for c in labels.tolist():
-            need(0 <= c < C, f"class {c} is unknown; give one from 0 to {C - 1}")
+    def check(self, labels: Tensor, generator, **settings: float) -> None:
+        """Raise UserError for what sample() cannot work with."""
+        need_labels(labels, self.num_classes, self.position)
+        need_generator(generator)
+        for name, value in settings.items():
+            need_number(name, value, whole=name in ("top_k", "steps"))
+
+    @property
+    def default_cfg_scale(self) -> float:
+        """What programs guide with where nothing else is asked for."""
+        return default_guidance(self.cfg.label_dropout)
 
     @staticmethod
     def load(path) -> "ARGenerator | MaskGITGenerator":
@@ -229,7 +248,9 @@ class ARGenerator(Generator):
         every token: slow, and the reading to compare with. Raises UserError for an unknown class
         or a setting out of range.
         """
-        self.check(labels)
+        self.check(labels, generator, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k,
+                   top_p=top_p)
+        labels = labels.long()
         ids, newest = self.begin(labels, cfg_scale)
         with eval_mode(self):
             for _ in range(self.num_tokens):
@@ -332,8 +353,10 @@ class MaskGITGenerator(Generator):
         The same generator state repeats the same ids. Raises UserError for an unknown class or a
         setting out of range.
         """
-        self.check(labels)
         steps = self.default_steps if steps is None else steps
+        self.check(labels, generator, steps=steps, cfg_scale=cfg_scale, temperature=temperature,
+                   randomize_temperature=randomize_temperature)
+        labels = labels.long()
         ids = labels.new_full((len(labels), self.num_tokens), self.mask_id)  # (B, L)
         with eval_mode(self):
             for step, still_masked in enumerate(mask_schedule(self.num_tokens, steps), start=1):

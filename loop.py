@@ -67,8 +67,10 @@ def new_optimizer(model: nn.Module, kind: str, weight_decay: float, beta2: float
 def learning_rate(step: int, steps: int, peak: float, end: float, warmup: int) -> float:
     """Linear up to the peak, then half a cosine down to the end.
 
-    The warm-up takes a tenth of the phase at most, or a short phase would be nothing else.
+    The warm-up takes a tenth of the phase at most, or a short phase would be nothing else. An end
+    above the peak follows it: who lowers the peak, or freezes with 0, wants no rate above it.
     """
+    end = min(end, peak)
     warmup = min(warmup, max(1, steps // 10))
     if step < warmup:
         return peak * (step + 1) / warmup

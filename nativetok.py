@@ -23,6 +23,7 @@ from mit import MIT
 from mocet import MoCET
 from plumbing import checkpoint
 from plumbing.flags import build, need
+from plumbing.given import described, need_ids, need_images, need_whole_numbers
 from plumbing.images import to_uint8
 from plumbing.run import need_parts, unfinished
 from quantizer import VectorQuantizer
@@ -84,16 +85,16 @@ class NativeTok(nn.Module):
         force   {position from 0: ids (B,)}, an intervention: these tokens are said, whatever the
                 image is. Later experts read them and answer; a baseline's tokens come all at
                 once, so only the forced ones change.
-        Raises UserError for images of another size, and for a position or an id that is not there.
+        Raises UserError for what are no images of this size from -1 to 1, and for a position or an
+        id that is not there.
         """
-        size, K, force = self.cfg.image_size, self.cfg.codebook_size, force or {}
-        # TRAP: larger images would give more patches than there are positions, and an error far
-        # from here; patches of the same number in another shape would even run.
-        need(images.shape[1:] == (3, size, size),
-             f"images are {tuple(images.shape)}, this tokenizer takes (B, 3, {size}, {size})")
-        # TRAP: of nan the nearest code is number 0, and nobody would see it in the ids.
-        need(images.isfinite().all(), "images to encode are not finite (nan or inf)")
+        K, force, here = self.cfg.codebook_size, force or {}, self.quantizer.codebook
+        need_images(images, self.cfg.image_size, here)
         for i, said in force.items():
+            takes = f"ids ({len(images)},), one for each image, from 0 to {K - 1}"
+            need_whole_numbers(f"ids to force at position {i}", said, here, takes)
+            need(said.shape == (len(images),), f"ids to force at position {i} are "
+                 f"{described(said)}; give {takes}")
             need(0 <= i < self.num_tokens and bool(((0 <= said) & (said < K)).all()),
                  f"cannot force position {i}: positions are 0 to {self.num_tokens - 1}, "
                  f"ids 0 to {K - 1}")
@@ -104,11 +105,13 @@ class NativeTok(nn.Module):
         return ids
 
     def decode(self, ids: Tensor) -> Tensor:
-        """ids (B, k), any k from 1 to L -> images (B, 3, H, W). Raises UserError for another k."""
-        k, L = ids.shape[1], self.num_tokens
-        need(1 <= k <= L, f"{k} tokens cannot be decoded, only 1 to {L}")
+        """ids (B, k), any k from 1 to L -> images (B, 3, H, W).
+
+        Raises UserError for another k, and for what are no ids of this tokenizer.
+        """
+        need_ids(ids, self.num_tokens, self.cfg.codebook_size, self.quantizer.codebook)
         with eval_mode(self):
-            images = self.decoder(self.quantizer.lookup(ids)).float()
+            images = self.decoder(self.quantizer.lookup(ids.long())).float()
         need(images.isfinite().all(), "decoded images are not finite (nan or inf); are the "
              "tokenizer's weights those of a training that diverged?")
         return images

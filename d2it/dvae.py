@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from d2it.grain import entropy, grain_map, grained_noise, merge, per_code, spread, threshold
-from d2it.presets import DVAEConfig, load_preset
+from d2it.presets import DVAEConfig, load_preset, norm_groups
 from layers import count_parameters
 from plumbing import checkpoint
 from plumbing.flags import as_dict, build, need
+from plumbing.given import described, need_here, need_map, need_pixels
 from plumbing.images import to_float
 from plumbing.run import unfinished
 
@@ -37,7 +38,7 @@ class Codes(NamedTuple):
 # parts
 
 def norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, width // 4), width)
+    return nn.GroupNorm(norm_groups(width), width)
 
 
 class ResBlock(nn.Module):
@@ -144,9 +145,8 @@ class DVAE(nn.Module):
 
     def grain_of(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) -> bool (B, n, n). Raises UserError for images of another size."""
-        cfg, size = self.cfg, self.cfg.image_size
-        need(pixels.shape[1:] == (size, size, 3),
-             f"images are {tuple(pixels.shape)}, this DVAE takes (B, {size}, {size}, 3)")
+        cfg = self.cfg
+        need_pixels(pixels, cfg.image_size, self.limit)
         if self.own_maps is not None:
             return self.own_maps(pixels)
         return grain_map(pixels, cfg.cell_size, self.limit.item(), cfg.grain_policy, self.places)
@@ -193,8 +193,23 @@ class DVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Codes) -> Tensor:
-        """-> images (B, 3, H, W). No clipping of z: a latent has no range that it could leave."""
-        return self.decoder(self.standardised(*codes, back=True)).float()
+        """-> images (B, 3, H, W). No clipping of z: a latent has no range that it could leave.
+
+        Raises UserError for what are no codes of this DVAE, and for images that are not finite.
+        """
+        need(isinstance(codes, tuple) and len(codes) == 2, f"codes are {described(codes)}; give "
+             "Codes(z, grain), as encode() and D2iT.sample() make them")
+        z, grain = codes
+        side, C = self.cfg.side, self.cfg.code_dim
+        takes = f"z (B, {C}, {2 * side}, {2 * side}), floats"
+        need_here("codes", z, self.limit, takes)
+        need(z.ndim == 4 and len(z) and z.shape[1:] == (C, 2 * side, 2 * side)
+             and z.is_floating_point(), f"codes are {described(z)}; give {takes}")
+        need_map(grain, len(z), side, self.limit)
+        images = self.decoder(self.standardised(z, grain, back=True)).float()
+        need(images.isfinite().all(), "decoded images are not finite (nan or inf); are the "
+             "weights those of a training that diverged?")
+        return images
 
     @torch.no_grad()
     def measure(self, batches) -> None:
@@ -216,7 +231,8 @@ class DVAE(nn.Module):
         std = (square / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
         self.latent_mean.copy_(mean)
         # A grain that never occurs, as in the controls "coarse" and "fine", keeps 1.
-        self.latent_std.copy_(torch.where(count > 0, std, 1.0))
+        # So does a number that is the same in all codes: nothing can be divided by a spread of 0.
+        self.latent_std.copy_(torch.where((count > 0) & (std > 1e-6), std, 1.0))
 
     @staticmethod
     def load(path: str) -> "DVAE":

@@ -26,8 +26,9 @@ from experiments import bench_rows as rows
 from experiments import bench_sampling as sampling
 from experiments.timing import Bench
 from plumbing import checkpoint
-from plumbing.flags import DEVICES, Parser, choose, need
-from plumbing.processes import provenance
+from plumbing.flags import DEVICES, Parser, choose, number
+from plumbing.outputs import JSON, need_places
+from plumbing.processes import need_one_process, provenance
 
 # name: (function, what it compares)
 ROWS = {
@@ -74,8 +75,9 @@ def parse(argv=None) -> argparse.Namespace:
     parser = Parser(prog="bench.py", description=__doc__, epilog=f"Rows: {names}")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW",
                         help="only these rows")
-    parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: 3)")
-    parser.add_argument("--threads", type=int, default=0,
+    parser.add_argument("--repeats", type=number(int, 1), default=3,
+                        help="of each measurement (default: 3)")
+    parser.add_argument("--threads", type=number(int, 0, 4096), default=0,
                         help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", choices=DEVICES, default="auto",
                         help="where to compute")
@@ -85,12 +87,13 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in args.rows:
         choose("row", name, ROWS)
-    need(args.repeats >= 1, "repeats must be at least 1")
+    need_places({"--json": (args.json, JSON)})
     return args
 
 
 def main(argv=None) -> None:
     args = parse(argv)
+    need_one_process("experiments.bench")
     bench = Bench(args)
     if args.child:
         print(json.dumps(rows.training_step(args.child, bench.device)))

@@ -31,8 +31,9 @@ from loop import LossOf, frozen_copy, new_optimizer, update_ema
 from losses import reconstruction
 from nativetok import NativeTok, sample_batch
 from plumbing import checkpoint
-from plumbing.flags import DEVICES, Parser, choose, need
-from plumbing.processes import Processes, provenance
+from plumbing.flags import DEVICES, Parser, choose, number
+from plumbing.outputs import JSON, need_places
+from plumbing.processes import Processes, need_one_process, provenance
 
 CLASSES = 1000
 WAYS = {"eager": False, "graph": True}  # -> cuda_graph
@@ -44,8 +45,9 @@ def parse(argv=None):
     add("--preset", default="imagenet-128", help="whose sizes (default: imagenet-128)")
     add("--phases", nargs="+", metavar="PHASE", help="only these (default: all of training, and "
         "sample-ar, sample-maskgit)")
-    add("--batch_size", type=int, default=32, help="of a step (default: 32)")
-    add("--repeats", type=int, default=5, help="steps that are timed, after 3 (default: 5)")
+    add("--batch_size", type=number(int, 1), default=32, help="of a step (default: 32)")
+    add("--repeats", type=number(int, 1), default=5,
+        help="steps that are timed, after 3 (default: 5)")
     add("--ways", nargs="+", default=["eager", "graph"], metavar="WAY",
         help=f"{', '.join(WAYS)} (default: eager graph); samples know the first two only")
     add("--device", choices=DEVICES, default="auto", help="where to compute")
@@ -59,7 +61,7 @@ def parse(argv=None):
         choose("phase", name, known)
     for way in args.ways:
         choose("way", way, WAYS)
-    need(args.batch_size >= 1 and args.repeats >= 1, "batch_size and repeats must be at least 1")
+    need_places({"--json": (args.json, JSON)})
     return args
 
 
@@ -187,6 +189,7 @@ def table(made: dict) -> str:
 
 def main(argv=None) -> None:
     args = parse(argv)
+    need_one_process("experiments.gpu")
     procs = Processes(args.device)
     words = sys.argv[1:] if argv is None else argv
     made = {**provenance(shlex.join(["python", "-m", "experiments.gpu", *words]), procs.device),

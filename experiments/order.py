@@ -79,8 +79,9 @@ from nativetok import NativeTok, as_it_is, doubling
 from plumbing import checkpoint
 from plumbing.batches import eval_batches
 from plumbing.datasets import ImageSet, train_and_val
-from plumbing.flags import DEVICES, Parser, as_flags, build, choose, need
+from plumbing.flags import DEVICES, Parser, as_flags, build, choose, need, need_seed
 from plumbing.images import to_float, to_uint8
+from plumbing.outputs import need_places
 from plumbing.processes import Processes, provenance
 from plumbing.tokens import cache_tokens
 from quantizer import usage
@@ -554,7 +555,8 @@ def parse(argv=None) -> argparse.Namespace:
             setattr(args, number, getattr(plan, number))
         need(getattr(args, number) >= least,
              f"{number} {getattr(args, number)} must be at least {least}")
-    need(min(args.seeds) >= 0, f"seeds {min(args.seeds)} is negative; give 0 or more")
+    for seed in args.seeds:
+        need_seed(seed, "seeds")
     for arm in args.arms:
         choose("arm", arm, ARMS)
     need(args.preset != "cifar" or args.data != "shapes" or args.table,
@@ -571,7 +573,7 @@ def main(args) -> None:
         data, val = train_and_val(args.data, args.val_data, 0, 0)
         need(val.classes == data.classes and len(data.classes) > 1,
              f"{args.data} and {args.val_data} need the same classes, two or more")
-        os.makedirs(os.path.join(args.out, "runs"), exist_ok=True)
+        need_places(folders={"--out": os.path.join(args.out, "runs")})
         for seed in args.seeds:  # a whole table first, then its spread
             for arm in args.arms:
                 make_result(arm, seed, args, procs, data, val)

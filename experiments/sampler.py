@@ -25,9 +25,10 @@ from experiments.bench_sampling import generator_of, zeros
 from experiments.timing import Bench, Operations
 from generator import ARGenerator
 from plumbing import checkpoint
-from plumbing.flags import DEVICES, Parser, need
+from plumbing.flags import DEVICES, Parser, need, number
+from plumbing.outputs import JSON, SVG, need_places
 from plumbing.plot import COLORS
-from plumbing.processes import provenance
+from plumbing.processes import need_one_process, provenance
 
 # kind: words in the names of its operations; the first that fits counts
 KINDS = {
@@ -102,8 +103,9 @@ def drawing(now: dict, before: dict | None) -> str:
 
 def parse(argv=None) -> argparse.Namespace:
     parser = Parser(prog="sampler.py", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: 3)")
-    parser.add_argument("--threads", type=int, default=0,
+    parser.add_argument("--repeats", type=number(int, 1), default=3,
+                        help="of each measurement (default: 3)")
+    parser.add_argument("--threads", type=number(int, 0, 4096), default=0,
                         help="CPU threads (default: torch's choice)")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     parser.add_argument("--before", metavar="FILE", help="what --json wrote at another commit")
@@ -111,12 +113,13 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--show", metavar="FILE", help="what --json wrote: measure nothing")
     parser.add_argument("--out", metavar="FILE", help="write the bars there, as SVG")
     args = parser.parse_args(argv)
-    need(args.repeats >= 1, "repeats must be at least 1")
     for flag in ("before", "show"):
         path = getattr(args, flag)
         need(not path or os.path.isfile(path), f"--{flag} {path}: no such file")
     need(not (args.show and (args.before or args.json)), "--show measures nothing; leave out "
          "--before and --json")
+    need_places({"--json": (args.json, JSON), "--out": (args.out, SVG)},
+                reads={"--before": args.before, "--show": args.show})
     return args
 
 
@@ -133,6 +136,7 @@ def measure(args, words: list[str]) -> dict:
 
 def main(argv=None) -> None:
     args = parse(argv)
+    need_one_process("experiments.sampler")
     found = checkpoint.read_json(args.show) if args.show else measure(
         args, sys.argv[1:] if argv is None else argv)
     cases = found["now"]["cases"], found["before"] and found["before"]["cases"]

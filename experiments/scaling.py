@@ -12,6 +12,7 @@ Makes    a line for each point; --json FILE: the same, with exponents; --out FIL
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
 import argparse
+import importlib.util
 import json
 import shlex
 import statistics
@@ -27,8 +28,9 @@ from experiments.bench_rows import learner, tokenizer_config, tokenizer_loss
 from experiments.timing import GIB, Bench, in_child
 from nativetok import NativeTok
 from plumbing import checkpoint
-from plumbing.flags import DEVICES, Parser, UserError
-from plumbing.processes import peak_memory, provenance, reset_peak_memory
+from plumbing.flags import DEVICES, Parser, UserError, need, number
+from plumbing.outputs import JSON, PNG, need_places
+from plumbing.processes import need_one_process, peak_memory, provenance, reset_peak_memory
 
 TOKENS, PATCHES, WIDTHS = (16, 32, 64, 128, 256), (64, 144, 256, 576, 1024), (64, 128, 256, 512)
 AXES = {  # what varies: (its values, points (tokens, patches, experts' width), what stays)
@@ -139,14 +141,19 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--out", metavar="FILE", help="draw the picture there")
     parser.add_argument("--device", choices=DEVICES, default="auto",
                         help="where to compute")
-    parser.add_argument("--threads", type=int, default=0,
+    parser.add_argument("--threads", type=number(int, 0, 4096), default=0,
                         help="CPU threads (default: torch's choice)")
     parser.add_argument("--child", type=int, nargs=3, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    need_places({"--json": (args.json, JSON), "--out": (args.out, PNG)})
+    need(not args.out or importlib.util.find_spec("matplotlib"),  # now, not after all numbers
+         "the picture takes matplotlib: pip install matplotlib, or leave out --out")
+    return args
 
 
 def main(argv=None) -> None:
     args = parse(argv)
+    need_one_process("experiments.scaling")
     bench = Bench(argparse.Namespace(repeats=1, device=args.device, threads=args.threads))
     if args.child:
         print(json.dumps(point(*args.child, bench.device)))

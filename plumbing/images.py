@@ -148,8 +148,12 @@ def orientation(data: bytes) -> int:
 # ------------------------------------------------------------------------------------------------
 # bytes to pixels
 
-def decode(data: bytes, name: str, repair: str = MEND_IMAGE) -> np.ndarray:
-    """The bytes of an image file -> uint8 (H, W, 3). Raises UserError that starts with `name`."""
+def decode(data: bytes, name: str, repair: str = MEND_IMAGE,
+           background: str = "white") -> np.ndarray:
+    """The bytes of an image file -> uint8 (H, W, 3). Raises UserError that starts with `name`.
+
+    background   the colour behind what is transparent
+    """
     # Pillow's warnings name no file: they are silenced, its errors become one line.
     with explained(name, repair), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -178,15 +182,16 @@ def decode(data: bytes, name: str, repair: str = MEND_IMAGE) -> np.ndarray:
             return np.repeat(gray[:, :, None], 3, axis=2)
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
         return np.asarray(image.convert("RGB"))
 
 
-def read_image(path: str, repair: str = "give the path of an image file") -> np.ndarray:
+def read_image(path: str, repair: str = "give the path of an image file",
+               background: str = "white") -> np.ndarray:
     """An image file -> uint8 (H, W, 3). Raises UserError that names the file."""
     with explained(path, repair), open(path, "rb") as file:
         data = file.read()
-    return decode(data, path, repair)
+    return decode(data, path, repair, background)
 
 
 # ------------------------------------------------------------------------------------------------

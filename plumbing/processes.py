@@ -72,6 +72,12 @@ def launched() -> tuple[int, int]:
     return rank, world
 
 
+def need_one_process(program: str) -> None:
+    """Raise UserError when a launcher has started several: each would do all of it again."""
+    need(launched() == (0, 1), f"{program} works in one process, and several would each write the "
+         "same files; start it without torchrun")
+
+
 def local_gpu(world: int) -> torch.device:
     """The GPU of this process: number LOCAL_RANK among those that it sees."""
     visible, local = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "")

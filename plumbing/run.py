@@ -257,6 +257,14 @@ def open_run(folder: str, configs: tuple[type, ...], name: str = "tokenizer.pt",
     return OpenRun(folder, build(configs, values), data, val, saved)
 
 
+def need_same_held_out(run: OpenRun, other: OpenRun) -> None:
+    """Raise UserError unless both runs hold out the same images, which two measures side by side
+    ask for: what one of them has learned from, it knows better."""
+    need(other.val.fingerprint == run.val.fingerprint, f"{other.folder} holds out other images "
+         f"than {run.folder}, so it may have learned from those that are shown; train both on the "
+         "same --data and --val_data, with the same --seed and --holdout")
+
+
 def held_out(run: OpenRun, limit: int = 1000) -> tuple[Tensor, Tensor]:
     """-> some of the run's held-out images, uint8 (n, H, W, 3), and their labels (n,)."""
     indices = np.random.default_rng(0).permutation(len(run.val))[:limit]

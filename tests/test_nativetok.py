@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from config import TokenizerConfig
+from helpers import refused
 from losses import psnr
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
@@ -297,3 +298,16 @@ def test_rebuilding_from_a_read_checkpoint_equals_loading_the_file(tmp_path):
     one, two = from_checkpoint(saved, "tokenizer.pt"), NativeTok.load(tmp_path / "tokenizer.pt")
     assert one.fingerprint == two.fingerprint
     assert torch.equal(one.encode(some_images()), two.encode(some_images()))
+
+
+def test_what_python_users_hand_over_is_looked_at():
+    model, images = small().eval(), some_images(2)
+    for wrong in (images.to(torch.uint8), 255 * images, images.permute(0, 2, 3, 1), images[0],
+                  images.numpy(), list(images)):
+        refused(model.encode, wrong, names=["images", "(B, 3, 16, 16)", "to_float"])
+    ids = model.encode(images)
+    for wrong in (ids.float(), ids + 1000, ids - 1000, ids[0], ids.tolist(), ids.numpy(), ids[:0]):
+        refused(model.decode, wrong, names=["0 to"])
+    for wrong in (3, ids[:, 0].float(), ids[:1, 0], ids):
+        refused(model.encode, images, {0: wrong}, names=["position 0"])
+    assert torch.equal(model.decode(ids.int()), model.decode(ids))

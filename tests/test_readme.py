@@ -363,3 +363,40 @@ def test_try_lines_run(file, tmp_path):
     named, flags = program_and_flags(tries()[file])
     assert named == file, "a Try line starts its own file"
     start(file, flags, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# torchrun, which takes our flags for its own without a --
+
+def torchrun_lines() -> dict[str, str]:
+    """{command: where it stands}, of all pages and docstrings; a backslash goes on."""
+    found = {}
+    for path in [*ROOT.rglob("*.md"), *ROOT.glob("*.py"), *ROOT.glob("d2it/*.py")]:
+        text = path.read_text(encoding="utf-8").replace("\\\\\n", " ").replace("\\\n", " ")
+        for line in re.findall(r"torchrun (--[^`\n]*)", text):
+            line = re.split(r"\s{2,}\(", line)[0].replace("...", "--run runs/x").strip(" .")
+            if re.search(r"\.py|-m ", line):
+                found[line] = str(path.relative_to(ROOT))
+    return found
+
+
+def program_of(line: str) -> list[str]:
+    """What torchrun would start, by its own reading of the command line."""
+    from torch.distributed.run import get_args_parser
+    args = get_args_parser().parse_args(shlex.split(line))
+    return [*["-m"] * args.module, args.training_script, *args.training_script_args]
+
+
+@pytest.mark.parametrize("line", torchrun_lines())
+def test_torchrun_leaves_our_flags_to_our_program(line, capsys):
+    words = [word for word in program_of(line) if word != "--"]
+    if words[0] == "-m":
+        assert (ROOT / (words[1].replace(".", "/") + ".py")).exists() and "--run" in words[2:]
+    else:
+        assert (ROOT / words[0]).exists() and len(words) > 1
+
+
+def test_a_torchrun_line_without_its_dashes_would_be_noticed(capsys):
+    assert {"d2it/README.md", "d2it/train.py", "train.py"} <= set(torchrun_lines().values())
+    with pytest.raises(SystemExit):
+        program_of("--nproc_per_node=8 -m d2it.train --data DIR --run runs/mine")

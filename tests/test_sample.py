@@ -290,7 +290,7 @@ def test_reconstruction_needs_no_generator(run, tmp_path, photos):
     (["--reconstruct", "x.png", "--top_k", 3], ["--top_k is for samples"]),
     (["--reconstruct", "x.png", "--generator", "ar"], ["--generator"]),
     (["--reconstruct", "x.png", "--npz", "x.npz"], ["one of them"]),
-    (["--npz", ""], ["name of a file"]),
+    (["--npz", ""], ["--npz is empty"]),
     (["--npz", "."], ["name of a file"]),
     (["--class", "cat"], ["--class"]),
     (["--classes", "cta"], ["'cta' is unknown", "did you mean 'cat'"]),
