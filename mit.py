@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from config import TokenizerConfig
-from layers import ViTBlock, count_parameters, init_vit, patchify, sincos_2d
+from layers import ViTBlock, as_weights, count_parameters, init_vit, patchify, sincos_2d
 
 
 class MIT(nn.Module):
@@ -36,7 +36,8 @@ class MIT(nn.Module):
         self.apply(init_vit)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.embed(patchify(images, self.patch_size)) + self.pos  # (B, N, D)
+        patches = patchify(as_weights(images, self.pos), self.patch_size)
+        x = self.embed(patches) + self.pos  # (B, N, D)
         for block in self.blocks:
             x = block(x)
         return self.dimension_switcher(self.norm(x))  # (B, N, E)

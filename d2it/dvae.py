@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from d2it.grain import entropy, grain_map, grained_noise, merge, per_code, spread, threshold
 from d2it.presets import DVAEConfig, load_preset
-from layers import count_parameters
+from layers import ExactBuffers, as_weights, at_least_float32, count_parameters
 from plumbing import checkpoint
 from plumbing.flags import as_dict, build, need
 from plumbing.images import to_float
@@ -78,6 +78,7 @@ class Encoder(nn.Module):
         self.coarse = nn.Sequential(ResBlock(full, full), head(full, outputs))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        images = as_weights(images, self.trunk[0][0].weight)
         x = self.trunk(images)                                # (B, width, 2n, 2n)
         return self.fine(x), self.coarse(self.last(x))
 
@@ -100,7 +101,7 @@ class Decoder(nn.Module):
         self.body = nn.Sequential(*layers, head(inputs, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)                                     # (B, widest, 2n, 2n)
+        x = self.enter(as_weights(x, self.corner))            # (B, widest, 2n, 2n)
         n = x.shape[-1] // 2
         return self.body(x + self.corner.repeat(1, 1, n, n))
 
@@ -108,10 +109,11 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # the whole
 
-class DVAE(nn.Module):
+class DVAE(ExactBuffers):
     """Keeps what belongs to its codes: the threshold of its maps, the statistics of its latents.
 
-    They are buffers, so they are saved, loaded and fingerprinted with the weights.
+    They are buffers, so they are saved, loaded and fingerprinted with the weights. They keep their
+    type: the maps are the same when the weights are bfloat16.
     TRAP: the averaged copy of the weights has buffers of its own; set them in both (train.py).
 
     own_maps   pixels -> grain, in place of the policy's: maps that an experiment hands in
@@ -154,7 +156,7 @@ class DVAE(nn.Module):
     def moments(self, images: Tensor, grain: Tensor) -> tuple[Tensor, Tensor]:
         """-> mean, logvar (B, C, 2n, 2n), each cell from the head of its grain."""
         fine, coarse = self.encoder(images)
-        mean, logvar = merge(fine, coarse, grain).float().chunk(2, dim=1)
+        mean, logvar = at_least_float32(merge(fine, coarse, grain)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)                    # [LDM]
 
     @staticmethod

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from layers import as_weights
 from loop import learning_rate, new_optimizer
 from plumbing import checkpoint
 from plumbing.batches import ImageStream, eval_batches
@@ -42,7 +43,7 @@ class TinyCNN(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.shape[-2:] != (32, 32):
             images = F.interpolate(images, size=(32, 32), mode="bilinear", antialias=True)
-        features = self.body(images)                                          # (B, 128)
+        features = self.body(as_weights(images, self.head.weight))            # (B, 128)
         return self.head(features), features
 
 
