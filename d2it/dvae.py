@@ -13,6 +13,7 @@ Differs  - the decoder never sees the map; it has a learned vector for each corn
          - no attention in trunk and decoder, which DQ-VAE has [ours]
 Try      python -m d2it.dvae      (CPU, two seconds)
 """
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -197,7 +198,7 @@ class DVAE(ExactBuffers):
         return self.decoder(self.standardised(*codes, back=True)).float()
 
     @torch.no_grad()
-    def measure(self, batches) -> None:
+    def measure(self, batches: Iterable[Tensor]) -> None:
         """Batches of uint8 (B, H, W, 3) -> mean and std of their codes, kept for standardised()."""
         count = self.limit.new_zeros(2, 1)
         total, square = self.limit.new_zeros(2, 2, self.cfg.code_dim)
