@@ -117,10 +117,9 @@ def model(kind: str, case: Case):
 
 
 def expert(c: Case, form: str = "query"):
-    """-> MoCET, its first group, its first expert and that one's first layer."""
+    """-> MoCET, its first expert and that one's first layer."""
     net = model(form, c)
-    first = net.groups[0].expert(0, net.groups[0])
-    return net, net.groups[0], first, first.layers[0]
+    return net, net.experts[0], net.experts[0].layers[0]
 
 
 def copied(net: nn.Module) -> nn.Module:
@@ -130,13 +129,6 @@ def copied(net: nn.Module) -> nn.Module:
     other._parameters = {k: nn.Parameter(v.detach().clone()) for k, v in net._parameters.items()}
     other._buffers = {k: v.clone() for k, v in net._buffers.items()}
     return other
-
-
-def trace(call, *arguments):
-    """What record_attention appends to its first argument."""
-    seen = []
-    call(seen, *arguments)
-    return seen
 
 
 def draw():
@@ -160,20 +152,18 @@ def attended(c):
 
 
 def newest_row(c):
-    def call(x, angles, t):
+    def call(x, angles):
         block = model("llama", c)
         cache = layers.KVCache(c.B, HEADS, c.T, D // HEADS, x)
-        return block.newest(x, angles, cache, t, c.T)
-    t = torch.tensor([c.T - 1])
-    return call, c.x(c.B, D), layers.rotary_table(c.T, D // HEADS)[t], t
+        return block.newest(x, angles, cache, c.T - 1)
+    return call, c.x(c.B, D), layers.rotary_table(c.T, D // HEADS)[-1:]
 
 
 def kept_rows(c):
-    def call(q, k, v, t):
+    def call(q, k, v):
         cache = layers.KVCache(c.B, HEADS, c.T, D // HEADS, q)
-        return cache.attend(q, k, v, t, c.T), cache.k, cache.v
-    parts = [c.x(c.B, HEADS, D // HEADS, seed=seed) for seed in range(3)]
-    return call, *parts, torch.tensor([c.T - 1])
+        return cache.attend(q, k, v, c.T - 1), cache.k, cache.v
+    return call, *(c.x(c.B, HEADS, D // HEADS, seed=seed) for seed in range(3))
 
 
 def mocet_forward(c, name: str = "forward"):
@@ -182,17 +172,23 @@ def mocet_forward(c, name: str = "forward"):
     return call, c.x(c.B, c.T, D)
 
 
-def one_expert(c):
-    def call(cx, rows, codes):
-        net, group, first, _ = expert(c)
-        known = net.first_scores(group, cx)[0]
-        return net.one_expert(first, known, cx, rows, model("codes", c), codes, None)
-    return call, c.x(c.B, c.T, D), c.x(c.B, c.T, D, seed=1), model("codes", c).codes().detach()
+def attend(c):
+    def call(asking, rows):
+        seen = []
+        return expert(c)[2].attend(asking, rows, HEADS, seen), seen
+    return call, c.x(c.B, 2, D), c.x(c.B, c.T, D, seed=1)
+
+
+def joined(c):
+    """Of one expert: z_q_i, id_i, z_i, and the rows that the next one would read."""
+    def call(z_q, ids, z, rows):
+        return mocet.MoCET.joined([(z_q, ids, z)], rows, model("codes", c))
+    return call, c.x(c.B, d), c.ids(K, c.B), c.x(c.B, d).float(), c.x(c.B, c.T, D)
 
 
 def fast_layer(c):
     def call(h, cx, prior):
-        return mocet.query_layer_fast(expert(c)[3], h, cx, prior, HEADS)
+        return mocet.query_layer_fast(expert(c)[2], h, cx, prior, HEADS)
     return call, c.x(c.B, D), c.x(c.B, c.T, D, seed=1), c.x(c.B, c.T, D, seed=2)
 
 
@@ -296,12 +292,6 @@ def moved_anchors(c):
     return call, c.x(c.B, 1, 2, 2), c.x(c.B, 1, 2, 2, seed=1)
 
 
-def detailed(c):
-    def call(images, kept):
-        return model("nativetok", c).detail(images, kept)
-    return call, c.images().float(), c.ids(c.T, c.B) + 1
-
-
 def sampled_pictures(c):
     def call(labels):
         return sample_batch(model("ar", c), model("nativetok", c), labels, {}, 0, 0)
@@ -347,21 +337,17 @@ TABLE = {
     "mit.MIT.forward": lambda c: (model("mit", c), c.images()),
     "mocet.norm": lambda c: (mocet.norm, c.x(c.B, c.T, D)),
     "mocet.split_heads": lambda c: (lambda x: mocet.split_heads(x, HEADS), c.x(c.B, c.T, D)),
-    "mocet.block_layer": lambda c: (
-        lambda x: mocet.block_layer(expert(c, "block")[3], x, HEADS), c.x(c.B, c.T, D)),
-    "mocet.query_layer": lambda c: (
-        lambda h, rows: mocet.query_layer(expert(c)[3], h, rows, HEADS),
-        c.x(c.B, D), c.x(c.B, c.T, D, seed=1)),
-    "mocet.mlp": lambda c: (lambda x: mocet.mlp(expert(c)[3], x), c.x(c.B, c.T, D)),
-    "mocet.record_attention": lambda c: (
-        lambda q, k: trace(mocet.record_attention, q, k), *two(c, c.B, HEADS, c.T, D // HEADS)),
+    "mocet.Layer.attend": attend,
+    "mocet.Layer.mlp": lambda c: (expert(c)[2].mlp, c.x(c.B, c.T, D)),
+    "mocet.Expert.forward": lambda c: (expert(c)[1], c.x(c.B, c.T, D)),
+    "mocet.BlockExpert.forward": lambda c: (expert(c, "block")[1], c.x(c.B, c.T, D)),
     "mocet.MoCET.forward_loop": lambda c: mocet_forward(c, "forward_loop"),
     "mocet.MoCET.forward": mocet_forward,
     "mocet.MoCET.as_prior": lambda c: (
-        lambda z: expert(c)[0].as_prior(z, expert(c)[2]), c.x(c.B, d)),
-    "mocet.MoCET.one_expert": one_expert,
-    "mocet.MoCET.first_scores": lambda c: (
-        lambda cx: expert(c)[0].first_scores(expert(c)[1], cx), c.x(c.B, c.T, D)),
+        lambda z: expert(c)[0].as_prior(z, expert(c)[1]), c.x(c.B, d)),
+    "mocet.MoCET.joined": joined,
+    "mocet.first_scores": lambda c: (
+        lambda cx: mocet.first_scores([*model("query", c).experts], cx), c.x(c.B, c.T, D)),
     "mocet.query_in_context_space": lambda c: (
         lambda *x: mocet.query_in_context_space(*x, HEADS),
         *two(c, c.B, D, D), c.x(c.B, D, seed=2)),
@@ -382,12 +368,10 @@ TABLE = {
     "quantizer.shared_sample": lambda c: (
         lambda z: quantizer.shared_sample(z, K), c.x(c.B * c.T, d)),
     "quantizer.usage": lambda c: (lambda ids: quantizer.usage(ids, K), c.ids(K, c.B, c.T)),
-    "decoder.Decoder.forward": lambda c: (
-        model("decoder", c), c.x(c.B, c.T, d), c.ids(c.T, c.B) + 1),
+    "decoder.Decoder.forward": lambda c: (model("decoder", c), c.x(c.B, c.T, d)),
     "nativetok.NativeTok.forward": lambda c: (model("nativetok", c), c.images()),
     "nativetok.NativeTok.drop_tails": lambda c: (
         model("nativetok", c).drop_tails, c.x(c.B, c.T, d)),
-    "nativetok.NativeTok.detail": detailed,
     "nativetok.NativeTok.tokenize": lambda c: (model("nativetok", c).tokenize, c.images()),
     "nativetok.NativeTok.encode": lambda c: (
         lambda images, said: model("nativetok", c).encode(images, {0: said}),
@@ -414,8 +398,6 @@ TABLE = {
     "generator.ARGenerator.begin": lambda c: (
         lambda labels: model("ar", c).begin(labels, 2)[0], c.ids(C, c.B)),
     "generator.ARGenerator.newest": newest_logits,
-    "generator.MaskGITGenerator.begin": lambda c: (
-        lambda labels: model("maskgit", c).begin(labels, 2)[0], c.ids(C, c.B)),
     "generator.MaskGITGenerator.loss": lambda c: (
         model("maskgit", c).loss, c.ids(K, c.B, c.T), c.ids(C, c.B)),
     "generator.MaskGITGenerator.sample": lambda c: (
@@ -597,4 +579,4 @@ def test_each_public_function_that_takes_a_tensor_is_in_the_table():
                             and takes_a_tensor(function)):
                         found.add(f"{file}.{name}.{method}")
     found |= {"layers.MLP.forward"}  # torch's own forward
-    assert found - {"losses.ARPrior.forward"} == set(TABLE)
+    assert found == set(TABLE)

@@ -102,7 +102,7 @@ def inception() -> FIDInceptionV3:
 # What a model answers: ids (int64), maps (bool) or numbers, one after the other.
 
 def painted(model: Decoder) -> tuple:
-    return model(some(B, 4, 4)), model(some(B, 4, 4), kept=LABELS + 1), model(some(B, 1, 4))
+    return model(some(B, 4, 4)), model(some(B, 1, 4))
 
 
 def tokens(model: NativeTok) -> tuple:
