@@ -206,7 +206,7 @@ class LeCam(ExactBuffers):
     def update(self, real_logits: Tensor, fake_logits: Tensor) -> None:
         """Move the anchors towards the mean logits of all ranks; every rank must call it."""
         means = torch.stack([real_logits.float().mean(), fake_logits.float().mean()])
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.all_reduce(means)
             means /= dist.get_world_size()
         self.real_anchor.lerp_(means[0], 1 - self.decay)
@@ -250,7 +250,7 @@ class Adversary:
         self.optimizer.zero_grad(set_to_none=True)  # judge() left the tokenizer's gradients here
         real, fake = self.net(images), self.net(recon)
         (discriminator_loss(real, fake) + 0.001 * self.lecam(real, fake)).backward()
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             for p in self.net.parameters():
                 dist.all_reduce(p.grad)
                 p.grad /= dist.get_world_size()

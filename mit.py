@@ -36,8 +36,8 @@ class MIT(nn.Module):
         self.apply(init_vit)
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = patchify(as_weights(images, self.pos), self.patch_size)
-        x = self.embed(patches) + self.pos  # (B, N, D)
+        images = as_weights(images, self.pos)
+        x = self.embed(patchify(images, self.patch_size)) + self.pos  # (B, N, D)
         for block in self.blocks:
             x = block(x)
         return self.dimension_switcher(self.norm(x))  # (B, N, E)

@@ -40,8 +40,8 @@ class TiTok(nn.Module):
 
     def forward(self, images: Tensor,
                 quantizer: VectorQuantizer) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        patches = patchify(as_weights(images, self.pos), self.patch_size)
-        patches = self.embed(patches) + self.pos  # (B, N, D)
+        images = as_weights(images, self.pos)
+        patches = self.embed(patchify(images, self.patch_size)) + self.pos  # (B, N, D)
         latents = self.latents.expand(len(images), -1, -1).to(patches.dtype)  # (B, L, D)
         x = torch.cat([patches, latents], dim=1)  # (B, N + L, D)
         for block in self.blocks:
