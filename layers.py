@@ -23,7 +23,10 @@ def as_weights(x: Tensor, weight: Tensor) -> Tensor:
     """x in the type of a weight: what a model does at its door, so that images may be float32
     whatever the model is. Under autocast x stays as it is, as torch then chooses types.
     """
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x
+    return x.to(weight.dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
