@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import GeneratorConfig
-from layers import KVCache, LlamaBlock, RMSNorm, eval_mode, rotary_table
+from layers import (
+    ExactBuffers, KVCache, LlamaBlock, RMSNorm, at_least_float32, eval_mode, rotary_table)
 from plumbing import checkpoint
 from plumbing.flags import build, need
 from plumbing.given import need_generator, need_labels, need_number
@@ -100,7 +101,7 @@ def sample_from(logits: Tensor, generator: torch.Generator | None, temperature: 
 # ------------------------------------------------------------------------------------------------
 # what both generators are made of
 
-class Generator(nn.Module):
+class Generator(ExactBuffers):
     """A LlamaGen-style transformer over [class, token, token, ...] -> logits (.., K) at every row.
 
     ARGenerator and MaskGITGenerator say which way it looks, how it learns and how it samples.
@@ -160,17 +161,18 @@ class Generator(nn.Module):
 
     def guided(self, labels: Tensor, ids: Tensor, scale: float,
                forward: Callable | None = None) -> Tensor:
-        """forward() under guidance, in float32: at scale 1 as it is, else both halves as one batch.
+        """forward() under guidance, in float32 or better.
 
+        At scale 1 as it is, else both halves as one batch.
         forward   to be called in its place; see ARGenerator.newest
         """
         forward = forward or self
         if scale == 1:
-            logits = forward(labels, ids).float()
+            logits = at_least_float32(forward(labels, ids))
         else:
             no_class = torch.full_like(labels, self.num_classes)
             both = forward(torch.cat([labels, no_class]), torch.cat([ids, ids]))  # (2B, R, K)
-            logits = guide(*both.float().chunk(2), scale)
+            logits = guide(*at_least_float32(both).chunk(2), scale)
         # TRAP: the argmax of nan is a valid id.
         need(logits.isfinite().all(), f"logits at cfg_scale {scale:g} are not finite (nan or inf)")
         return logits

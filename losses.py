@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers import ExactBuffers, as_weights
 from plumbing import checkpoint
 from plumbing.flags import UserError, need
 
@@ -62,7 +63,7 @@ def psnr(recon: Tensor, images: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 # perception
 
-class Perceptual(nn.Module):
+class Perceptual(ExactBuffers):
     """Squared error between a frozen ImageNet classifier's logits of two images [TiTok].
 
     network   normalised images (B, 3, 224, 224) -> logits (B, classes);
@@ -91,7 +92,9 @@ class Perceptual(nn.Module):
         with torch.autocast(images.device.type, enabled=False):    # float32 throughout [TiTok]
             x = (images.float() + 1) / 2  # [0, 1], as ImageNet's mean and std expect
             x = F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True)
-            return self.network((x - self.mean) / self.std)        # (B, classes)
+            x = (x - self.mean) / self.std
+            x = as_weights(x, next(self.network.parameters(), x))
+            return self.network(x).float()                         # (B, classes)
 
 
 def pretrained_convnext() -> nn.Module:
@@ -153,7 +156,7 @@ class Discriminator(nn.Module):
         side = min(images.shape[-2:])
         need(side >= 24, f"the adversarial loss needs images of 24 pixels or more, not {side}; "
                          "run with --adversarial_weight 0")
-        return self.layers(images)
+        return self.layers(as_weights(images, self.layers[0].weight))
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -176,7 +179,7 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.float().mean()
 
 
-class LeCam(nn.Module):
+class LeCam(ExactBuffers):
     """LeCam regularisation: holds the discriminator back where real and fake are far apart.
 
         relu(mean(real) - fake anchor)^2 + relu(real anchor - mean(fake))^2
@@ -204,7 +207,7 @@ class LeCam(nn.Module):
     def update(self, real_logits: Tensor, fake_logits: Tensor) -> None:
         """Move the anchors towards the mean logits of all ranks; every rank must call it."""
         means = torch.stack([real_logits.float().mean(), fake_logits.float().mean()])
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.all_reduce(means)
             means /= dist.get_world_size()
         self.real_anchor.lerp_(means[0], 1 - self.decay)
@@ -257,7 +260,7 @@ class Adversary:
             (loss / len(self.seen)).backward()
             verdicts.append((real.detach(), fake.detach()))
         self.seen.clear()
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             for p in self.net.parameters():
                 dist.all_reduce(p.grad)
                 p.grad /= dist.get_world_size()

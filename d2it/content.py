@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from d2it.grain import pack, unpack
 from d2it.presets import ContentConfig, load_preset
 from layers import (
-    MLP, Attention, as_matrices, count_parameters, init_vit, patchify, sincos_2d, unpatchify)
+    MLP, Attention, ExactBuffers, as_matrices, as_weights, count_parameters, init_vit, patchify,
+    sincos_2d, unpatchify)
 from plumbing import checkpoint
 from plumbing.flags import build, need
 from plumbing.run import unfinished
 
 
-class TimeEmbedding(nn.Module):
+class TimeEmbedding(ExactBuffers):
     """t (B,) -> (B, D): waves of 128 lengths, then an MLP [DiT]."""
 
     def __init__(self, width: int):
@@ -38,7 +39,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         angle = t.float()[:, None] * self.omega               # (B, 128)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+        waves = torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, 256)
+        return self.mlp(as_weights(waves, self.mlp[0].weight))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -160,6 +162,7 @@ class Content(nn.Module):
                 refine: bool = True) -> Tensor:
         """refine=False gives the rough prediction alone."""
         c = self.time(t) + self.label(self.hide_labels(labels))       # (B, D)
+        z_t = as_weights(z_t, self.position)
         cells, flat = patchify(z_t, 2), grain.flatten(1)              # (B, n², 4C), (B, n²)
 
         # 1. Rough, everywhere.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import TrainConfig
+from layers import as_weights
 from loop import learning_rate, new_optimizer
 from plumbing import checkpoint
 from plumbing.archives import note
@@ -45,7 +46,7 @@ class TinyCNN(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.shape[-2:] != (32, 32):
             images = F.interpolate(images, size=(32, 32), mode="bilinear", antialias=True)
-        features = self.body(images)                                          # (B, 128)
+        features = self.body(as_weights(images, self.head.weight))            # (B, 128)
         return self.head(features), features
 
 

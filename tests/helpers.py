@@ -28,6 +28,7 @@ from plumbing.flags import UserError
 
 ROOT = Path(__file__).parent.parent
 RED = (200, 30, 60)
+THREADS = int(os.environ.get("OMP_NUM_THREADS") or 1)
 # train.py's flags for a run of seconds, with every phase in it.
 SMALL = ("--preset tiny --encoder_width 32 --encoder_heads 2 --expert_width 32 --expert_heads 2 "
          "--decoder_width 32 --decoder_heads 2 --token_schedule 2 4 6 --codebook_size 16 "
@@ -177,7 +178,7 @@ def run_as_main(words: list[str], said: str, environment: dict[str, str]) -> Non
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
     os.environ.update(environment)
     os.chdir(ROOT)
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
