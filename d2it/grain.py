@@ -204,7 +204,8 @@ def heat(scores: Tensor, side: int, low: float = 2.355, high: float = 4.5) -> Te
     return level[..., None].expand(-1, -1, -1, 3)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Draws grain.png where one stands."""
     import numpy as np
 
     from plumbing.images import save_grid
@@ -225,3 +226,9 @@ if __name__ == "__main__":
         print(f"  {policy:9} {count_codes(grain).float().mean():5.1f} codes an image, of 64")
     print("\nAll but two cost the same. Which of them would you decode an image from? And would a")
     print("gradient from black to white, which no one calls detailed, be fine or coarse?")
+
+
+if __name__ == "__main__":
+    from plumbing.start import main_with_user_errors
+
+    main_with_user_errors(main)

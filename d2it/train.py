@@ -5,7 +5,8 @@ stage 2   grain     which cells are fine, given the class: generator.py over n²
 stage 3   content   the DVAE is frozen; noise is predicted in its codes, encoded anew at each step
 
 Run       python -m d2it.train --preset d2it-tiny         all stages that are not finished yet
-          torchrun --nproc_per_node=8 -m d2it.train --preset d2it-64 --data DIR --run runs/mine
+          torchrun --nproc_per_node=8 -m d2it.train -- --preset d2it-64 --data DIR \\
+                   --run runs/mine      (the -- keeps torchrun from taking --run for its own)
 Makes     runs/NAME/ with config.json dvae.pt grain.pt content.pt log.jsonl samples/
           Repeat the command to go on. SIGTERM and Ctrl-C save first, then exit with 3
 Exit      0 finished, 1 failure, 2 something to mend, 3 interrupted and saved
