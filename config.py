@@ -209,7 +209,6 @@ class TrainConfig:
     # how to run: these may differ when a run is resumed
     workers: int = 0  # data-loading processes per training process
     precision: str = "auto"  # auto (bf16 where the GPU has it), fp32 or bf16
-    compile: bool = False  # torch.compile the model
     # one CUDA GPU: record the kernels of a training step and replay them, see plumbing/graphs.py
     cuda_graph: bool = False
     # seconds that a process waits for the others before it gives up and ends the run
@@ -254,8 +253,7 @@ class TrainConfig:
 
 
 # May differ when a run is resumed.
-RUN_ONLY = ("data", "val_data", "generators", "workers", "precision", "compile", "cuda_graph",
-            "timeout",
+RUN_ONLY = ("data", "val_data", "generators", "workers", "precision", "cuda_graph", "timeout",
             "log_every", "save_every", "sample_every", "skip_bad")
 CONFIGS = (TokenizerConfig, GeneratorConfig, TrainConfig)
 GENERATOR_FIELDS = tuple(f.name for f in dataclasses.fields(GeneratorConfig))

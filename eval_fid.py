@@ -54,7 +54,6 @@ from plumbing.datasets import ImageSet, open_images, train_and_val
 from plumbing.flags import DEVICES, Parser, UserError, need, number
 from plumbing.processes import Processes, need_room, provenance
 from plumbing.run import OpenRun, open_run
-from plumbing.samples import compile_sampler
 
 __all__ = ["frechet_distance", "main", "parse"]  # the first for others to call
 
@@ -101,8 +100,6 @@ def parse(argv=None) -> argparse.Namespace:
                     help="seed of the samples (default: 0)")
     to.add_argument("--batch_size", type=number(int, 1), default=250, metavar="INT",
                     help="images at a time; another one gives other samples (default: 250)")
-    to.add_argument("--compile", action="store_true",
-                    help="compile the generators first: for many samples, above all on a GPU")
     to.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     to.add_argument("--json", metavar="FILE",
                     help="write all numbers there (default: RUN/summary.json)")
@@ -154,7 +151,7 @@ def refuse_unread(args) -> None:
         for name in names:
             need(not getattr(args, name), f"--{name} {reason}; leave it out")
     if args.images or not args.run:
-        refuse(("generator", "controls", "sweep", "seed", "compile"), "belongs to a run's samples")
+        refuse(("generator", "controls", "sweep", "seed"), "belongs to a run's samples")
         given = tuple(name for name in SAMPLING if getattr(args, name) is not None)
         refuse(given, "belongs to a run's samples")
     if not (args.images or args.run):
@@ -303,11 +300,6 @@ def image_sources(args, given: Given, originals: ImageSource | None, how: Batchi
     for kind in kinds:
         model = Generator.of_run(args.run, kind, given.tokenizer, procs.device)
         options = sampling_options(args, model.options)
-        if args.compile:
-            batch = min(args.batch_size, args.num_samples)
-            said = compile_sampler(model, batch, options["cfg_scale"], procs.device)
-            if procs.main:
-                print(f"{kind}: {said}")
         for swept in combinations(args.sweep, model.options):
             sources.append(generated(kind, model, given.tokenizer, args.num_samples, options,
                                      swept, how, procs.device))

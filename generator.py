@@ -98,8 +98,6 @@ class Generator(nn.Module):
     """
     causal: bool              # does a row see earlier rows only?
     options: tuple[str, ...]  # the settings of sample() that a command line can give
-    compiled = False          # compile() sets these for an object
-    block_newest = staticmethod(LlamaBlock.newest)
 
     def __init__(self, cfg: GeneratorConfig, num_tokens: int, codebook_size: int, num_classes: int):
         super().__init__()
@@ -161,12 +159,6 @@ class Generator(nn.Module):
         # TRAP: the argmax of nan is a valid id.
         need(logits.isfinite().all(), f"logits at cfg_scale {scale:g} are not finite (nan or inf)")
         return logits
-
-    def compile(self) -> None:
-        """From now on blocks run compiled. One is, when it is first called; all share its code."""
-        for block in self.blocks:
-            block.compile(dynamic=False)
-        self.block_newest, self.compiled = torch.compile(LlamaBlock.newest, dynamic=False), True
 
     def hide_labels(self, labels: Tensor) -> Tensor:
         """In training a share of labels becomes "no class", for guidance's unconditional side."""
@@ -252,14 +244,11 @@ class ARGenerator(Generator):
 
     def newest(self, labels: Tensor, ids: Tensor, caches: list[KVCache]) -> Tensor:
         """The last row of forward(), (B, 1, K), when those before it are in the caches: fast."""
-        T, L = ids.shape[1], len(self.position)
+        T = ids.shape[1]
         x = self.token(ids[:, -1]) if T else self.label(labels)  # (B, D)
-        t, seen, mask = torch.tensor([T], device=x.device), T + 1, None
-        if self.compiled:  # one shape for all steps
-            seen, mask = L, torch.arange(L, device=x.device)[None] <= t
-        x = x + self.position[t]
+        x = x + self.position[T]
         for block, cache in zip(self.blocks, caches):
-            x = self.block_newest(block, x, self.rotary[t], cache, t, seen, mask)
+            x = block.newest(x, self.rotary[T:T + 1], cache, T)
         return self.head(self.norm(x))[:, None]
 
 
@@ -307,10 +296,6 @@ class MaskGITGenerator(Generator):
         """8 as in the paper, but one per token where there are fewer."""
         return min(8, self.num_tokens)
 
-    def begin(self, labels: Tensor, cfg_scale: float) -> tuple[Tensor, Callable]:
-        """-> masks only (B, L), and forward()."""
-        return labels.new_full((len(labels), self.num_tokens), self.mask_id), self
-
     def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """Mean of the smoothed cross-entropy: masked tokens weigh 1, others unmasked_weight.
 
@@ -344,7 +329,7 @@ class MaskGITGenerator(Generator):
         """
         self.check(labels)
         steps = self.default_steps if steps is None else steps
-        ids, _ = self.begin(labels, cfg_scale)
+        ids = labels.new_full((len(labels), self.num_tokens), self.mask_id)  # (B, L)
         with eval_mode(self):
             for step, still_masked in enumerate(mask_schedule(self.num_tokens, steps), start=1):
                 progress = step / steps

@@ -170,17 +170,15 @@ class LlamaBlock(nn.Module):
         x = x + self.dropout(self.attention(self.norm1(x), causal=causal, rotary=rotary))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
-    def newest(self, x: Tensor, angles: Tensor, cache: "KVCache", t: Tensor, seen: int,
-               mask: Tensor | None = None) -> Tensor:
-        """The same, fast, for row t (1,) alone: x (B, D), when the rows before it are in the cache.
+    def newest(self, x: Tensor, angles: Tensor, cache: "KVCache", t: int) -> Tensor:
+        """The same, fast, for row t alone: x (B, D), when the rows before it are in the cache.
 
-        angles       (1, D/heads/2, 2): row t of rotary_table
-        seen, mask   see KVCache.attend
+        angles   (1, D/heads/2, 2): row t of rotary_table
         """
         attention = self.attention
         qkv = attention.qkv(self.norm1(x)).view(len(x), 3, attention.heads, -1)
         q, k = rotate(qkv[:, :2], angles).unbind(1)  # (B, heads, D/heads) each
-        x = x + attention.out(cache.attend(q, k, qkv[:, 2], t, seen, mask))
+        x = x + attention.out(cache.attend(q, k, qkv[:, 2], t))
         return x + self.mlp(self.norm2(x))
 
 
@@ -198,21 +196,14 @@ class KVCache:
         self.k = like.new_zeros(batch, heads, length, head_dim)
         self.v = torch.zeros_like(self.k)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, t: Tensor, seen: int,
-               mask: Tensor | None = None) -> Tensor:
-        """Keep k and v of row t (1,), and mix what q sees: each (B, heads, D/heads) -> (B, D).
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, t: int) -> Tensor:
+        """Keep k and v of row t, and mix what q sees, rows 0 to t.
 
-        seen   how many rows of the cache are read: t + 1, or all of them
-        mask   (1, L) in the latter case, True for rows up to t: then every step has the same
-               shapes, as a compiler wants them
+        each (B, heads, D/heads) -> (B, D)
         """
-        if mask is None:
-            self.k[:, :, seen - 1], self.v[:, :, seen - 1] = k, v
-        else:
-            self.k.index_copy_(2, t, k[:, :, None])
-            self.v.index_copy_(2, t, v[:, :, None])
-        return F.scaled_dot_product_attention(q[:, :, None], self.k[:, :, :seen],
-                                              self.v[:, :, :seen], attn_mask=mask).flatten(1)
+        self.k[:, :, t], self.v[:, :, t] = k, v
+        seen = self.k[:, :, :t + 1], self.v[:, :, :t + 1]
+        return F.scaled_dot_product_attention(q[:, :, None], *seen).flatten(1)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 class LossOf(nn.Module):
-    """A generator whose forward is its loss: DDP and torch.compile look at forward only."""
+    """A generator whose forward is its loss: DDP looks at forward only."""
 
     def __init__(self, generator: nn.Module):
         super().__init__()
@@ -101,15 +101,12 @@ class LossOf(nn.Module):
     def forward(self, ids: Tensor, labels: Tensor):
         return self.generator.loss(ids, labels)
 
-    def compile(self) -> None:
-        self.generator.compile()
-
 
 class Loop:
     """Iterate for the micro-batches of steps `start` to `steps`; see the top of this file for how
     to use it.
 
-    model      to call: the given model, compiled if asked, with gradients averaged over processes
+    model      to call: the given model, with gradients averaged over processes
     step       steps done
     stepped    the last backward() ended a step, and the weights were changed by it
     time_to_save   every save_every steps
@@ -129,7 +126,7 @@ class Loop:
         self.stream, self.steps, self.batch_size, self.rates = stream, steps, batch_size, rates
         self.step = start
         self.bare = model
-        self.model = run.procs.wrap(model, run.train.compile, cuda_graph)
+        self.model = run.procs.wrap(model, cuda_graph)
         self.learning = [p for p in model.parameters() if p.requires_grad]
         self.stepped = self.stop = False
         self.pieces_left = self.skipped_in_a_row = 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from config import CONFIGS, TokenizerConfig
 from decoder import Decoder
-from layers import ViTBlock, count_parameters, eval_mode
+from layers import count_parameters, eval_mode
 from losses import ARPrior
 from mit import MIT
 from mocet import MoCET
@@ -64,12 +64,6 @@ class NativeTok(nn.Module):
         if kept is not None and self.cfg.tail_drop_blur:
             recon = recon + self.detail(images, kept)
         return recon, ids, losses
-
-    def compile(self) -> None:
-        """From now on blocks and experts run compiled: one of a kind is, all share its code."""
-        for part in self.modules():
-            if isinstance(part, (ViTBlock, MoCET)):
-                part.compile()
 
     def drop_tails(self, z_q: Tensor) -> tuple[Tensor, Tensor | None]:
         """Some of what is trained on keeps the first k tokens only; the losses keep all of them.

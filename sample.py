@@ -36,7 +36,7 @@ from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import read_image, resize_crop, save_grid, to_float, to_uint8
 from plumbing.processes import Processes, enough_memory, launched, need_room
-from plumbing.samples import class_number, compile_sampler, write_npz
+from plumbing.samples import class_number, write_npz
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -67,8 +67,6 @@ def parse(argv=None) -> argparse.Namespace:
                     "W, 3), as ADM's evaluator reads it, and arr_1, the labels")
     to.add_argument("--num_samples", type=number(int, 1), metavar="INT",
                     help="in an .npz: how many; the classes take turns (default: 50000)")
-    to.add_argument("--compile", action="store_true", default=None,
-                    help="compile the generator first: for many samples, above all on a GPU")
     add_sampling_flags(parser)
     to = parser.add_argument_group("reconstructions")
     to.add_argument("--reconstruct", nargs="+", metavar="FILE",
@@ -85,7 +83,7 @@ def parse(argv=None) -> argparse.Namespace:
          "--npz and --reconstruct are two uses; give one of them")
     if args.reconstruct:
         refuse(("generator", "classes", "seed", "batch_size", "per_class", "single", "num_samples",
-                "compile", *SAMPLING), "samples")
+                *SAMPLING), "samples")
     else:
         refuse(("prefixes",), "--reconstruct")
     if args.npz is not None:
@@ -149,9 +147,6 @@ def samples(args, tokenizer: NativeTok, device: torch.device) -> None:
     if options.get("steps", 0) is None:
         options = {**options, "steps": model.default_steps}
     need_room(os.path.dirname(args.npz) or "." if args.npz else args.out)
-    if args.compile:
-        batch = min(args.batch_size, len(labels))
-        print(compile_sampler(model, batch, options["cfg_scale"], device))
 
     began = time.perf_counter()
     images = draw_samples(model, tokenizer, labels.to(device), options, args.seed, args.batch_size)

@@ -110,7 +110,6 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches per step and process
     # how to run: these may differ when a run is resumed
     precision: str = "auto"  # auto (bf16 where the GPU has it), fp32 or bf16
-    compile: bool = False  # torch.compile the model
     workers: int = 0  # data-loading processes per training process
     timeout: int = 600  # seconds that a process waits for the others
     log_every: int = 50  # steps between lines of log.jsonl
@@ -130,7 +129,7 @@ class TrainConfig:
 
 CONFIGS = (DVAEConfig, ContentConfig, TrainConfig)
 # May differ when a run is resumed; a checkpoint knows its images by a fingerprint.
-RUN_ONLY = ("data", "val_data", "precision", "compile", "workers", "timeout", "log_every",
+RUN_ONLY = ("data", "val_data", "precision", "workers", "timeout", "log_every",
             "save_every", "sample_every", "skip_bad")
 
 # 32x32 images in cells of 8: 4x4 cells, 16 to 64 codes. The straight path is for short runs [ours:

@@ -227,11 +227,8 @@ class Processes:
             print(text, flush=True)
         sys.exit(INTERRUPTED)
 
-    def wrap(self, model: nn.Module, compile: bool, cuda_graph: bool = False) -> Callable:
+    def wrap(self, model: nn.Module, cuda_graph: bool = False) -> Callable:
         """The model as the training loop calls it: gradients are averaged over processes."""
-        if compile:
-            need_compiler(self.device)
-            model.compile()
         if cuda_graph:
             return Recorded(model)
         if not dist.is_initialized():
@@ -304,24 +301,6 @@ def peak_memory(device: torch.device) -> int:
         return 0  # unknown
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac
-
-
-def need_compiler(device: torch.device) -> None:
-    """Raise UserError unless torch.compile works here: something small is compiled, now."""
-    # What learns differs from phase to phase, and code is compiled for each such case.
-    torch._dynamo.config.recompile_limit = 64
-    # TRAP: backward overwrites a tensor that forward has kept while a part of it, kept as well, is
-    # still to be read; gradients of what is split after a softmax are then noise (torch 2.13).
-    torch._inductor.config.inplace_buffers = False
-    # TRAP: looking for products to pad, it asks how many rows there are, and on a GPU MoCET's code
-    # then holds for that number only (torch 2.11).
-    torch._inductor.config.shape_padding = False
-    try:
-        torch.compile(lambda x: x * x + 1)(torch.ones(2, device=device))
-    except Exception as error:  # a missing compiler, header, or Triton: each its own kind
-        reason = " ".join(str(error).split("\n\nSet TORCHDYNAMO")[0].split())[:200]
-        raise UserError(f"torch.compile does not work here ({reason}); leave out --compile, or "
-                        "install what is missing, such as g++") from error
 
 
 def need_room(folder: str) -> None:

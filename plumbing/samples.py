@@ -4,15 +4,12 @@ In       the words behind --classes; samples as uint8 images
 Out      numbers of classes; an .npz as ADM's evaluator and eval_fid.py read it
 """
 import difflib
-import time
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from plumbing import checkpoint
 from plumbing.flags import UserError
-from plumbing.processes import need_compiler
 
 
 def class_number(text: str, names: list[str]) -> int:
@@ -32,21 +29,6 @@ def class_number(text: str, names: list[str]) -> int:
         few = ", ".join(f"{k} {name}" for k, name in enumerate(names[:5]))
         hint = f"the run has {len(names)} classes: {few}" + (", ..." if len(names) > 5 else "")
     raise UserError(f"class {text!r} is unknown; {hint}")
-
-
-def compile_sampler(model: nn.Module, batch: int, cfg_scale: float, device: torch.device) -> str:
-    """Compile a generator, and run one step of so many samples -> what to say of it.
-
-    Raises UserError where there is no compiler.
-    """
-    began = time.perf_counter()
-    need_compiler(device)
-    model.compile()
-    labels = torch.zeros(batch, dtype=torch.int64, device=device)
-    ids, forward = model.begin(labels, cfg_scale)
-    with torch.no_grad():
-        model.guided(labels, ids, cfg_scale, forward)
-    return f"compiled in {time.perf_counter() - began:.1f} s"
 
 
 def write_npz(path: str, images: np.ndarray, labels: Tensor,
