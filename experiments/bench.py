@@ -15,6 +15,7 @@ from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from h
 
 import argparse
 import gc
+import math
 import os
 import shlex
 import statistics
@@ -55,8 +56,6 @@ TINY = (dict(image_size=32, patch_size=8, encoder_width=32, encoder_depth=1, enc
              decoder_width=32, decoder_depth=1, decoder_heads=2, expert_width=32, expert_heads=2,
              token_schedule=(4, 8), codebook_size=16),
         dict(generator_width=32, generator_depth=1, generator_heads=2))
-FEW_STEPS = ("--base_steps 2 --continuous_steps 1 --grow_steps 1 --finetune_steps 1 "
-             "--generator_steps 1 --batch_size 8")
 
 
 class Bench:
@@ -69,9 +68,8 @@ class Bench:
     def preset(self, name: str) -> tuple:
         """-> TokenizerConfig, GeneratorConfig, TrainConfig"""
         tok, gen, settings = load_preset(name)
-        if self.quick:
-            tok, gen = replace(tok, **TINY[0]), replace(gen, **TINY[1])
-        return tok, gen, settings
+        tiny = TINY if self.quick else ({}, {})
+        return replace(tok, **tiny[0]), replace(gen, **tiny[1]), settings
 
     def batch(self, size: int) -> int:
         return min(size, 2) if self.quick else size
@@ -101,9 +99,8 @@ class Bench:
                           "floor": floor and float(f"{floor:.4g}"), "target": wanted, "met": met,
                           "note": note})
         verdict = {None: "", True: "met", False: "NOT MET"}[met]
-        best = "-" if floor is None else f"{floor:.3g}"
-        print(f"{name:52}{value:>9.3g} {unit:5}{best:>9}{wanted or '-':>10}  {verdict:8}{note}",
-              flush=True)
+        print(f"{name:52}{value:>9.3g} {unit:5}{floor or math.nan:>9.3g}{wanted or '-':>12}  "
+              f"{verdict:8}{note}", flush=True)
 
     def against_peak(self, name: str, seconds: float, within: float) -> None:
         """A row for the first of the ways just measured; the target is so many times the floor."""
@@ -135,8 +132,7 @@ def tokenizer(bench: Bench, preset: str, num_tokens: int) -> NativeTok:
     return NativeTok(bench.preset(preset)[0]).grow_to(num_tokens).to(bench.device).eval()
 
 
-def generator(bench: Bench, kind: str) -> Generator:
-    """Of imagenet-128."""
+def generator(bench: Bench, kind: str) -> Generator:  # of imagenet-128
     tok, gen, _ = bench.preset("imagenet-128")
     torch.manual_seed(0)
     return GENERATORS[kind](gen, tok.num_tokens, tok.codebook_size, CLASSES).to(bench.device).eval()
@@ -147,17 +143,13 @@ def images(bench: Bench, preset: str, batch: int) -> Tensor:
     return torch.rand(batch, 3, size, size, device=bench.device) * 2 - 1
 
 
-def zeros(bench: Bench, *shape: int) -> Tensor:
-    """Labels or ids: which ones makes no difference to the time."""
+def zeros(bench: Bench, *shape: int) -> Tensor:  # labels or ids
     return torch.zeros(shape, dtype=torch.int64, device=bench.device)
 
 
 def training_step(bench: Bench, preset: str, phase: str, batch: int, kind: str | None = None,
                   record: bool = False) -> Callable[[], None]:
-    """A step as loop.py takes it, of a phase of stages 1 and 2 or of a generator.
-
-    kind: another optimizer than the preset's; record: as with --cuda_graph
-    """
+    """A step as loop.py takes it, of a phase of train.py; recorded as with --cuda_graph."""
     tok, _, settings = bench.preset(preset)
     if phase in GENERATORS:
         model = LossOf(generator(bench, phase))
@@ -168,8 +160,7 @@ def training_step(bench: Bench, preset: str, phase: str, batch: int, kind: str |
         train.freeze(model, plan.learns)
         inputs = (images(bench, preset, batch),)
     forward = Recorded(model.train()) if record else model.train()
-    optimizer = new_optimizer(model, kind or settings.optimizer, settings.weight_decay,
-                              settings.beta2)
+    optimizer = new_optimizer(model, kind or settings.optimizer, 0.1, settings.beta2)
     ema, learns = frozen_copy(model), [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:
@@ -201,13 +192,6 @@ def products(model: nn.Module, rows: int, times: int) -> None:
         F.linear(module.weight.new_ones(rows, module.in_features), module.weight)
 
 
-def expert_step(mocet: MoCET, way: Callable, x: Tensor, quantizer: VectorQuantizer) -> None:
-    """Forward by MoCET.forward or MoCET.forward_loop, and backward."""
-    z_q, _, losses = way(mocet, x, quantizer)
-    (z_q.sum() + losses["codebook"]).backward()
-    mocet.zero_grad(set_to_none=True)
-
-
 def start(*words: str) -> None:
     """`python WORDS...` in the project's root, to its end."""
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
@@ -228,9 +212,8 @@ def training(bench: Bench) -> None:
     bench.against_peak(f"training step of cifar, {batch} images", muon, 3)
     bench.row("Muon's share of it", share, "%", 30, floor=floor,
               note=f"with AdamW {adamw * 1e3:.0f} ms")
-    batch = bench.batch(2)
-    took, = bench.seconds(training_step(bench, "imagenet-128", "finetune", batch))
-    bench.against_peak(f"training step of imagenet-128, {batch} images", took, 3)
+    took, = bench.seconds(training_step(bench, "imagenet-128", "finetune", 2))
+    bench.against_peak("training step of imagenet-128, 2 images", took, 3)
 
 
 def encoding(bench: Bench) -> None:
@@ -246,7 +229,9 @@ def first_sample(bench: Bench) -> None:
         shapes = open_images("shapes")
         np.savez(data, x=np.stack([shapes.load(i) for i in range(60)]), y=shapes.labels[:60],
                  classes=np.array(shapes.classes))
-        start("train.py", "--run", run, "--data", data, "--generators", "ar", *FEW_STEPS.split())
+        steps = {"base": 2, "continuous": 1, "grow": 1, "finetune": 1, "generator": 1}
+        start("train.py", "--run", run, "--data", data, "--generators", "ar", "--batch_size", "8",
+              *(word for name, n in steps.items() for word in (f"--{name}_steps", str(n))))
         took, importing = bench.seconds(
             lambda: start("sample.py", "--run", run, "--classes", "disc", "--per_class", "1"),
             lambda: start("-c", "import torch"))
@@ -284,10 +269,13 @@ def experts(bench: Bench) -> None:
     quantizer = VectorQuantizer(tok).to(bench.device).eval()
     query, block = (MoCET(replace(tok, expert=form)).to(bench.device)
                     for form in ("query", "block"))
+
+    def step(mocet: MoCET, way: Callable) -> None:
+        way(mocet, x, quantizer)[0].sum().backward()
+        mocet.zero_grad(set_to_none=True)
     for name, other, way, target in (("block experts", block, MoCET.forward, 8),
                                      ("their plain loop", query, MoCET.forward_loop, 2)):
-        fast, slow = bench.seconds(partial(expert_step, query, MoCET.forward, x, quantizer),
-                                   partial(expert_step, other, way, x, quantizer))
+        fast, slow = bench.seconds(partial(step, query, MoCET.forward), partial(step, other, way))
         bench.row(f"{tok.num_tokens} query experts against {name}", slow / fast, "x", target,
                   least=True, floor=bench.flops[1] / bench.flops[0],
                   note=f"{fast * 1e3:.0f} ms against {slow * 1e3:.0f}")
@@ -304,7 +292,7 @@ CPU_ROWS = {
 
 
 # ------------------------------------------------------------------------------------------------
-# the rows of a GPU: imagenet-128 with 32 images in its precision, samples a batch as sample.py
+# the rows of a GPU: imagenet-128 in bf16, a batch of 32
 
 GPU_BATCH = 32
 
@@ -343,7 +331,7 @@ def phases(bench: Bench) -> None:
 
 
 def samples(bench: Bench) -> None:
-    """Of a batch, guided, drawn and decoded as sample.py does."""
+    """Of a batch, drawn and decoded as sample.py does."""
     for kind in GENERATORS:
         gpu_row(bench, f"samples of {kind}, guided", lambda kind=kind: partial(
             sample_batch, generator(bench, kind), tokenizer(bench, "imagenet-128", 128),
@@ -363,7 +351,7 @@ def table(measured: list[dict]) -> str:
     for row in measured:
         unit = {"x": "×", "%": "%"}.get(row["unit"], f" {row['unit']}")
         value, floor = (f"{number:.3g}{unit}" if number is not None else "-"
-                        for number in (row["value"], row.get("floor")))
+                        for number in (row["value"], row["floor"]))
         target = (row["target"] or "-").replace(">=", "≥").replace("<=", "≤")
         verdict = {None: "", True: "met", False: "**not met**"}[row["met"]]
         notes = "; ".join(filter(None, (verdict, row["note"])))
@@ -375,8 +363,7 @@ def parse(argv=None) -> argparse.Namespace:
     names = "; ".join(f"{name}: {text}" for name, (_, text) in ROWS.items())
     parser = Parser(prog="bench.py", description=__doc__, epilog=f"Rows: {names}")
     add = parser.add_argument
-    add("--rows", nargs="+", metavar="ROW", help="only these rows (default: "
-        f"{' '.join(CPU_ROWS)}; on a GPU {' '.join(GPU_ROWS)})")
+    add("--rows", nargs="+", metavar="ROW", help="only these (default: all of a CPU, or of a GPU)")
     add("--repeats", type=number(int, 1), default=3, help="of each measurement (default: 3)")
     add("--device", choices=DEVICES, default="auto", help="where to compute")
     add("--quick", action="store_true", help="tiny models, to see that every row runs")
@@ -384,10 +371,9 @@ def parse(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in args.rows or ():
         choose("row", name, ROWS)
-    if args.json:  # now, not after minutes
-        folder = os.path.dirname(args.json) or "."
-        need(os.path.isdir(folder) and not os.path.isdir(args.json),
-             f"--json {args.json} cannot be a file; give one in a folder that is there")
+    folder = os.path.dirname(args.json or "") or "."
+    need(os.path.isdir(folder) and not os.path.isdir(args.json or ""),  # now, not after minutes
+         f"--json {args.json} cannot be a file; give one in a folder that is there")
     return args
 
 
@@ -400,7 +386,7 @@ def main(argv=None) -> None:
                                            "bf16": bench.peak(BF16) / 1e9}}
     print(f"{made['device']}, torch {made['torch']}, {made['command']}\nmatrix peak "
           f"{made['gflops']['float32']:,.0f} GFLOP/s in float32, {made['gflops']['bf16']:,.0f} in "
-          f"bf16\n\n{'':52}{'value':>9}{'floor':>15}{'target':>10}", flush=True)
+          f"bf16\n\n{'':52}{'value':>9}{'floor':>15}{'target':>12}", flush=True)
     began = time.time()
     for name in args.rows or (GPU_ROWS if bench.device.type == "cuda" else CPU_ROWS):
         ROWS[name][0](bench)
