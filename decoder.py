@@ -64,14 +64,8 @@ class Decoder(nn.Module):
         if self.attends:
             self.code_pos.append(nn.Parameter(torch.randn(new, D, device=device)))
 
-    def forward(self, z_q: Tensor, kept: Tensor | None = None) -> Tensor:
-        """kept (B,)   so many first codes of each image are read, and no more; None: all k"""
-        k, N, mask = z_q.shape[1], len(self.mask_tokens), None
-        if kept is not None:
-            seen = torch.arange(k, device=z_q.device) < kept[:, None]  # (B, k)
-            z_q = z_q * seen[..., None]  # a code of zeros paints nothing
-            if self.attends:
-                mask = F.pad(seen, (N, 0), value=True)[:, None, None]  # (B, 1, 1, N + k)
+    def forward(self, z_q: Tensor) -> Tensor:
+        k, N = z_q.shape[1], len(self.mask_tokens)
         # All tables are joined before the cut, so that each of them gets a (maybe zero) gradient at
         # every step.
         x = self.mask_tokens
@@ -85,7 +79,7 @@ class Decoder(nn.Module):
             masks = x.expand(len(z_q), -1, -1).to(codes.dtype)  # (B, N, D)
             x = torch.cat([masks, codes], dim=1)  # (B, N + k, D)
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x)
         pixels = self.to_pixels(self.norm(x[:, :N]))  # (B, N, 3*(P+2m)^2)
         if not self.overlap:
             return unpatchify(pixels, self.patch_size, self.image_size)  # (B, 3, H, W)

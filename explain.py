@@ -143,8 +143,6 @@ NATIVE = """Each token is chosen in view of those before it, so the later ones p
 first gets wrong: that is native order."""
 UNORDERED = """Here nobody answers: {name} chooses all its tokens at once, none in view of the
 others."""
-HIDDEN = """Here nobody answers: with prior hidden the experts read each other's outputs, not the
-tokens that are said."""
 EACH = """token {position} broken {broken:.2f}, answered {answered:.2f} ({later_ids_changed:.0%}
 of the later tokens changed)"""
 
@@ -152,11 +150,11 @@ of the later tokens changed)"""
 def answers(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, rows: int) -> None:
     """Token 1 of another image; the numbers are those of all pixels, which are one batch."""
     name, others = model.cfg.tokenizer, ids.roll(1, dims=0)
-    of_experts = NATIVE if model.cfg.prior == "codes" else HIDDEN
-    meaning = of_experts if name == "nativetok" else UNORDERED.format(name=name)
+    meaning = NATIVE if name == "nativetok" else UNORDERED.format(name=name)
     measured = interventions(model, pixels)
+    unfinished = {"unfinished": model.unfinished} if model.unfinished else {}
     checkpoint.write_json(os.path.join(page.folder, "answers.json"),
-                          {"images": len(pixels), "rows": measured})
+                          {"images": len(pixels), **unfinished, "rows": measured})
     each = [EACH.format(**row) for row in measured[:-1]]  # nobody comes after the last token
     caption = ANSWERS.format(meaning=meaning, n=len(pixels), original=measured[0]["original"],
                              each="; ".join(each))
@@ -342,7 +340,8 @@ def main(args) -> None:
     run, model, generators = opened(args.run, device)
     val = run.val
     need(len(val) >= 2,
-         f"{val.name} has a single held-out image, and tokens are swapped between two")
+         f"{val.name} has a single held-out image, and tokens are swapped between two; train on "
+         "more pictures, of which a tenth is held out, or give train.py --val_data")
     if args.against:
         other, other_model, other_generators = opened(args.against, device)
         need(other.val.fingerprint == val.fingerprint, f"{args.against} holds out other images "
@@ -350,9 +349,14 @@ def main(args) -> None:
         need("ar" in other_generators, f"{args.against} has no ar generator, whose bits are to be "
              "compared; train it, or leave --against out")
     name = os.path.basename(os.path.abspath(args.run))
+    shown = [model, *generators.values()]
+    if args.against:
+        shown += [other_model, other_generators["ar"]]
+    parts = [network.unfinished for network in shown if network.unfinished]
+    unfinished = f"Unfinished: {'; '.join(parts)}. " if parts else ""
     intro = (f"{model.cfg.tokenizer}, {model.num_tokens} tokens of {model.cfg.codebook_size} "
              f"codes, images held out of {val.name}. "
-             f"Made by: python explain.py --run {shlex.quote(args.run)}")
+             f"{unfinished}Made by: python explain.py --run {shlex.quote(args.run)}")
     page = Page(args.out or os.path.join(args.run, "explain"), model.cfg.image_size,
                 f"What the tokens of {name} mean", intro)
     pixels, labels = held_out(run)

@@ -36,6 +36,7 @@ from config import GeneratorConfig
 from layers import KVCache, LlamaBlock, RMSNorm, eval_mode, rotary_table
 from plumbing import checkpoint
 from plumbing.flags import need
+from plumbing.run import unfinished
 
 # ------------------------------------------------------------------------------------------------
 # from logits to tokens
@@ -98,6 +99,7 @@ class Generator(nn.Module):
     """
     causal: bool              # does a row see earlier rows only?
     options: tuple[str, ...]  # the settings of sample() that a command line can give
+    unfinished = ""           # how far training had come; load() knows it
 
     def __init__(self, cfg: GeneratorConfig, num_tokens: int, codebook_size: int, num_classes: int):
         super().__init__()
@@ -183,6 +185,7 @@ class Generator(nn.Module):
         model = Kind(cfg, saved["num_tokens"], saved["codebook_size"], len(saved["classes"]))
         checkpoint.load_strict(model, saved["ema"], f"generator weights in {path}")
         model.classes, model.tokenizer_fingerprint = saved["classes"], saved["tokenizer"]
+        model.unfinished = unfinished(saved, path)
         return model.eval()
 
     @staticmethod

@@ -56,7 +56,6 @@ def new_optimizer(model: nn.Module, kind: str, weight_decay: float, beta2: float
         if kind == "muon" and is_hidden_matrix(name, p):
             matrices = 3 if "qkv" in name else 2 if "w13" in name else 1  # stored as one
             scale = muon_scale
-        scale *= getattr(p, "rate", 1.0)  # what train.freeze wants to learn more slowly
         groups.setdefault((matrices, scale, decay), []).append(p)
     return Muon([dict(params=params, matrices=matrices, scale=scale, weight_decay=decay)
                  for (matrices, scale, decay), params in groups.items()], betas=(0.9, beta2))

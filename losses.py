@@ -1,7 +1,5 @@
 """What a reconstruction is compared by: pixels, a classifier's opinion, and an adversary.
 
-And, for tokens, how hard they are to predict in their order.
-
 In       recon, images (B, 3, H, W) in [-1, 1]
 Out      scalars without weights; train.py multiplies and adds them in one line
 Paper    nothing is known to us; [TiTok] 1d-tokenizer, stage 2: squared error 1.0 + ConvNeXt-S
@@ -17,8 +15,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import TokenizerConfig
-from layers import ViTBlock, init_vit
 from plumbing import checkpoint
 from plumbing.flags import UserError, need
 
@@ -271,38 +267,6 @@ class Adversary:
         # Its optimizer is empty until the discriminator has begun to learn.
         checkpoint.load_optimizer(self.optimizer, parts["optimizer"],
                                   f"{path}: adversary optimizer", may_be_new=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# order
-
-class ARPrior(nn.Module):
-    """z_q (B, L, d), ids (B, L) -> mean cross-entropy of an id given the codes before it, in nats.
-
-    A small causal transformer learns with the tokenizer, in LARP's way (arXiv 2410.21264). Its
-    gradient reaches the codes that are read, not the ids that are guessed: a code is taught to tell
-    what comes next. About log K for ids that nobody can guess.
-    """
-
-    def __init__(self, cfg: TokenizerConfig):
-        super().__init__()
-        D, L = cfg.decoder_width, cfg.num_tokens
-        self.embed = nn.Linear(cfg.code_dim, D)
-        self.pos = nn.Parameter(torch.randn(L, D))
-        self.blocks = nn.ModuleList(ViTBlock(D, cfg.decoder_heads) for _ in range(2))
-        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, cfg.codebook_size)
-        self.apply(init_vit)
-        nn.init.zeros_(self.head.weight)  # it begins at log K, with nothing to say about codes
-        self.register_buffer("mask", torch.ones(L, L, dtype=torch.bool).tril(), persistent=False)
-
-    def forward(self, z_q: Tensor, ids: Tensor) -> Tensor:
-        L = ids.shape[1]
-        before = F.pad(self.embed(z_q[:, :-1]), (0, 0, 1, 0))  # (B, L, D), zeros before the first
-        x = before + self.pos[:L]
-        for block in self.blocks:
-            x = block(x, self.mask[:L, :L])
-        logits = self.head(self.norm(x)).float()  # (B, L, K)
-        return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
 
 
 if __name__ == "__main__":

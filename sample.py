@@ -64,7 +64,7 @@ def parse(argv=None) -> argparse.Namespace:
     to.add_argument("--single", action="store_true", default=None,
                     help="also write every sample as OUT/NNN_CLASS.png")
     to.add_argument("--npz", metavar="FILE", help="instead of a picture write arr_0, uint8 (n, H, "
-                    "W, 3), as ADM's evaluator reads it, and arr_1, the labels")
+                    "W, 3), as ADM's evaluator reads it, labels arr_1, and the names classes")
     to.add_argument("--num_samples", type=number(int, 1), metavar="INT",
                     help="in an .npz: how many; the classes take turns (default: 50000)")
     add_sampling_flags(parser)
@@ -152,7 +152,8 @@ def samples(args, tokenizer: NativeTok, device: torch.device) -> None:
     images = draw_samples(model, tokenizer, labels.to(device), options, args.seed, args.batch_size)
     seconds = time.perf_counter() - began
     if args.npz:
-        made = write_npz(args.npz, images, labels)
+        made = write_npz(args.npz, images, labels, names,
+                         "; ".join(filter(None, (tokenizer.unfinished, model.unfinished))))
     else:
         made = write_pictures(args, images, labels, names)
     print(f"{args.generator}:", *(f"{name} {value:g}," for name, value in options.items()),

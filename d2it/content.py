@@ -22,6 +22,7 @@ from d2it.presets import ContentConfig, load_preset
 from layers import MLP, Attention, count_parameters, init_vit, patchify, sincos_2d, unpatchify
 from plumbing import checkpoint
 from plumbing.flags import build, need
+from plumbing.run import unfinished
 
 
 class TimeEmbedding(nn.Module):
@@ -118,6 +119,7 @@ class RefineNet(nn.Module):
 
 class Content(nn.Module):
     """The whole network. side: n cells on a side; channels: C numbers in a code."""
+    unfinished = ""  # how far training had come; load() knows it
 
     def __init__(self, cfg: ContentConfig, channels: int, side: int, classes: int):
         super().__init__()
@@ -181,7 +183,7 @@ class Content(nn.Module):
         cfg = build((ContentConfig,), saved["content_config"])[0]
         model = Content(cfg, saved["channels"], saved["side"], len(saved["classes"]))
         checkpoint.load_strict(model, saved["ema"], path)
-        model.fingerprint = saved["dvae"]
+        model.fingerprint, model.unfinished = saved["dvae"], unfinished(saved, path)
         return model.eval()
 
 

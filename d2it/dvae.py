@@ -24,6 +24,7 @@ from layers import count_parameters
 from plumbing import checkpoint
 from plumbing.flags import as_dict, build, need
 from plumbing.images import to_float
+from plumbing.run import unfinished
 
 
 class Codes(NamedTuple):
@@ -117,6 +118,7 @@ class DVAE(nn.Module):
     own_maps   pixels -> grain, in place of the policy's: maps that an experiment hands in
     """
     fingerprint = ""  # of these very weights and settings; load() knows it
+    unfinished = ""   # how far training had come; load() knows it
     own_maps = None
 
     def __init__(self, cfg: DVAEConfig):
@@ -223,7 +225,7 @@ class DVAE(nn.Module):
         need("dvae_config" in saved, f"{path} holds no DVAE; give a dvae.pt of d2it.train")
         model = DVAE(build((DVAEConfig,), saved["dvae_config"])[0])
         checkpoint.load_strict(model, saved["ema"], path)
-        model.fingerprint = fingerprint(model)
+        model.fingerprint, model.unfinished = fingerprint(model), unfinished(saved, path)
         return model.eval()
 
 

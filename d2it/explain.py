@@ -222,9 +222,10 @@ def main(args) -> None:
     page.add(TITLES["training"], "Pixel error of the DVAE, nats per cell of the maps, error per "
              "code of the noise. Gray lines: a stage ends.", log_curves(args.run))
     cfg = run.configs[0]
+    unfinished = f"Unfinished: {model.unfinished}. " if model.unfinished else ""
     page.write(f"What D²iT makes of {run.data.name}", f"{cfg.side} x {cfg.side} cells, threshold "
                f"{model.dvae.limit.item():.3f} nats, policy {cfg.grain_policy}. "
-               f"Made by: python -m d2it.explain --run {args.run}")
+               f"{unfinished}Made by: python -m d2it.explain --run {args.run}")
     print(f"open {os.path.join(page.folder, 'index.html')}")
 
 

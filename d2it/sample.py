@@ -141,7 +141,7 @@ def samples(args, device: torch.device) -> None:
                                 grain)
     seconds = time.perf_counter() - began
     if args.npz:
-        made = write_npz(args.npz, images, labels, names)
+        made = write_npz(args.npz, images, labels, names, model.unfinished)
     else:
         path, shown = os.path.join(args.out, "sample.png"), torch.from_numpy(images)
         rows = [row for pair in zip(shown.split(args.per_class),
@@ -161,7 +161,8 @@ def samples(args, device: torch.device) -> None:
         checkpoint.write_json(args.json, {
             **provenance(args.command, device), "seed": args.seed, **args.options,
             "n": len(images), "codes": codes, "images_per_second": speed, "maps_obeyed": own,
-            "maps_of_neighbours_obeyed": other})
+            "maps_of_neighbours_obeyed": other,
+            **({"unfinished": model.unfinished} if model.unfinished else {})})
     print("\n".join(made))
 
 

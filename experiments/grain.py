@@ -47,8 +47,7 @@ from d2it.presets import parse_run, settings
 from experiments.grain_arms import ARMS, BASE, EXTRA, PLANS, fine_where_it_fails
 from experiments.grain_measure import half_limit, measure_codes, measure_images, real_images
 from experiments.grain_table import write_tables
-from experiments.order import check_settings, handlers_of_its_own
-from experiments.order_measure import Judge
+from experiments.order import Judge, check_settings, handlers_of_its_own
 from experiments.order_table import costs
 from plumbing import checkpoint
 from plumbing.datasets import train_and_val

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from config import CONFIGS
 from d2it import presets as d2it
-from experiments.order_table import costs, read_log
+from experiments.order_table import costs
 from plumbing import checkpoint
-from plumbing.flags import Parser, as_dict, read_run
+from plumbing.flags import Parser, as_dict, read_log, read_run
 from plumbing.processes import Processes, provenance
 from plumbing.run import PLACES, OpenRun, open_run
 

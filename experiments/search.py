@@ -133,7 +133,7 @@ def main(args) -> None:
     run = open_run(args.run, CONFIGS)
     tokenizer = NativeTok.of_run(args.run, device)
     cfg = tokenizer.cfg
-    ordered = cfg.tokenizer == "nativetok" and cfg.prior == "codes"  # else nobody reads a token
+    ordered = cfg.tokenizer == "nativetok"  # else nobody reads a token
     need(max(args.nearest) < cfg.codebook_size, f"--nearest {max(args.nearest)}: beside the one "
          f"that is said there are {cfg.codebook_size - 1} codes")
     pixels, _ = held_out(run, args.num_images)

@@ -8,7 +8,7 @@ import torch
 
 import config
 import train
-from helpers import SMALL, some_shapes, train_shapes
+from helpers import SMALL, held_shapes, some_shapes, train_shapes
 from plumbing import run
 
 
@@ -29,10 +29,11 @@ def small_run(tmp_path_factory):
     """A run of a few steps on 60 shapes: bad, but complete. Copy it before changing it."""
     folder, before = tmp_path_factory.mktemp("small"), run.EVAL_IMAGES
     data, run.EVAL_IMAGES = some_shapes(folder / "shapes.npz", 60), 20
+    val = held_shapes(folder / "held.npz")
     try:
         train.main(
             config.parse_run(
-                "", [*SMALL, "--run", str(folder / "run"), "--data", data, "--val_data", data]
+                "", [*SMALL, "--run", str(folder / "run"), "--data", data, "--val_data", val]
             )
         )
     finally:

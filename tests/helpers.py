@@ -56,10 +56,10 @@ def put(path, content: bytes) -> str:
     return str(path)
 
 
-def folder_of(root, n: int, classes=("cat", "dog"), size: int = 8):
-    """n lossless images, dealt to the classes in turn."""
+def folder_of(root, n: int, classes=("cat", "dog"), size: int = 8, first: int = 0):
+    """n lossless images, dealt to the classes in turn; other ones from another `first`."""
     for k in range(n):
-        content = encoded(Image.fromarray(noise(k, size, size)), "PNG")
+        content = encoded(Image.fromarray(noise(first + k, size, size)), "PNG")
         put(root / classes[k % len(classes)] / f"{k:03}.png", content)
     return root
 
@@ -103,12 +103,17 @@ def same(a, b) -> bool:
                                     for (images, y), (others, z) in zip(a, b))
 
 
-def some_shapes(path, n: int) -> str:
+def some_shapes(path, n: int, first: int = 0) -> str:
     """n of the built-in shapes as .npz: encoding all of them takes longer than training on them."""
-    shapes = open_images("shapes")
-    np.savez(path, x=np.stack([shapes.load(i) for i in range(n)]), y=shapes.labels[:n],
+    shapes, chosen = open_images("shapes"), np.arange(first, first + n)
+    np.savez(path, x=np.stack([shapes.load(i) for i in chosen]), y=shapes.labels[chosen],
              classes=np.array(shapes.classes))
     return str(path)
+
+
+def held_shapes(path, n: int = 60) -> str:
+    """n shapes that are none of the first 60, which tests learn from."""
+    return some_shapes(path, n, first=60)
 
 
 def same_content(a, b) -> bool:

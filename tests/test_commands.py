@@ -101,16 +101,13 @@ SMALLER = {  # program: what is put behind its flags
                              "--num_samples 20").split(),
     "experiments/pca.py": ["--image_size", "8"],
     "d2it/explain.py": ["--images", "2"],
-    "experiments/photos.py": ["--per_class", "3"],
-    "experiments/trials.py": ["--steps", "4", "--trials", "base"],
     "tests/fuzz.py": ["--count", "2"],
 }
 NUMBERS = {"--num_samples": "20", "--num_images": "5", "--train_features": "5", "--steps": "2",
            "--prefixes": "1 2 6", "--batch_size": "8", "--per_class": "1"}
 NEW = ("--npz", "--out", "--json")  # files and folders that are made
 # Many seconds of a core; run with make test-faults, like all trainings but the small presets'.
-SLOW = ("experiments/order.py", "experiments/grain.py", "experiments/trials.py",
-        "evaluation/tinycnn.py")
+SLOW = ("experiments/order.py", "experiments/grain.py", "evaluation/tinycnn.py")
 
 
 def reason(line: str, file: str) -> str:
@@ -178,11 +175,9 @@ def small(line: str) -> tuple[str, list[str]]:
     if file == "experiments/speedrun.py":
         flags = [*flags[:flags.index("--") if "--" in flags else None], "--out", "@new", "--steps",
                  "2", "--", *TRAIN, "--base_steps", "2", "--token_schedule", "6"]
-    if file.startswith("experiments/") and file.endswith(("order.py", "grain.py", "trials.py")):
+    if file in ("experiments/order.py", "experiments/grain.py"):
         flags += ["--out", "@new"]
         flags += [] if "--data" in flags else ["--data", "@data", "--val_data", "@val"]
-    if file == "experiments/photos.py":
-        flags[flags.index("--out") + 1] = "@new"
     return file, [*flags, *SMALLER.get(file, [])]
 
 

@@ -47,10 +47,6 @@ def another(name: str, value):
     choices = {
         "tokenizer": "titok",
         "expert": "block",
-        "experts": "shared",
-        "head": "shared",
-        "prior": "hidden",
-        "tail_drop_lengths": "stages",
         "decoder_reads": "linear",
         "optimizer": "muon",
         "generators": "ar",

@@ -311,13 +311,16 @@ def test_settings_out_of_range_are_refused(setting):
 
 
 @pytest.mark.parametrize("steps", range(1, L + 1))
-def test_maskgit_reveals_by_schedule_and_never_changes_a_kept_token(steps):
+def test_maskgit_reveals_along_the_arccos_and_never_changes_a_kept_token(steps):
     model, trace = loud(MaskGITGenerator), []
     ids = model.sample(LABELS, steps=steps, generator=seeded(), trace=trace)
     before = torch.full((4, L), K)
-    for after, still_masked in zip(trace, G.mask_schedule(L, steps), strict=True):
-        assert ((after == K).sum(dim=1) == still_masked).all()
-        assert (still_masked < (before == K).sum(dim=1)).all(), "every step reveals a token"
+    assert len(trace) == steps
+    for step, after in enumerate(trace, start=1):
+        masked, were = ((x == K).sum(dim=1) for x in (after, before))
+        assert (masked < were).all(), "every step reveals a token"
+        curve = L * math.acos(step / steps) / (math.pi / 2)
+        assert ((masked <= curve) & ((masked > curve - 1) | (masked == were - 1))).all()
         assert torch.equal(after[before != K], before[before != K])
         before = after
     assert torch.equal(ids, trace[-1]) and (ids < K).all()

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 
 import eval_fid
-from d2it import sample
+from d2it import explain, sample
 from d2it.grain import spread
 from d2it.model import D2iT
 from experiments import record
-from helpers import refused, some_shapes
+from helpers import held_shapes, refused
+from plumbing import checkpoint
 from plumbing.datasets import open_images
 from plumbing.flags import UserError
 
@@ -132,11 +133,25 @@ def test_eval_fid_judges_the_npz_by_one_judge_for_both_systems(
     refused(judge, *words[:4], names=["--judge", "--data"])
     # With held-out images of their own the judge learns from all of --data.
     words[3] = tmp_path / "all.pt"
-    judge(*words, "--val_data", some_shapes(tmp_path / "held.npz", 30), "--train_features", "2")
+    judge(*words, "--val_data", held_shapes(tmp_path / "held.npz", 30), "--train_features", "2")
     assert json.loads((tmp_path / "x.json").read_text())["reference"]["n"] == 30
-    refused(judge, *words, names=["all.pt", "other images"])
+    refused(judge, *words, names=["all.pt", "--val_data"])
     refused(judge, "--images", tmp_path / "x.npz", "--data", shapes_npz, "--features", "inception",
             "--val_data", shapes_npz, names=["--val_data", "--judge"])
+
+
+def test_each_part_that_is_unfinished_is_told_and_written(run, tmp_path, capsys):
+    for name in ("dvae", "grain", "content"):
+        path = run / f"{name}.pt"
+        checkpoint.save(path, {**checkpoint.load(path), "phase": name, "step": 4})
+        command(run, "--npz", tmp_path / "x.npz", "--num_samples", 12, "--steps", 2,
+                "--json", tmp_path / "x.json")
+        kept = json.loads((tmp_path / "x.json").read_text())["unfinished"]
+        assert f"note: {path} is unfinished, {name}: step 4 of 5" in capsys.readouterr().err
+        assert np.load(tmp_path / "x.npz")["unfinished"].item() == kept
+    assert kept == "dvae: step 4 of 5; grain: step 4 of 5; content: step 4 of 5"
+    explain.main(explain.parse(["--run", str(run), "--images", "2", "--device", "cpu"]))
+    assert f"Unfinished: {kept}. " in (run / "explain" / "index.html").read_text("utf-8")
 
 
 def test_reconstructing_shows_image_entropy_map_and_image_again(run, tmp_path, capsys):
