@@ -13,6 +13,7 @@ Differs  router and inputs of RefineNet are known by name only; what stands here
 Try      python -m d2it.content      (CPU, a second)
 """
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from d2it.presets import ContentConfig, load_preset
 from layers import (
     MLP, Attention, ExactBuffers, as_matrices, as_weights, count_parameters, init_vit, patchify,
     sincos_2d, unpatchify)
+from nativetok import as_it_is
 from plumbing import checkpoint
 from plumbing.flags import build, need
 from plumbing.run import unfinished
@@ -85,11 +87,7 @@ class RefineNet(nn.Module):
     """Corrections of fine codes: h (B, n², D), cells (B, n², 4C) -> (B, n², 4C), 0 where coarse.
 
     Fine cells are packed side by side first, so an image pays for the detail that it has.
-
-    everywhere   True: it looks at the codes of all cells, for an experiment; as before, only what
-                 it says of fine ones is used
     """
-    everywhere = False
 
     def __init__(self, cfg: ContentConfig, channels: int, side: int):
         super().__init__()
@@ -104,8 +102,6 @@ class RefineNet(nn.Module):
 
     def forward(self, h: Tensor, cells: Tensor, c: Tensor, grain: Tensor) -> Tensor:
         (B, N, D), C = h.shape, self.embed.in_features
-        if self.everywhere:
-            grain = torch.ones_like(grain)
         h, keep, index = pack(h, grain)                       # (B, M, D), M the most of any image
         codes = pack(cells, grain)[0].view(B, -1, 4, C)       # (B, M, 4, C)
         x = self.split(h).view(B, -1, 4, D) + self.embed(codes) + self.position[index]
@@ -181,12 +177,15 @@ class Content(nn.Module):
         return unpatchify(torch.where(flat[..., None], fine, coarse), 2, 2 * self.side)
 
     @staticmethod
-    def load(path: str) -> "Content":
-        """The averaged weights in a checkpoint, in eval mode; .fingerprint is that of its DVAE."""
+    def load(path: str, change: Callable = as_it_is) -> "Content":
+        """The averaged weights in a checkpoint, in eval mode; .fingerprint is that of its DVAE.
+
+        change   what train.main(change_content=...) was given, if it was given something
+        """
         saved = checkpoint.load(path)
         need("content_config" in saved, f"{path} holds no content transformer; give a content.pt")
         cfg = build((ContentConfig,), saved["content_config"])[0]
-        model = Content(cfg, saved["channels"], saved["side"], len(saved["classes"]))
+        model = change(Content(cfg, saved["channels"], saved["side"], len(saved["classes"])))
         checkpoint.load_strict(model, saved["ema"], path)
         model.fingerprint, model.unfinished = saved["dvae"], unfinished(saved, path)
         return model.eval()

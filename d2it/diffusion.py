@@ -71,9 +71,9 @@ def random_times(batch: int, path: str, device=None) -> Tensor:
     return t if path == "flow" else (t.floor() + 1).clamp_max(T)
 
 
-def loss(content: Callable, z: Tensor, labels: Tensor, grain: Tensor, path: str = "noise",
-         grain_loss: str = "code") -> tuple[Tensor, dict]:
-    """-> mean squared error, a scalar, and what to log: the error by grain and by quarter of T.
+def loss(content: Callable, z: Tensor, labels: Tensor, grain: Tensor,
+         path: str = "noise") -> tuple[Tensor, dict]:
+    """-> mean squared error over codes, a scalar, and the error by grain and by quarter of T.
 
     Starts at 1 (path "flow": 2), when the net says nothing. An error near 1 in quarter 1 and near
     0 in quarter 4 is no fault: little noise is hard to see, and much of it is all there is.
@@ -83,19 +83,13 @@ def loss(content: Callable, z: Tensor, labels: Tensor, grain: Tensor, path: str 
     alpha, sigma = alpha_sigma(t, path)
     out = content(alpha * z + sigma * noise, t, labels, grain)
     error = (out.float() - target(z, noise, path)).square().mean(dim=1)   # (B, 2n, 2n)
-    fine = code_weights(grain)[:, 0] == 1                     # (B, 2n, 2n)
+    weights = code_weights(grain)[:, 0]                       # (B, 2n, 2n): 1 fine, 1/4 coarse
+    fine = weights == 1
     quarter = (4 * (t.ceil() - 1).clamp_min(0) / T).long()    # (B,) 0 .. 3; T/4 is of the first
     logs = {"fine": error[fine], "coarse": error[~fine]}
     logs |= {f"quarter_{q + 1}": error[quarter == q] for q in range(4)}
     logs = {name: part.detach().mean() for name, part in logs.items() if part.numel()}
-    weights = loss_weights(grain, grain_loss)
     return (weights * error).sum() / weights.sum(), logs
-
-
-def loss_weights(grain: Tensor, grain_loss: str = "code") -> Tensor:
-    """How much each slot counts in the loss, (B, 2n, 2n): a code once, or a slot once."""
-    weights = code_weights(grain)[:, 0]                       # 1 or 1/4
-    return torch.ones_like(weights) if grain_loss == "slot" else weights
 
 
 # ------------------------------------------------------------------------------------------------

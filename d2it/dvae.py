@@ -13,7 +13,7 @@ Differs  - the decoder never sees the map; it has a learned vector for each corn
          - no attention in trunk and decoder, which DQ-VAE has [ours]
 Try      python -m d2it.dvae      (CPU, two seconds)
 """
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from d2it.grain import entropy, grain_map, grained_noise, merge, per_code, spread, threshold
 from d2it.presets import DVAEConfig, load_preset, norm_groups
 from layers import ExactBuffers, as_weights, at_least_float32, count_parameters
+from nativetok import as_it_is
 from plumbing import checkpoint
 from plumbing.flags import as_dict, build, need
 from plumbing.given import described, need_here, need_map, need_pixels
@@ -118,20 +119,16 @@ class DVAE(ExactBuffers):
     They are buffers, so they are saved, loaded and fingerprinted with the weights. They keep their
     type: the maps are the same when the weights are bfloat16.
     TRAP: the averaged copy of the weights has buffers of its own; set them in both (train.py).
-
-    own_maps   pixels -> grain, in place of the policy's: maps that an experiment hands in
     """
     fingerprint = ""  # of these very weights and settings; load() knows it
     unfinished = ""   # how far training had come; load() knows it
-    own_maps = None
 
     def __init__(self, cfg: DVAEConfig):
         super().__init__()
-        self.cfg, C, n = cfg, cfg.code_dim, cfg.side
+        self.cfg, C = cfg, cfg.code_dim
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
-        # the entropy above which a cell is fine; the mean entropy at each place, for "static"
+        # the entropy above which a cell is fine
         self.register_buffer("limit", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("places", torch.zeros(n, n))
         # row 0: of coarse codes; row 1: of fine ones
         self.register_buffer("latent_mean", torch.zeros(2, C))
         self.register_buffer("latent_std", torch.ones(2, C))
@@ -141,7 +138,6 @@ class DVAE(ExactBuffers):
     def calibrate(self, scores: Tensor) -> None:
         """Entropies (m, n, n) of training images -> the threshold of the maps."""
         self.limit.fill_(threshold(scores, self.cfg.grain_ratio))
-        self.places.copy_(scores.mean(dim=0))
 
     def entropy(self, pixels: Tensor) -> Tensor:
         return entropy(pixels, self.cfg.cell_size)            # (B, n, n)
@@ -150,9 +146,7 @@ class DVAE(ExactBuffers):
         """uint8 (B, H, W, 3) -> bool (B, n, n). Raises UserError for images of another size."""
         cfg = self.cfg
         need_pixels(pixels, cfg.image_size, self.limit)
-        if self.own_maps is not None:
-            return self.own_maps(pixels)
-        return grain_map(pixels, cfg.cell_size, self.limit.item(), cfg.grain_policy, self.places)
+        return grain_map(pixels, cfg.cell_size, self.limit.item(), cfg.grain_policy)
 
     # --- codes
 
@@ -233,16 +227,19 @@ class DVAE(ExactBuffers):
         mean = total / count.clamp_min(1)
         std = (square / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
         self.latent_mean.copy_(mean)
-        # A grain that never occurs, as in the controls "coarse" and "fine", keeps 1.
+        # A grain that never occurs, as under the policies coarse and fine, keeps 1.
         # So does a number that is the same in all codes: nothing can be divided by a spread of 0.
         self.latent_std.copy_(torch.where((count > 0) & (std > 1e-6), std, 1.0))
 
     @staticmethod
-    def load(path: str) -> "DVAE":
-        """The averaged weights in a checkpoint, in eval mode."""
+    def load(path: str, change: Callable = as_it_is) -> "DVAE":
+        """The averaged weights in a checkpoint, in eval mode.
+
+        change   what train.main(change_dvae=...) was given, if it was given something
+        """
         saved = checkpoint.load(path)
         need("dvae_config" in saved, f"{path} holds no DVAE; give a dvae.pt of d2it.train")
-        model = DVAE(build((DVAEConfig,), saved["dvae_config"])[0])
+        model = change(DVAE(build((DVAEConfig,), saved["dvae_config"])[0]))
         checkpoint.load_strict(model, saved["ema"], path)
         model.fingerprint, model.unfinished = fingerprint(model), unfinished(saved, path)
         return model.eval()

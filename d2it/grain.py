@@ -9,11 +9,9 @@ Out      grain bool (B, n, n), True where fine; n = H / S cells on a side
 Differs  - bins are the 256 gray levels and 20 on either side. With the paper's 256 bins on [0, 1]
            half of the kernel falls off at the ends: flat black scores 0.6 less than flat gray
          - scores are computed in double precision: the same maps on all machines
-         - controls have the entropy map's own number of fine cells in each image [ours]
 Try      python -m d2it.grain      (CPU, two seconds; draws grain.png)
 """
 import functools
-import hashlib
 
 import torch
 from torch import Tensor
@@ -23,7 +21,7 @@ from plumbing.given import described
 
 SIGMA = 0.01  # width of the kernel, as a share of the way from black to white [paper]
 MARGIN = 20  # bins beyond black and white: 7.8 sigma, so that nothing is cut off [ours]
-POLICIES = ("entropy", "coarse", "fine", "random", "inverted", "static")
+POLICIES = ("entropy", "coarse", "fine")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -80,38 +78,13 @@ def threshold(scores: Tensor, ratio: float) -> float:
 # ------------------------------------------------------------------------------------------------
 # maps
 
-def grain_map(pixels: Tensor, cell: int, limit: float, policy: str = "entropy",
-              places: Tensor | None = None) -> Tensor:
+def grain_map(pixels: Tensor, cell: int, limit: float, policy: str = "entropy") -> Tensor:
     """uint8 (B, H, W, 3) -> grain bool (B, n, n), True where fine. An image has one map, always.
 
-    policy   entropy    cells above the limit [paper]
-             coarse     none, and fine: all of them; the two ends of the scale
-             random     as many as entropy takes, anywhere: does it matter where?
-             inverted   as many, the least detailed ones: does it matter that much?
-             static     as many, where the *data set* has detail (places (n, n), its mean
-                        entropy): is the map more than "things are in the middle"?
+    policy   entropy: cells above the limit [paper]; coarse: none; fine: all of them
     """
-    scores = entropy(pixels, cell)                            # (B, n, n)
-    grain = scores > limit
-    if policy == "entropy":
-        return grain
-    if policy in ("coarse", "fine"):
-        return torch.full_like(grain, policy == "fine")
-    noise = torch.stack([hashed_noise(image, scores[0].shape) for image in pixels])
-    noise = noise.to(scores.device)                           # (B, n, n)
-    if policy == "random":
-        ranking = noise
-    elif policy == "inverted":
-        ranking = -scores + 1e-5 * noise  # the noise only decides between equals
-    else:
-        ranking = places.expand_as(scores)
-    return take_top(ranking, grain.flatten(1).sum(dim=1))
-
-
-def hashed_noise(image: Tensor, shape: tuple) -> Tensor:
-    """Uniform numbers that follow from the image's bytes: the same in every epoch and stage."""
-    seed = hashlib.sha256(image.cpu().numpy().tobytes()).digest()[:7]
-    return torch.rand(shape, generator=torch.Generator().manual_seed(int.from_bytes(seed, "big")))
+    grain = entropy(pixels, cell) > limit                     # (B, n, n)
+    return grain if policy == "entropy" else torch.full_like(grain, policy == "fine")
 
 
 def take_top(ranking: Tensor, count: Tensor) -> Tensor:
@@ -221,19 +194,18 @@ def main() -> None:
 
     pixels = torch.from_numpy(np.stack([draw_shape(number) for number in numbers("train")[:500]]))
     scores = entropy(pixels, 8)
-    limit = threshold(scores, 0.5)
-    maps = {policy: grain_map(pixels, 8, limit, policy, scores.mean(dim=0)) for policy in POLICIES}
+    maps = {share: scores > threshold(scores, share) for share in (0.25, 0.5, 0.75)}
     rows = [pixels[:10], heat(scores[:10], 32)]
     rows += [painted(pixels[:10], grain[:10]) for grain in maps.values()]
     save_grid(torch.cat(rows), "grain.png", columns=10, scale=2)
-    print(f"grain.png: ten shapes, their entropy, then the maps {', '.join(POLICIES)}\n")
-    flat, above = (scores == scores.min()).float().mean(), (scores > limit).float().mean()
-    print(f"{len(pixels)} shapes in cells of 8 pixels: {flat:.0%} of the cells are flat. Half of "
-          f"all\nshould be above {limit:.4f}, and {above:.1%} are.")
-    for policy, grain in maps.items():
-        print(f"  {policy:9} {count_codes(grain).float().mean():5.1f} codes an image, of 64")
-    print("\nAll but two cost the same. Which of them would you decode an image from? And would a")
-    print("gradient from black to white, which no one calls detailed, be fine or coarse?")
+    print("grain.png: ten shapes, their entropy, and three maps: more and more cells are fine\n")
+    flat = (scores == scores.min()).float().mean()
+    print(f"{len(pixels)} shapes in cells of 8 pixels; {flat:.0%} of the cells are flat.")
+    for share, grain in maps.items():
+        print(f"  {share:.0%} of the cells are to be fine, {grain.float().mean():.1%} are: "
+              f"{count_codes(grain).float().mean():.1f} codes an image, of 64")
+    print("\nWhy do the last two agree? And would a gradient from black to white, which no one")
+    print("calls detailed, be fine or coarse?")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Differs  the grain transformer is generator.py's, left to right over n² words, 
 Try      python -m d2it.sample --run runs/d2it-tiny
 """
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from d2it.content import Content
 from d2it.dvae import DVAE, Codes
 from d2it.grain import grained_noise, take_top
 from generator import ARGenerator, Generator, default_guidance, need_guidance
+from nativetok import as_it_is
 from plumbing.flags import need
 from plumbing.given import need_generator, need_labels, need_map, need_number, need_pixels
 from plumbing.images import to_uint8
@@ -40,13 +42,17 @@ class D2iT(nn.Module):
         self.unfinished = "; ".join(filter(None, parts))  # how far training had come
 
     @staticmethod
-    def of_run(folder: str, device: torch.device) -> "D2iT":
-        """Raises UserError when a part is missing or was trained with another DVAE."""
+    def of_run(folder: str, device: torch.device, change_dvae: Callable = as_it_is,
+               change_content: Callable = as_it_is) -> "D2iT":
+        """Raises UserError when a part is missing or was trained with another DVAE.
+
+        change_dvae, change_content   what train.main was given, if it was given something
+        """
         names = ("dvae.pt", "grain.pt", "content.pt")
         need_parts(folder, names, "-m d2it.train")
         paths = [os.path.join(folder, name) for name in names]
-        dvae, grain = DVAE.load(paths[0]), Generator.load(paths[1])
-        content = Content.load(paths[2])
+        dvae, grain = DVAE.load(paths[0], change_dvae), Generator.load(paths[1])
+        content = Content.load(paths[2], change_content)
         # TRAP: codes of another DVAE have the same shape, and decode to noise.
         for stage, path, learned in ((2, paths[1], grain.tokenizer_fingerprint),
                                      (3, paths[2], content.fingerprint)):

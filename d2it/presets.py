@@ -27,7 +27,7 @@ class DVAEConfig:
     image_size: int = 256  # side of the square images, in pixels
     cell_size: int = 16  # side of a cell, in pixels; a fine code stands for a quarter of it [paper]
     grain_ratio: float = 0.5  # share of the training images' cells that are to be fine [DQ-VAE]
-    grain_policy: str = "entropy"  # entropy, or a control: coarse fine random inverted static
+    grain_policy: str = "entropy"  # entropy [paper]; none or all: coarse, fine
     code_dim: int = 4  # numbers in a code [LDM]
     dvae_width: int = 128  # channels at full resolution [DQ-VAE]
     dvae_mults: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels / dvae_width, by halving [DQ-VAE]
@@ -76,14 +76,12 @@ class ContentConfig:
     content_heads: int = 12  # attention heads [DiT-B]
     label_dropout: float = 0.1  # share of labels hidden in training, for guidance [DiT]
     path: str = "noise"  # noise: the net predicts the noise [DiT]; flow: a direction [SiT]
-    grain_loss: str = "code"  # what counts once: a code, or a slot, so a coarse code four times
     grain_width: int = 384  # channels of the grain transformer [ours: DiT-S's size]
     grain_depth: int = 12  # blocks of the grain transformer [ours]
     grain_heads: int = 6  # attention heads of the grain transformer [ours]
 
     def __post_init__(self):
         choose("path", self.path, ("noise", "flow"))
-        choose("grain_loss", self.grain_loss, ("code", "slot"))
         sizes(self, "content_width", "content_heads", "grain_width", "grain_heads")
         sizes(self, "content_depth", "grain_depth", most=1000)
         shares(self, "label_dropout")

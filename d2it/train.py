@@ -30,6 +30,7 @@ from generator import ARGenerator, default_guidance
 from layers import count_parameters
 from loop import Loop, LossOf, frozen_copy, need_equal_pieces, new_optimizer
 from losses import reconstruction
+from nativetok import as_it_is
 from plumbing import checkpoint
 from plumbing.batches import ImageStream
 from plumbing.flags import as_dict, need
@@ -167,17 +168,17 @@ def train_dvae(run: Run, change: Callable) -> None:
 # ------------------------------------------------------------------------------------------------
 # stage 2
 
-def finished_dvae(run: Run) -> DVAE:
+def finished_dvae(run: Run, change: Callable) -> DVAE:
     path = run.path(FILES[1])
     need(checkpoint.exists(path) and checkpoint.load(path)["phase"] == "finished",
          f"stages 2 and 3 need a finished DVAE, and {run.folder} has none; run stage 1 first")
-    return DVAE.load(path).to(run.procs.device)
+    return DVAE.load(path, change).to(run.procs.device)
 
 
-def train_grain(run: Run) -> None:
+def train_grain(run: Run, change_dvae: Callable) -> None:
     """A map is a sentence of n² words from a vocabulary of two: 1 fine, 0 coarse."""
     cfg, classes = run.configs[1].generator(), len(run.data.classes)
-    dvae, cells = finished_dvae(run), run.configs[0].side ** 2
+    dvae, cells = finished_dvae(run, change_dvae), run.configs[0].side ** 2
     stage = Stage(run, 2, lambda: ARGenerator(cfg, cells, 2, classes), kind="ar",
                   generator_config=as_dict(cfg), num_tokens=cells, codebook_size=2,
                   tokenizer=dvae.fingerprint)
@@ -212,9 +213,9 @@ def train_grain(run: Run) -> None:
 # ------------------------------------------------------------------------------------------------
 # stage 3
 
-def train_content(run: Run, change: Callable) -> None:
+def train_content(run: Run, change_dvae: Callable, change: Callable) -> None:
     dvae_cfg, cfg, train = run.configs
-    dvae, classes = finished_dvae(run), len(run.data.classes)
+    dvae, classes = finished_dvae(run, change_dvae), len(run.data.classes)
     C, n = dvae_cfg.code_dim, dvae_cfg.side
     stage = Stage(run, 3, lambda: change(Content(cfg, C, n, classes)), content_config=as_dict(cfg),
                   channels=C, side=n, dvae=dvae.fingerprint)
@@ -238,8 +239,8 @@ def train_content(run: Run, change: Callable) -> None:
             # TRAP: a cache of codes would freeze one mirror image and one draw of the posterior.
             z, grain = dvae.encode(pixels)
             with loop.autocast():
-                loss, terms = diffusion.loss(loop.model, z, labels, grain, cfg.path, cfg.grain_loss)
-            loop.backward(loss, terms, diffusion.loss_weights(grain, cfg.grain_loss).mean())
+                loss, terms = diffusion.loss(loop.model, z, labels, grain, cfg.path)
+            loop.backward(loss, terms, code_weights(grain).mean())
             stage.after(loop, show)
 
         torch.manual_seed(train.seed)                         # the same times and noise every time
@@ -247,7 +248,7 @@ def train_content(run: Run, change: Callable) -> None:
         with torch.no_grad():
             for pixels, labels in held_out(run):
                 z, grain = dvae.encode(pixels)
-                loss, _ = diffusion.loss(stage.ema, z, labels, grain, cfg.path, cfg.grain_loss)
+                loss, _ = diffusion.loss(stage.ema, z, labels, grain, cfg.path)
                 total += loss.item() * len(pixels)
     stage.finish(show, loss=total / len(run.eval_indices))
 
@@ -266,12 +267,11 @@ def check_belongs(run: Run) -> None:
         run.compare(run.path(name), settings(number, *run.configs))
 
 
-def main(args, change_dvae: Callable = lambda dvae: dvae,
-         change_content: Callable = lambda content: content) -> None:
+def main(args, change_dvae: Callable = as_it_is, change_content: Callable = as_it_is) -> None:
     """Run the stages that args ask for.
 
     Experiments change what is trained by two functions, which are given the new networks before
-    anything is learned.
+    anything is learned or loaded.
     """
     run = Run(args, (args.dvae, args.content, args.train))
     check_belongs(run)
@@ -284,9 +284,9 @@ def main(args, change_dvae: Callable = lambda dvae: dvae,
         if args.stage in (None, 1):
             train_dvae(run, change_dvae)
         if args.stage in (None, 2):
-            train_grain(run)
+            train_grain(run, change_dvae)
         if args.stage in (None, 3):
-            train_content(run, change_content)
+            train_content(run, change_dvae, change_content)
     run.say(f"finished; samples: python -m d2it.sample --run {run.folder}")
     run.end()
 

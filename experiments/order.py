@@ -46,7 +46,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -512,42 +512,79 @@ def make_pca(args, data: ImageSet, val: ImageSet) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# the program
+# the program, and what grain.py's is like
+
+def parser_of(name: str, doc: str, plans: Iterable[str], arms: Iterable[str],
+              extra: Iterable[str]) -> Parser:
+    """The flags of order.py and grain.py. arms: trained by default; extra: when asked for."""
+    parser = Parser(prog=f"{name}.py", description=doc)
+    add = parser.add_argument
+    add("--preset", choices=[plan for plan in plans if plan != "quick"], default="tiny",
+        help="sizes and steps (default: tiny)")
+    add("--data", default="shapes", help="training images, in any form that train.py takes "
+        "(default: the built-in shapes)")
+    add("--val_data", default="", help="held-out images; not needed for the shapes")
+    add("--out", metavar="DIR",
+        help=f"results (default: runs/{name}-PRESET, or runs/{name}-quick)")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N",
+        help="of weights, order of images and samples (default: 0)")
+    add("--arms", nargs="+", metavar="ARM", default=[*arms],
+        help=f"only these (default: all but {', '.join(extra)})")
+    add("--device", choices=DEVICES, default="auto", help="where to compute")
+    add("--quick", action="store_true", help="tiny sizes and few steps, to see that it runs")
+    add("--table", action="store_true",
+        help="train nothing; make tables and figures anew from the results that are there")
+    return parser
+
+
+def parse_for(name: str, parser: Parser, argv: list[str] | None, plans: dict,
+              arms: Iterable[str]) -> argparse.Namespace:
+    """The command line -> namespace, with .plan, .out and .command, the line itself.
+
+    Raises UserError for wrong use.
+    """
+    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args.command = f"python -m experiments.{name} " + shlex.join(words)
+    plan = "quick" if args.quick else args.preset
+    args.plan, args.out = plans[plan], args.out or os.path.join("runs", f"{name}-{plan}")
+    for seed in args.seeds:
+        need_seed(seed, "seeds")
+    for arm in args.arms:
+        choose("arm", arm, arms)
+    own = args.data != "shapes"
+    need(own or args.table or not plan.startswith("cifar"),
+         f"--preset {plan} needs images: give --data and --val_data")
+    # Held-out images cut from --data would differ between seeds, and so would their judge.
+    need(not own or args.val_data or args.table, f"--data {args.data} needs --val_data, so that "
+         "all seeds are judged by the same images")
+    return args
+
+
+def images_of(args) -> tuple[ImageSet, ImageSet]:
+    """Images to train on and held-out ones; the folder of the results can be written."""
+    data, val = train_and_val(args.data, args.val_data, 0, 0)
+    need(val.classes == data.classes and len(data.classes) > 1,
+         f"{args.data} and {args.val_data} need the same classes, two or more")
+    need_places(folders={"--out": os.path.join(args.out, "runs")})
+    return data, val
+
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line -> namespace, with the plan's numbers where none were given.
 
     Raises UserError for wrong use.
     """
-    parser = Parser(prog="order.py", description=__doc__)
+    parser = parser_of("order", __doc__, PLANS, MAIN, EXTRA)
     add = parser.add_argument
-    add("--preset", choices=("tiny", "cifar", "cifar-cpu"), default="tiny",
-        help="sizes and budget (default: tiny)")
-    add("--data", default="shapes", help="training images, in any form that train.py takes "
-        "(default: the built-in shapes)")
-    add("--val_data", default="", help="held-out images; not needed for the shapes")
-    add("--out", metavar="DIR", help="results (default: runs/order-PRESET, or runs/order-quick)")
-    add("--seeds", type=int, nargs="+", default=[0], metavar="N",
-        help="of weights, data order and samples (default: 0)")
-    add("--arms", nargs="+", metavar="ARM", default=[*MAIN],
-        help=f"only these (default: all but {', '.join(EXTRA)})")
     add("--budget", type=int, metavar="STEPS",
         help="steps of each tokenizer, all its phases together")
     add("--generator_steps", type=int, metavar="STEPS", help="steps of each generator")
     add("--num_samples", type=int, metavar="N", help="images per setting of each generator")
-    add("--device", choices=DEVICES, default="auto", help="where to compute")
     add("--cuda_graph", action="store_true", help="train.py's flag, for all tokenizers that drop "
         "no tails, and for the generators")
-    add("--quick", action="store_true", help="tiny sizes and few steps, to see that it runs")
-    add("--table", action="store_true",
-        help="train nothing; make tables and figures anew from the results that are there")
-    args = parser.parse_args(argv)
-    words = sys.argv[1:] if argv is None else argv
-    args.command = "python -m experiments.order " + shlex.join(words)
-
-    name = "quick" if args.quick else args.preset
-    plan = PLANS[name]
-    args.out = args.out or os.path.join("runs", f"order-{name}")
+    args = parse_for("order", parser, argv, PLANS, ARMS)
+    plan = args.plan
     args.preset, args.sizes, args.judge_steps = plan.preset, plan.sizes, plan.judge_steps
     # 20: HNT cuts the budget into phases. 4: precision and recall ask for the third neighbour.
     for number, least in (("budget", 20), ("generator_steps", 1), ("num_samples", 4)):
@@ -555,25 +592,13 @@ def parse(argv=None) -> argparse.Namespace:
             setattr(args, number, getattr(plan, number))
         need(getattr(args, number) >= least,
              f"{number} {getattr(args, number)} must be at least {least}")
-    for seed in args.seeds:
-        need_seed(seed, "seeds")
-    for arm in args.arms:
-        choose("arm", arm, ARMS)
-    need(args.preset != "cifar" or args.data != "shapes" or args.table,
-         f"--preset {name} needs images: give --data and --val_data")
-    # Held-out images cut from --data would differ between seeds, and so would their judge.
-    need(args.data == "shapes" or args.val_data or args.table,
-         "--data needs --val_data, so that all seeds are judged by the same images")
     return args
 
 
 def main(args) -> None:
     if not args.table:
         procs = Processes(args.device)
-        data, val = train_and_val(args.data, args.val_data, 0, 0)
-        need(val.classes == data.classes and len(data.classes) > 1,
-             f"{args.data} and {args.val_data} need the same classes, two or more")
-        need_places(folders={"--out": os.path.join(args.out, "runs")})
+        data, val = images_of(args)
         for seed in args.seeds:  # a whole table first, then its spread
             for arm in args.arms:
                 make_result(arm, seed, args, procs, data, val)

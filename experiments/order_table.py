@@ -1,6 +1,6 @@
 """What order.py has measured, as two tables and two figures; and reading the results again.
 
-A file of its own because tables need no training: grain's programs and record.py read results and
+A file of its own because tables need no training: grain_table.py and record.py read results and
 logs by the same functions.
 
 In       OUT/ARM-SEED.json, one per arm and seed, and OUT/pca.json if it is there. Older files hold
@@ -141,6 +141,16 @@ def line_of(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def table_of(first: str, rows: dict[str, list[dict]], digits: dict[str, str]) -> list[str]:
+    """The lines of a table. first: head of the first column; rows: {name: columns, by seed}."""
+    lines = [line_of([first, "seeds", *digits]), "|---" * (2 + len(digits)) + "|"]
+    for name, by_seed in rows.items():
+        cells = [cell([row[head] for row in by_seed if row[head] is not None], digits[head])
+                 for head in digits]
+        lines.append(line_of([name, str(len(by_seed)), *cells]))
+    return lines
+
+
 def pca_points(out: str) -> list[list[float]]:
     """[bits, PSNR in dB] of the transform code, by rising bits; none before it was measured."""
     path = os.path.join(out, "pca.json")
@@ -151,14 +161,7 @@ def summary(results: dict[str, list[dict]], points: list[list[float]]) -> dict[s
     """{title: the lines of a table}: what the pages show."""
     numbers = {arm: [columns(result, points) for result in of_arm]
                for arm, of_arm in results.items()}
-    tables = {}
-    for title, digits in TABLES.items():
-        tables[title] = [line_of(["arm", "seeds", *digits]), "|---" * (2 + len(digits)) + "|"]
-        for arm, by_seed in numbers.items():
-            cells = [cell([row[name] for row in by_seed if row[name] is not None], digits[name])
-                     for name in digits]
-            tables[title].append(line_of([arm, str(len(by_seed)), *cells]))
-    return tables
+    return {title: table_of("arm", numbers, digits) for title, digits in TABLES.items()}
 
 
 def note(results: dict[str, list[dict]]) -> str:
@@ -200,11 +203,16 @@ def write_tables(results: dict[str, list[dict]], out: str) -> str:
     for title, table in summary(results, points).items():
         lines += [f"## {title}", "", *table, ""]
     text = "\n".join([*lines, note(results)])
-    for name, content in (
-            ("table.md", text),
-            ("recovered.svg", svg(by_position(results, "repaired"), "position of the token that is "
-                                  "swapped", "dB that later tokens recover")),
-            ("bits.svg", svg(by_position(results, "ar_bits"), "position", "bits under AR"))):
+    write_files(out, {
+        "table.md": text,
+        "recovered.svg": svg(by_position(results, "repaired"), "position of the token that is "
+                             "swapped", "dB that later tokens recover"),
+        "bits.svg": svg(by_position(results, "ar_bits"), "position", "bits under AR")})
+    return text
+
+
+def write_files(out: str, contents: dict[str, str]) -> None:
+    """Write {name: text} into the folder."""
+    for name, content in contents.items():
         with checkpoint.replacing(os.path.join(out, name)) as file:
             file.write(content.encode())
-    return text

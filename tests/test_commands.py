@@ -116,8 +116,6 @@ def reason(line: str, file: str) -> str:
         return "Inception's weights, ImageNet's statistics"
     if "--cuda_graph" in line or "--device cuda" in line:
         return "a GPU"
-    if file == "experiments/grain_page.py":
-        return "rewrites d2it/README.md; test_d2it_page holds the page to it"
     if line.startswith("python -m pytest"):
         return "the tests themselves"
     return ""
@@ -300,10 +298,7 @@ def test_the_flags_of_a_command_that_cannot_run_here_are_read(line, place, tmp_p
         return
     assert (ROOT / file).exists()
     flags = [word for word in at(place, small(line)[1], tmp_path) if word != "--cuda_graph"]
-    if file == "experiments/grain_page.py":
-        assert not flags
-    else:
-        assert importlib.import_module(file.removesuffix(".py").replace("/", ".")).parse(flags)
+    assert importlib.import_module(file.removesuffix(".py").replace("/", ".")).parse(flags)
 
 
 @pytest.mark.parametrize("file", ("d2it/grain.py", "plumbing/shapes.py"))

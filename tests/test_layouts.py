@@ -218,7 +218,7 @@ def calibrated(c):
     def call(scores):
         net = copied(model("dvae", c))
         net.calibrate(scores)
-        return net.limit, net.places
+        return net.limit
     return call, c.x(c.B, c.side, c.side).float()
 
 
@@ -231,9 +231,9 @@ def measured(c):
 
 
 def policies(c):
-    def call(pixels, places):
-        return [grain.grain_map(pixels, 4, 2.5, policy, places) for policy in grain.POLICIES]
-    return call, c.pixels(), c.x(c.side, c.side).float()
+    def call(pixels):
+        return [grain.grain_map(pixels, 4, 2.5, policy) for policy in grain.POLICIES]
+    return call, c.pixels()
 
 
 def noisy(c):
@@ -424,8 +424,6 @@ TABLE = {
     "d2it.grain.threshold": lambda c: (
         lambda x: grain.threshold(x, 0.5), c.x(c.B, c.side, c.side)),
     "d2it.grain.grain_map": policies,
-    "d2it.grain.hashed_noise": lambda c: (
-        lambda image: grain.hashed_noise(image, (2, 2)), c.pixels()[0]),
     "d2it.grain.take_top": lambda c: (
         grain.take_top, c.x(c.B, c.side, c.side), c.ids(c.T + 1, c.B)),
     "d2it.grain.count_codes": lambda c: (grain.count_codes, c.grain()),

@@ -119,14 +119,13 @@ def test_training_times_cover_every_step_alike_and_never_leave_the_table(monkeyp
     assert random_times(64, "noise").max() == T
 
 
-@pytest.mark.parametrize("grain_loss", ["code", "slot"])
-def test_the_loss_is_the_mean_over_codes_or_over_slots_as_computed_by_hand(grain_loss, monkeypatch):
+def test_the_loss_is_the_mean_over_codes_as_computed_by_hand(monkeypatch):
     noise = grained_noise(GRAIN, 4, torch.Generator().manual_seed(0))
     monkeypatch.setattr(diffusion, "grained_noise", lambda grain, channels: noise)
-    got, logs = loss(constant(0.3), torch.randn(2, 4, 4, 4), LABELS, GRAIN, "noise", grain_loss)
+    got, logs = loss(constant(0.3), torch.randn(2, 4, 4, 4), LABELS, GRAIN)
     total, count = 0.0, 0.0
     for b, i, j in itertools.product(range(2), range(4), range(4)):
-        weight = 1 if grain_loss == "slot" or GRAIN[b, i // 2, j // 2] else 0.25
+        weight = 1 if GRAIN[b, i // 2, j // 2] else 0.25
         total += weight * ((0.3 - noise[b, :, i, j]) ** 2).sum().item()
         count += 4 * weight
     assert got.item() == pytest.approx(total / count, rel=1e-5)

@@ -104,29 +104,13 @@ def test_flat_cells_are_coarse_even_when_more_than_half_are_flat():
     assert fine.nonzero().tolist() == [[0, 0, 0]]
 
 
-def test_a_control_has_as_many_fine_cells_in_each_image_as_the_entropy_map():
-    pixels, limit = shapes(), 2.5
-    scores = entropy(pixels, 8)
-    wanted = grain_map(pixels, 8, limit).flatten(1).sum(1)
-    maps = {p: grain_map(pixels, 8, limit, p, scores.mean(dim=0)) for p in POLICIES}
-    for policy in ("random", "inverted", "static"):
-        assert torch.equal(maps[policy].flatten(1).sum(1), wanted), policy
-        assert not torch.equal(maps[policy], maps["entropy"])
-    assert not maps["coarse"].any() and maps["fine"].all()
-    # static: images with as many fine cells have them in the same places
-    for count in wanted.unique():
-        assert len(maps["static"][wanted == count].unique(dim=0)) == 1
-    detail = {p: scores[maps[p]].mean() for p in ("entropy", "random", "inverted")}
-    assert detail["entropy"] > detail["random"] > detail["inverted"]
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_an_image_has_the_same_map_in_every_batch_and_at_every_call(policy):
-    pixels, places = shapes(20), torch.rand(4, 4)
-    before = grain_map(pixels, 8, 2.5, policy, places)
-    torch.manual_seed(7)
-    after = torch.cat([grain_map(part, 8, 2.5, policy, places) for part in pixels.flip(0).split(3)])
-    assert torch.equal(before, after.flip(0))
+def test_all_cells_are_fine_or_none_or_those_above_the_limit_whatever_the_batch():
+    pixels = shapes(20)
+    maps = {policy: torch.cat([grain_map(part, 8, 2.5, policy) for part in pixels.split(3)])
+            for policy in POLICIES}
+    assert maps["fine"].all() and not maps["coarse"].any()
+    assert torch.equal(maps["entropy"], entropy(pixels, 8) > 2.5)
+    assert 0 < maps["entropy"].sum() < maps["entropy"].numel()
 
 
 def test_merge_reads_nothing_of_the_grid_that_a_cell_does_not_belong_to():
