@@ -28,7 +28,7 @@ from experiments.bench_rows import learner, tokenizer_config, tokenizer_loss
 from experiments.timing import GIB, Bench, in_child
 from nativetok import NativeTok
 from plumbing import checkpoint
-from plumbing.flags import DEVICES, Parser, UserError, need, number
+from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.outputs import JSON, PNG, need_places
 from plumbing.processes import need_one_process, peak_memory, provenance, reset_peak_memory
 
@@ -110,12 +110,9 @@ def table(made: dict) -> str:
 
 def draw(made: dict, path: str) -> None:
     """Time above memory, a column for each axis; what a line means stands below all of them."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("the picture takes matplotlib: pip install matplotlib") from None
+    import matplotlib  # parse() has looked for it
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, len(AXES), figsize=(10, 5.4), sharex="col",
                                 constrained_layout=True)
     for column, (what, (values, _, stays)) in enumerate(AXES.items()):

@@ -1,12 +1,10 @@
 """Promises of scaling.py: exponents are those of a power law, memory is measured above the weights,
 the table holds the numbers."""
-import sys
 
 import pytest
 import torch
 
 from experiments import scaling
-from helpers import refused
 
 
 def test_exponents_of_a_power_law_are_found_and_the_end_may_differ():
@@ -49,11 +47,6 @@ def test_a_point_is_what_a_child_measures(monkeypatch):
         decoder_heads=2, codebook_size=16, **changes))
     encode_s, encode_gib, step_s, step_gib = scaling.point(4, 16, 64, torch.device("cpu"))
     assert 0 < encode_s < step_s and 0 <= encode_gib <= step_gib
-
-
-def test_without_matplotlib_the_picture_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    refused(scaling.draw, made(), str(tmp_path / "x.png"), names=["pip install matplotlib"])
 
 
 def test_the_picture_can_be_drawn(tmp_path):
