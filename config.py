@@ -1,4 +1,4 @@
-"""Every setting of the program: three frozen dataclasses, the presets, one command line.
+"""Every setting of the program: frozen dataclasses, the presets, one command line.
 
 In       a preset's name, then command-line flags; the later one wins: default, preset, flag
 Out      TokenizerConfig, GeneratorConfig, TrainConfig
@@ -14,10 +14,11 @@ import argparse
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from plumbing.flags import (
-    Parser, UserError, as_dict, at_least_one, below_one, build, choose, learns, need, not_negative,
-    number, parse_command, shares, sizes)
+    Parser, UserError, as_dict, at_least_one, below_one, build, choose, need, need_seed,
+    not_negative, number, parse_command, shares, sizes)
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,11 @@ class GeneratorConfig:
     # share of labels hidden in training, so that guidance has an unconditional side [LlamaGen]
     label_dropout: float = 0.1
     label_smoothing: float = 0.1  # MaskGIT only: label smoothing [MaskGIT]
-    # MaskGIT only: loss weight of tokens that were not masked [MaskGIT]
-    unmasked_weight: float = 0.1
 
     def __post_init__(self):
         sizes(self, "generator_width", "generator_heads")
         sizes(self, "generator_depth", most=1000)
-        shares(self, "label_dropout", "unmasked_weight")
+        shares(self, "label_dropout")
         below_one(self, "generator_dropout", "label_smoothing")  # at 1 nothing would be learned
         width, heads = self.generator_width, self.generator_heads
         need(width % heads == 0 and width // heads % 2 == 0,
@@ -121,9 +120,20 @@ class GeneratorConfig:
              "(rotary pairs)")
 
 
+class Optim(NamedTuple):
+    """How one network learns: what a stage of training takes of the settings."""
+    batch_size: int  # over all processes
+    steps: int
+    learning_rate: float  # the peak, after warmup_steps
+    min_learning_rate: float  # at the end
+    warmup_steps: int
+    beta2: float
+    weight_decay: float
+
+
 @dataclass(frozen=True)
-class TrainConfig:
-    # data
+class RunConfig:
+    """What every training run has, of NativeTok and of D2iT."""
     # image folder, flat folder, .tar .tar.gz .tar.xz .zip, WebDataset shards, .npz, or "shapes"
     data: str = "shapes"
     val_data: str = ""  # held-out images in any of these forms; empty: some of --data are set aside
@@ -134,32 +144,63 @@ class TrainConfig:
     flip: bool = True  # training mirrors half of the images; the token cache holds both copies
     # count unreadable images and go on, up to 1%, instead of stopping at the first
     skip_bad: bool = False
-    seed: int = 0  # seed of weights, data order and augmentation
-    # stages 1 and 2: the tokenizer
-    batch_size: int = 256  # images per step over all processes [TiTok]
-    learning_rate: float = 1e-4  # peak learning rate [TiTok]
+    seed: int = 0  # seed of weights, data order, augmentation and noise
+    # how weights are moved
+    batch_size: int = 256  # images per step over all processes [TiTok, DiT]
     # learning rate at the end of a phase, at most its peak [TiTok]
     min_learning_rate: float = 1e-5
     warmup_steps: int = 5000  # steps until the learning rate has reached its peak [TiTok]
+    # of hidden matrices: adamw [TiTok, DiT] or muon [ours: see muon.py]
+    optimizer: str = "adamw"
+    # Muon's peak; it rises and falls like the other learning rates [Jordan]
+    muon_learning_rate: float = 0.02
+    beta2: float = 0.999  # AdamW's second decay; the first is 0.9 [TiTok]
+    weight_decay: float = 1e-4  # AdamW's weight decay, on matrices only [TiTok]
+    grad_clip: float = 1.0  # largest gradient norm, 0 for no limit [TiTok]
+    # micro-batches per step and process, to fit a large batch into memory; the entropy loss and the
+    # restart of dead codes then look at one micro-batch at a time
+    accumulate: int = 1
+    # decay of the averaged weights, which are the ones that are used [TiTok]
+    ema_decay: float = 0.999
+    # how to run: these may differ when a run is resumed
+    workers: int = 0  # data-loading processes per training process
+    precision: str = "auto"  # auto (bf16 where the GPU has it), fp32 or bf16
+    # seconds that a process waits for the others before it gives up and ends the run
+    timeout: int = 600
+    log_every: int = 50  # steps between lines of log.jsonl
+    save_every: int = 1000  # steps between checkpoints
+    sample_every: int = 5000  # steps between pictures in samples/
+
+    def __post_init__(self):
+        need_seed(self.seed)
+        below_one(self, "beta2")  # at 1 the average would never take anything in
+        choose("precision", self.precision, ("auto", "fp32", "bf16"))
+        choose("optimizer", self.optimizer, ("adamw", "muon"))
+        shares(self, "ema_decay")
+        sizes(self, "batch_size", "accumulate")
+        at_least_one(self, "holdout", "timeout", "log_every", "save_every", "sample_every")
+        not_negative(self, "workers", "min_learning_rate", "warmup_steps", "weight_decay",
+                     "grad_clip", "muon_learning_rate")
+        need(self.workers <= 1024, f"workers {self.workers} is out of range; give 0 to 1024")
+
+    def optim(self, steps: int, learning_rate: float) -> Optim:
+        """For a network that learns for so many steps, with this peak of its learning rate."""
+        return Optim(self.batch_size, steps, learning_rate, self.min_learning_rate,
+                     self.warmup_steps, self.beta2, self.weight_decay)
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    # stages 1 and 2: the tokenizer
+    learning_rate: float = 1e-4  # peak learning rate [TiTok]
     # first steps without quantization, before the codebook is drawn from z [ours]
     continuous_steps: int = 1000
     base_steps: int = 300000  # steps of stage 1, the continuous ones included [ours]
     grow_steps: int = 100000  # steps of each growth step in stage 2 [ours]
     finetune_steps: int = 50000  # steps of the joint fine-tune at the end of stage 2 [ours]
-    # of hidden matrices, the generators' too: adamw [TiTok] or muon [ours: see muon.py]
-    optimizer: str = "adamw"
-    muon_learning_rate: float = 0.02  # Muon's peak; it rises and falls like learning_rate [Jordan]
-    # the codebook's learning rate, as a multiple of the others': codes that learn faster lie nearer
-    # to what is said, and that distance is what quantization costs [ours: experiments/LOG.md]
+    # the codebook's learning rate, as a multiple of the others': a faster codebook tracks the
+    # encoder better, and the distance between them is what quantization costs [ours: LOG.md]
     codebook_rate: float = 1.0
-    beta2: float = 0.999  # AdamW's second decay; the first is 0.9 [TiTok]
-    weight_decay: float = 1e-4  # AdamW's weight decay, on matrices only [TiTok]
-    grad_clip: float = 1.0  # largest gradient norm, 0 for no limit [TiTok]
-    # micro-batches per step and process, to fit a large batch into memory; the entropy loss and the
-    # redrawing of codes then look at one micro-batch at a time
-    accumulate: int = 1
-    # decay of the averaged weights, which are the ones that are used [TiTok]
-    ema_decay: float = 0.999
     # steps between replacements of codes that nothing chose, 0 for never [ours]
     reseed_every: int = 100
     # weight of the ConvNeXt-S feature loss; needs torchvision [TiTok: 0.1 stage 2]
@@ -180,20 +221,14 @@ class TrainConfig:
     generator_steps: int = 500000  # steps of each generator [MaskGIT]
     generator_beta2: float = 0.95  # AdamW's second decay [LlamaGen]
     generator_weight_decay: float = 0.05  # AdamW's weight decay, on matrices only [LlamaGen]
-    # how to run: these may differ when a run is resumed
-    workers: int = 0  # data-loading processes per training process
-    precision: str = "auto"  # auto (bf16 where the GPU has it), fp32 or bf16
+    # how to run, beside what RunConfig has
     # one CUDA GPU: record the kernels of a training step and replay them, see plumbing/graphs.py
     cuda_graph: bool = False
-    # seconds that a process waits for the others before it gives up and ends the run
-    timeout: int = 600
-    log_every: int = 50  # steps between lines of log.jsonl
-    save_every: int = 1000  # steps between checkpoints
-    sample_every: int = 5000  # steps between pictures in samples/
 
     def __post_init__(self):
+        super().__post_init__()
         choose("generators", self.generators, ("ar", "maskgit", "both"))
-        learns(self)
+        below_one(self, "generator_beta2")
         sizes(self, "generator_batch_size")
         at_least_one(self, "base_steps", "grow_steps", "finetune_steps", "generator_steps")
         not_negative(self, "learning_rate", "codebook_rate",
@@ -207,11 +242,12 @@ class TrainConfig:
              f"continuous_steps {self.continuous_steps} must leave quantized steps in base_steps "
              f"{self.base_steps}")
 
-    def adversary_learns(self, step: int) -> bool:
-        return step >= self.adversarial_start - self.adversarial_warmup
-
-    def adversary_judges(self, step: int) -> bool:
-        return step >= self.adversarial_start
+    @property
+    def generator(self) -> Optim:
+        """How each generator learns."""
+        return Optim(self.generator_batch_size, self.generator_steps, self.generator_learning_rate,
+                     self.generator_min_learning_rate, self.generator_warmup_steps,
+                     self.generator_beta2, self.generator_weight_decay)
 
     @property
     def generator_kinds(self) -> tuple[str, ...]:

@@ -310,6 +310,9 @@ def mask_schedule(length: int, steps: int) -> list[int]:
     return schedule
 
 
+UNMASKED = 0.1  # loss weight of a token that was not masked [MaskGIT]
+
+
 class MaskGITGenerator(Generator):
     causal = False
     options = ("cfg_scale", "temperature", "steps", "randomize_temperature")
@@ -324,7 +327,7 @@ class MaskGITGenerator(Generator):
         return min(8, self.num_tokens)
 
     def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
-        """Mean of the smoothed cross-entropy: masked tokens weigh 1, others unmasked_weight.
+        """Mean of the smoothed cross-entropy: masked tokens weigh 1, others 0.1 [MaskGIT].
 
         dict   "masked_share"; "masked_accuracy", the share of masked tokens guessed exactly;
                "weight", that of a token on average: what this mean counts in a larger one
@@ -334,7 +337,7 @@ class MaskGITGenerator(Generator):
         logits = self(self.hide_labels(labels), hidden)[:, 1:]  # (B, L, K)
         error = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="none",
                                 label_smoothing=self.cfg.label_smoothing).view(ids.shape)  # (B, L)
-        weight = torch.where(masked, 1.0, self.cfg.unmasked_weight)
+        weight = torch.where(masked, 1.0, UNMASKED)
         loss = (weight * error).sum() / weight.sum()
         hits = (logits.detach().argmax(dim=-1) == ids) & masked
         return loss, {"masked_share": masked.float().mean(),

@@ -1,28 +1,24 @@
 """The training loop, once for everything that learns here: rates, micro-batches, log, signals.
 
+Loop     works by itself, in anybody's program:
+
+    model = nn.Linear(3, 1)
+    optim = Optim(64, 1000, 1e-3, 1e-5, 100, 0.99, 0.01)  # batch, steps, peak, end, warm-up ...
+    loop = Loop(model, make_ema(model), new_optimizer(model, "adamw", 0.01, 0.99), optim)
+    for x, y in loop.over(batches):     # one micro-batch a turn, on the device
+        with loop.autocast():           # only here: backward is outside of it
+            loss = mse(loop.model(x), y)
+        loop.backward(loss, {"mse": loss})
+
+Stage    is a Loop in a run's folder: it goes on from a checkpoint, writes RUN/log.jsonl, and saves
+         before it leaves
+
 In       a model, its averaged copy, an optimizer, endless batches
-Out      trained weights in place; one line of RUN/log.jsonl per log_every steps: phase, step, the
-         mean of each loss term, grad_norm before clipping, learning_rate, per_second (images or
-         sequences over all processes), skipped, if steps were not finite, and peak_mb in
-         the last line of a phase
+Out      trained weights in place; every log_every steps a row: step, the mean of each loss term,
+         grad_norm before clipping, learning_rate, per_second (images or sequences over all
+         processes), skipped, if steps were not finite, and peak_mb in the last row
 Differs  From nanoGPT's loop only in what a long run needs: it can stop and go on at any step, on
          any number of processes, and a step that is not finite on one of them is skipped by all
-
-    loop = Loop(run, "base", model, ema, optimizer, stream, steps, batch_size, rates)
-    with loop.saved_by(save):           # a signal, or images that fail: save(steps done), and leave
-        for images, labels in loop:     # one micro-batch a turn, on the device
-            with loop.autocast():       # only here: backward, pictures, saving are outside of it
-                recon = loop.model(images)
-            loss = mse(recon, images)
-            loop.backward(loss, {"pixels": loss})
-            if loop.stepped:            # False within an accumulation, and when a step was skipped
-                ...                     # what has to happen after each optimizer step
-            if loop.time_to_save:
-                save(loop.step)         # steps done, this one included
-            if loop.time_to_show:       # after saving: it may read images, and these may fail
-                show(loop.step)
-        result = evaluate(ema)          # in here too, as it reads images
-
 Try      python loop.py      (prints how the learning rate rises and falls)
 """
 import contextlib
@@ -31,16 +27,20 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from config import Optim
+from layers import count_parameters
 from muon import Muon, matrices_of
+from plumbing import checkpoint
 from plumbing.batches import ImagesFailed
 from plumbing.flags import need
-from plumbing.processes import INTERRUPTED, Interrupted, peak_memory, reset_peak_memory
+from plumbing.processes import (
+    INTERRUPTED, Interrupted, Processes, peak_memory, reset_peak_memory)
 from plumbing.run import Run
 from plumbing.start import output_gone
 
@@ -90,7 +90,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
+def make_ema(model: nn.Module) -> nn.Module:
     """The averaged weights to be: in eval mode, and no optimizer's business."""
     return copy.deepcopy(model).requires_grad_(False).eval()
 
@@ -107,68 +107,68 @@ class LossOf(nn.Module):
 
 
 class Loop:
-    """Iterate for the micro-batches of steps `start` to `steps`; see the top of this file for how
-    to use it.
+    """Iterate over its batches for the micro-batches of optim.steps steps; see the top of the file.
 
     model      to call: the given model, with gradients averaged over processes
     step       steps done
     stepped    the last backward() ended a step, and the weights were changed by it
-    time_to_save   every save_every steps
     whole      all that this process learns from in this step; a turn's micro-batch is a part of it
 
-    stream     step -> batches of this process from that step on, tuples of tensors with equal first
-    dimensions batch_size   over all processes; rates: peak, end, warm-up steps of the learning rate
-    Raises UserError when a batch cannot be cut into train.accumulate equal pieces, and after ten
-    steps in a row that were not finite.
+    ema        the averaged copy, or None
+    procs      whose processes share each batch (default: this one alone)
+    on_log     is given each row, a dictionary
+    Raises UserError when a batch cannot be cut into `accumulate` equal pieces, and after ten steps
+    in a row that were not finite.
     """
 
-    def __init__(self, run: Run, name: str, model: nn.Module, ema: nn.Module,
-                 optimizer: Muon, stream: Callable[[int], Iterator], steps: int,
-                 batch_size: int, rates: tuple[float, float, int], start: int = 0,
-                 cuda_graph: bool = False):
-        self.run, self.name, self.ema, self.optimizer = run, name, ema, optimizer
-        self.stream, self.steps, self.batch_size, self.rates = stream, steps, batch_size, rates
-        self.step = start
-        self.bare = model
-        self.model = run.procs.wrap(model, cuda_graph)
+    def __init__(self, model: nn.Module, ema: nn.Module | None, optimizer: Muon, optim: Optim, *,
+                 name: str = "training", start: int = 0, procs: Processes | None = None,
+                 accumulate: int = 1, grad_clip: float = 1.0, ema_decay: float = 0.999,
+                 precision: str = "fp32", cuda_graph: bool = False, log_every: int = 50,
+                 on_log: Callable[[dict], None] = lambda row: None):
+        self.procs = procs or Processes.alone(next(model.parameters()).device)
+        self.raw_model, self.model = model, self.procs.wrap(model, cuda_graph)
+        self.ema, self.optimizer, self.optim, self.name = ema, optimizer, optim, name
+        self.step, self.accumulate, self.grad_clip = start, accumulate, grad_clip
+        self.ema_decay, self.precision = ema_decay, precision
+        self.log_every, self.on_log = log_every, on_log
         self.learning = [p for p in model.parameters() if p.requires_grad]
         self.stepped = self.agreed = self.unread = False
         self.pieces_left = self.skipped_in_a_row = 0
         # A step of one micro-batch is its own mean.
-        self.alone = run.procs.world == 1 and run.train.accumulate == 1
-        need_equal_pieces(name, batch_size, run.procs.world, run.train.accumulate)
-        if run.train.optimizer == "muon" and not any(g["matrices"] for g in optimizer.param_groups):
-            run.say(f"{name}: no hidden matrices, only such as convolutions; so --optimizer muon "
-                    "changes nothing here, and AdamW has all of it")
+        self.alone = self.procs.world == 1 and accumulate == 1
+        need_equal_pieces(name, optim.batch_size, self.procs.world, accumulate)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        train, procs = self.run.train, self.run.procs
-        self.run.trim_log(self.name, self.step)
-        self.batches = self.stream(self.step)
+    def over(self, batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+        """Batches of this process from step `start` on, as tuples of tensors with equal first
+        dimensions -> micro-batches, on the device."""
+        procs, optim = self.procs, self.optim
+        self.batches = iter(batches)
         reset_peak_memory(procs.device)
         self.begin_log()
-        self.bar = tqdm(total=self.steps, initial=self.step, desc=f"{self.name:10}", mininterval=1,
+        self.bar = tqdm(total=optim.steps, initial=self.step, desc=f"{self.name:10}", mininterval=1,
                         disable=not procs.main)
-        self.bare.train()
+        self.raw_model.train()
         while True:
             # 1. The batch, and whether all processes have one and want to go on.
-            if self.step < self.steps:
+            if self.step < optim.steps:
                 with procs.interruptible():
                     batch = next(self.batches)
             self.agree()
-            if self.step == self.steps:
+            if self.step == optim.steps:
                 break
 
             # 2. The learning rate of this step.
-            self.rate = learning_rate(self.step, self.steps, *self.rates)
+            self.lr = learning_rate(self.step, optim.steps, optim.learning_rate,
+                                    optim.min_learning_rate, optim.warmup_steps)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate * group.get("scale", 1.0)
+                group["lr"] = self.lr * group.get("scale", 1.0)
 
             # 3. Micro-batches of equal size. Processes exchange gradients with the last one.
             self.whole = tuple(part.to(procs.device, non_blocking=True) for part in batch)
-            size = len(batch[0]) // train.accumulate
+            size = len(batch[0]) // self.accumulate
             self.terms, self.weight = defaultdict(list), 0.0
-            self.pieces_left = train.accumulate
+            self.pieces_left = self.accumulate
             for first in range(0, len(batch[0]), size):
                 last = procs.world == 1 or self.pieces_left == 1
                 with contextlib.nullcontext() if last else self.model.no_sync():
@@ -178,7 +178,7 @@ class Loop:
 
     def autocast(self):
         """For the model's forward, and nothing else: products as --precision says."""
-        return self.run.procs.autocast(self.run.train.precision)
+        return self.procs.autocast(self.precision)
 
     # --------------------------------------------------------------------------------------------
     # how it may end
@@ -190,42 +190,18 @@ class Loop:
         Raises on all processes alike: ImagesFailed of the first that has one; Interrupted when a
         signal has come to any, or when nobody reads what is printed any more.
         """
-        procs = self.run.procs
-        failed, stop = procs.any(error is not None, procs.stop or self.unread)
+        failed, stop = self.procs.any(error is not None, self.procs.stop or self.unread)
         if failed:
             self.agreed = True
-            told = [text for text in procs.gather(error and str(error)) if text]
+            told = [text for text in self.procs.gather(error and str(error)) if text]
             raise ImagesFailed(told[0])
         if stop:
             raise Interrupted
 
-    @contextlib.contextmanager
-    def saved_by(self, save: Callable[[int], None]) -> Iterator[None]:
-        """Around the loop and what measures its end: what was learned is saved, whatever ends it.
-
-        A signal: save(steps done), and leave with exit code 3. Images that cannot be had (a bad
-        file, a data worker that died) harm no weights: the same, then ImagesFailed that says so.
-        """
-        try:
-            yield
-        except Interrupted:
-            self.close()
-            save(self.step)
-            self.run.say(f"interrupted: step {self.step} of {self.name} is saved; "
-                         "repeat the command to go on")
-            sys.exit(INTERRUPTED)
-        except ImagesFailed as error:
-            self.close()
-            with contextlib.suppress(ImagesFailed):
-                if not self.agreed:
-                    self.agree(error)
-            save(self.step)
-            raise ImagesFailed(f"{error}; step {self.step} of {self.name} is saved: mend that, and "
-                               "repeat the command to go on") from error
-
     def close(self) -> None:
         self.bar.close()  # so that what is said next has a line of its own
-        self.batches.close()  # so that data workers end
+        if hasattr(self.batches, "close"):
+            self.batches.close()  # so that data workers end
 
     # --------------------------------------------------------------------------------------------
     # a step
@@ -255,19 +231,18 @@ class Loop:
 
         Returns False if any process met a number that is not finite: then all skip the step.
         """
-        train, procs = self.run.train, self.run.procs
         values = {name: torch.stack(parts).mean() for name, parts in self.terms.items()}
         if not self.alone:
             # Gradients are sums over micro-batches of loss times weight, and the processes' mean.
             torch._foreach_div_([p.grad for p in self.learning if p.grad is not None],
-                                procs.mean(self.weight))
-            values["loss"] = values["loss"] * train.accumulate / self.weight
+                                self.procs.mean(self.weight))
+            values["loss"] = values["loss"] * self.accumulate / self.weight
         # A limit of infinity only measures.
-        norm = nn.utils.clip_grad_norm_(self.learning, train.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.learning, self.grad_clip or math.inf)
         values["grad_norm"] = norm
         finite = torch.stack([value.float() for value in values.values()]).isfinite().tolist()
         wrong = [name for name, good in zip(values, finite) if not good]
-        skip, = procs.any(bool(wrong))
+        skip, = self.procs.any(bool(wrong))
         if skip:
             self.skipped += 1
             self.skipped_in_a_row += 1
@@ -278,14 +253,15 @@ class Loop:
         else:
             self.skipped_in_a_row = 0
             self.optimizer.step()
-            update_ema(self.ema, self.bare, train.ema_decay, self.step)
+            if self.ema is not None:
+                update_ema(self.ema, self.raw_model, self.ema_decay, self.step)
             for name, value in values.items():
                 self.sums[name].append(value)
         self.optimizer.zero_grad()
         self.step += 1
         self.bar.update()
         self.unread = output_gone()
-        if self.step % train.log_every == 0 or self.step == self.steps:
+        if self.step % self.log_every == 0 or self.step == self.optim.steps:
             self.write_log()
         return not skip
 
@@ -293,32 +269,147 @@ class Loop:
         self.sums, self.skipped, self.since = defaultdict(list), 0, (time.time(), self.step)
 
     def write_log(self) -> None:
-        """One line: means over the steps that were taken since the last line, on this process."""
+        """One row: means over the steps that were taken since the last one, on this process."""
         began, first = self.since
         row = {name: round(torch.stack(values).mean().item(), 6)
                for name, values in self.sums.items()}
-        speed = self.batch_size * (self.step - first) / (time.time() - began)
+        speed = self.optim.batch_size * (self.step - first) / (time.time() - began)
         if self.skipped:
             row["skipped"] = self.skipped
-        if self.step == self.steps:
-            row["peak_mb"] = peak_memory(self.run.procs.device) >> 20
-        self.run.log(phase=self.name, step=self.step, **row, learning_rate=self.rate,
-                     per_second=round(speed, 1))
+        if self.step == self.optim.steps:
+            row["peak_mb"] = peak_memory(self.procs.device) >> 20
+        self.on_log({"step": self.step, **row, "learning_rate": self.lr,
+                     "per_second": round(speed, 1)})
         shown = f"loss {row['loss']:.4f}" if "loss" in row else f"{self.skipped} steps not finite"
         self.bar.set_postfix_str(f"{shown}, {speed:.0f}/s")
         self.begin_log()
 
-    @property
-    def time_to_save(self) -> bool:
-        """Between steps only, and not after the last one: it is saved with the phase's results."""
-        every = self.run.train.save_every
-        return not self.pieces_left and self.step % every == 0 and self.step < self.steps
+
+class Stage(Loop):
+    """A Loop in a run's folder, from its checkpoint as far as it has come, to the next one.
+
+    raw_model, ema   of the checkpoint, or new
+    saved            the checkpoint that it goes on from, or None; finished: nothing is left to do
+
+    file       the checkpoint in the run's folder; name, of the phase, stands in it and in the log
+    new        makes the network that a checkpoint, or None, belongs to
+    settings   what must be as it was when the checkpoint was written
+    content    what a checkpoint holds beside weights, so that it can be loaded by itself; needs are
+               the names in it without which training cannot go on
+
+        stage = Stage(run, "generator-ar.pt", "ar", new, settings, content)
+        stage.begin(optim, number)
+        with stage.saving():
+            for ids, labels in stage.over(batches):
+                ...
+                stage.backward(loss, terms)
+                stage.save_or_show(show)    # every save_every and sample_every steps
+            result = measure(stage.ema)     # in here too, as it reads images
+        stage.finish(result)
+    """
+
+    def __init__(self, run: Run, file: str, name: str, new: Callable[[dict | None], nn.Module],
+                 settings: dict, content: Callable[[], dict], needs: tuple[str, ...] = ()):
+        self.run, self.name, self.path, self.began = run, name, run.path(file), time.time()
+        self.settings, self.content = settings, content
+        self.saved = run.resume(self.path, settings, needs)
+        self.finished = self.saved is not None and self.saved["phase"] == "finished"
+        torch.manual_seed(run.train.seed)  # the same weights on every process
+        self.raw_model = new(self.saved).to(run.procs.device)
+        self.ema = make_ema(self.raw_model)
+        if self.saved:
+            checkpoint.load_strict(self.raw_model, self.saved["model"], self.path)
+            checkpoint.load_strict(self.ema, self.saved["ema"], self.path)
+
+    def begin(self, optim: Optim, number: int, to_call: nn.Module | None = None,
+              codebook_rate: float = 1.0, cuda_graph: bool = False) -> None:
+        """A new optimizer, or the checkpoint's if it is of this phase, and random numbers.
+
+        number    of the phase: each draws other random numbers
+        to_call   a module around raw_model, such as LossOf
+        """
+        run, train, start, random = self.run, self.run.train, 0, None
+        # Muon's rate rises and falls with the others'.
+        optimizer = new_optimizer(self.raw_model, train.optimizer, optim.weight_decay, optim.beta2,
+                                  train.muon_learning_rate / (optim.learning_rate or 1),
+                                  codebook_rate)
+        if self.goes_on:
+            start, random = self.saved["step"], self.saved["random"]
+            checkpoint.load_optimizer(optimizer, self.saved["optimizer"], f"{self.path}: optimizer")
+        run.seed(random, number)
+        run.trim_log(self.name, start)
+        run.say(f"{self.name}: {count_parameters(self.raw_model, learning_only=True):,} of "
+                f"{count_parameters(self.raw_model):,} parameters learn, step {start} of "
+                f"{optim.steps}")
+        if train.optimizer == "muon" and not any(g["matrices"] for g in optimizer.param_groups):
+            run.say(f"{self.name}: no hidden matrices, only such as convolutions; so --optimizer "
+                    "muon changes nothing here, and AdamW has all of it")
+        network = self.raw_model
+        super().__init__(to_call or network, self.ema, optimizer, optim, name=self.name,
+                         start=start, procs=run.procs, accumulate=train.accumulate,
+                         grad_clip=train.grad_clip, ema_decay=train.ema_decay,
+                         precision=train.precision, cuda_graph=cuda_graph,
+                         log_every=train.log_every,
+                         on_log=lambda row: run.log(phase=self.name, **row))
+        self.raw_model = network
 
     @property
-    def time_to_show(self) -> bool:
-        """Every sample_every steps, but not at the last one, which has a picture of its own."""
-        every = self.run.train.sample_every
-        return not self.pieces_left and self.step % every == 0 and self.step < self.steps
+    def goes_on(self) -> bool:
+        """Is the checkpoint one of this phase?"""
+        return self.saved is not None and self.saved["phase"] == self.name
+
+    def save(self, phase: str | None = None) -> None:
+        self.run.save(self.path, settings=self.settings, phase=phase or self.name, step=self.step,
+                      model=self.raw_model.state_dict(), ema=self.ema.state_dict(),
+                      optimizer=self.optimizer.state_dict(), **self.content())
+
+    def save_or_show(self, show: Callable[[str], None]) -> None:
+        """Between steps, when it is time: a checkpoint, and a picture that show(name) draws.
+
+        Not after the last step, which has both of its own. Pictures come second: they may read
+        images, and these may fail.
+        """
+        if self.pieces_left or self.step == self.optim.steps:
+            return
+        if self.step % self.run.train.save_every == 0:
+            self.save()
+        if self.step % self.run.train.sample_every == 0 and self.procs.main:
+            show(f"{self.name}-{self.step:07}")
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around the loop and what measures its end: what was learned is saved, whatever ends it.
+
+        A signal: save, and leave with exit code 3. Images that cannot be had (a bad file, a data
+        worker that died) harm no weights: the same, then ImagesFailed that says so.
+        """
+        try:
+            yield
+        except Interrupted:
+            self.close()
+            self.save()
+            self.run.say(f"interrupted: step {self.step} of {self.name} is saved; "
+                         "repeat the command to go on")
+            sys.exit(INTERRUPTED)
+        except ImagesFailed as error:
+            self.close()
+            with contextlib.suppress(ImagesFailed):
+                if not self.agreed:
+                    self.agree(error)
+            self.save()
+            raise ImagesFailed(f"{error}; step {self.step} of {self.name} is saved: mend that, and "
+                               "repeat the command to go on") from error
+
+    def finish(self, results: dict, phase: str = "finished") -> None:
+        """The last line of the log, and the last checkpoint, of this phase's name or finished."""
+        # Before saving: a line whose checkpoint is never made is dropped, and made again.
+        self.run.log(phase=self.name, step=self.step, **results)
+        self.save(phase)
+
+    @property
+    def seconds(self) -> float:
+        """Since the stage was made."""
+        return round(time.time() - self.began, 1)
 
 
 def need_equal_pieces(name: str, batch_size: int, world: int, accumulate: int) -> None:

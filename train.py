@@ -18,7 +18,6 @@ Exit      0 finished, 1 failure, 2 something to mend in the command or the data,
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,14 +27,11 @@ from torch import Tensor, nn
 import config
 from config import TokenizerConfig, TrainConfig, settings
 from evaluation.progress import evaluate, held_out_loss, show_reconstructions, show_samples
-from generator import GENERATORS
-from layers import count_parameters
-from loop import Loop, LossOf, frozen_copy, need_equal_pieces, new_optimizer
+from generator import GENERATORS, Generator
+from loop import LossOf, Stage, make_ema, need_equal_pieces
 from losses import Adversary, Perceptual, reconstruction
-from muon import Muon
 from nativetok import NativeTok, as_it_is, from_checkpoint
 from plumbing import checkpoint
-from plumbing.batches import ImageStream
 from plumbing.flags import as_dict, need
 from plumbing.images import to_float
 from plumbing.processes import enough_memory
@@ -101,144 +97,103 @@ def freeze(model: NativeTok, learns: tuple[str, ...]) -> None:
 # ------------------------------------------------------------------------------------------------
 # stages 1 and 2: the tokenizer
 
-class Tokenizer:
-    """What stages 1 and 2 train, and what a checkpoint of theirs holds.
-
-    model      learns; ema is its running average, the one that is used later
-    results    {phase: what evaluate() said at its end}; a phase that is in here is finished
-    saved      the checkpoint that training goes on from, or None
-    """
-
-    def __init__(self, run: Run, change: Callable):
-        self.run, self.path = run, run.path("tokenizer.pt")
-        tok, train, device = run.tok, run.train, run.procs.device
-        self.fixed = settings("tokenizer", tok, train)
-        needs = ("num_tokens", "results", "tokenizer_config", "adversary", "continuous")
-        self.saved = run.resume(self.path, self.fixed, needs)
-        self.results = self.saved["results"] if self.saved else {}
-
-        # One seed on every process, so that all begin with the same weights.
-        torch.manual_seed(train.seed)
-        self.model = change(NativeTok(tok))
-        if self.saved:
-            self.model.grow_to(self.saved["num_tokens"])
-            checkpoint.load_strict(self.model, self.saved["model"], self.path)
-        self.model.to(device)
-        self.ema = frozen_copy(self.model)
-        if self.saved:
-            checkpoint.load_strict(self.ema, self.saved["ema"], self.path)
-
-        # Two optional judges of sharpness. Squared error alone prefers a blur to a wrong edge.
-        self.perceptual = Perceptual().to(device) if train.perceptual_weight else None
-        self.adversary = None
-        if train.adversarial_weight:
-            self.adversary = Adversary(train.learning_rate, device, train.accumulate)
-            if self.saved:
-                self.adversary.load(self.saved["adversary"] or {}, self.path)
-
-    def save(self, phase: str, step: int, optimizer: Muon) -> None:
-        self.run.save(self.path, tokenizer_config=as_dict(self.run.tok), settings=self.fixed,
-                      num_tokens=self.model.num_tokens, phase=phase, step=step,
-                      results=self.results, model=self.model.state_dict(),
-                      continuous=self.model.quantizer.continuous,
-                      ema=self.ema.state_dict(), optimizer=optimizer.state_dict(),
-                      adversary=self.adversary and self.adversary.state_dict())
-
-
 def train_tokenizer(run: Run, stage: int | None, change: Callable) -> None:
     """The phases of stages 1 and 2 that are not finished yet; of one stage if it is given."""
-    plan = phases(run.tok, run.train)
+    plan, path = phases(run.tok, run.train), run.path("tokenizer.pt")
     run.say(phase_table(plan))
-    tokenizer = Tokenizer(run, change)
-    missing = [p.name for p in plan if p.stage < (stage or 1) and p.name not in tokenizer.results]
+    # A phase whose result is in the checkpoint is finished.
+    done = checkpoint.load(path, needs=("results",))["results"] if checkpoint.exists(path) else {}
+    missing = [p.name for p in plan if p.stage < (stage or 1) and p.name not in done]
     need(not missing, f"stage {stage} needs stage 1, and {', '.join(missing)} is not finished in "
                       f"{run.folder}; run it without --stage, or with --stage 1")
     for number, phase in enumerate(plan):
-        if phase.name not in tokenizer.results and stage in (None, phase.stage):
-            train_phase(tokenizer, phase, number, steps_before=sum(p.steps for p in plan[:number]))
+        if phase.name not in done and stage in (None, phase.stage):
+            train_phase(run, phase, number, sum(p.steps for p in plan[:number]), change)
 
 
-def train_phase(tokenizer: Tokenizer, phase: Phase, number: int, steps_before: int) -> None:
+def train_phase(run: Run, phase: Phase, number: int, steps_before: int, change: Callable) -> None:
     """One row of the phase table, from wherever the checkpoint stands to its end."""
-    run, saved = tokenizer.run, tokenizer.saved
-    tok, train, procs, model = run.tok, run.train, run.procs, tokenizer.model
+    tok, train = run.tok, run.train
 
-    # 1. Grow, if this phase is longer than the last. The average is copied anew, because the new
-    #    experts have no past to be averaged with. Each phase has a seed of its own, so that one
-    #    that starts from a checkpoint draws the same new experts as one that runs through.
+    def new(saved: dict | None) -> NativeTok:
+        """At the length that the checkpoint has reached."""
+        model = change(NativeTok(tok))
+        return model.grow_to(saved["num_tokens"]) if saved else model
+
+    def content() -> dict:
+        return {"tokenizer_config": as_dict(tok), "num_tokens": model.num_tokens,
+                "results": results, "continuous": model.quantizer.continuous,
+                "adversary": adversary and adversary.state_dict()}
+
+    # 1. The tokenizer as the phase before has left it, or as far as this one has come. It grows if
+    #    this phase is longer than the last. Then the average is copied anew, because new experts
+    #    have no past to be averaged with. Each phase has a seed of its own, so that one that starts
+    #    from a checkpoint draws the same new experts as one that runs through.
+    stage = Stage(run, "tokenizer.pt", phase.name, new, settings("tokenizer", tok, train), content,
+                  needs=("num_tokens", "results", "continuous", "adversary"))
+    model, saved = stage.raw_model, stage.saved
+    results = saved["results"] if saved else {}
     if model.num_tokens < phase.num_tokens:
         torch.manual_seed(train.seed + number)
         model.grow(phase.num_tokens)
-        tokenizer.ema = frozen_copy(model)
-    ema = tokenizer.ema
+        stage.ema = make_ema(model)
+    ema = stage.ema
 
-    # 2. Who learns, and how far the phase has come. Momentum of a phase says nothing about the
-    #    next one, in which other parts learn, so every phase has a new optimizer.
+    # 2. Who learns. The very first steps run without quantization: a codebook of random codes would
+    #    be noise to the decoder. When they are over, the codebook is drawn from what the experts
+    #    emit by then. Momentum says nothing about a phase in which other parts learn, so every
+    #    phase begins with a new optimizer.
     freeze(model, phase.learns)
-    optimizer = new_optimizer(model, train.optimizer, train.weight_decay, train.beta2,
-                              train.muon_learning_rate / (train.learning_rate or 1),
-                              train.codebook_rate)
-    # The very first steps run without quantization: a codebook of random codes would be noise to
-    # the decoder. When they are over, the codebook is drawn from what the experts say by then.
-    start, random, model.quantizer.continuous = 0, None, number == 0 and train.continuous_steps > 0
-    if saved and saved["phase"] == phase.name:
-        start, random, model.quantizer.continuous = (
-            saved[name] for name in ("step", "random", "continuous"))
-        checkpoint.load_optimizer(optimizer, saved["optimizer"], f"{tokenizer.path}: optimizer")
-    run.seed(random, number)
-    run.say(f"{phase.name}: {model.num_tokens} tokens, "
-            f"{count_parameters(model, learning_only=True):,} of {count_parameters(model):,} "
-            f"parameters learn, step {start} of {phase.steps}")
-
-    def stream(step):
-        return iter(ImageStream(run.data, tok.image_size, train.batch_size, train.seed, train.flip,
-                                train.random_crop, procs.rank, procs.world, steps_before + step,
-                                train.workers, train.skip_bad, train.timeout))
+    model.quantizer.continuous = (saved["continuous"] if stage.goes_on
+                                  else number == 0 and train.continuous_steps > 0)
+    # Two optional judges of sharpness. Squared error alone prefers a blur to a wrong edge.
+    perceptual = Perceptual().to(run.procs.device) if train.perceptual_weight else None
+    adversary = None
+    if train.adversarial_weight:
+        adversary = Adversary(train.learning_rate, run.procs.device, train.accumulate)
+        if saved:
+            adversary.load(saved["adversary"] or {}, stage.path)
+    stage.begin(train.optim(phase.steps, train.learning_rate), number,
+                codebook_rate=train.codebook_rate, cuda_graph=train.cuda_graph)
 
     # 3. Learn. Every term is a mean over the batch; this is the one place that weighs them.
     weights = {"pixels": 1.0, "codebook": 1.0, "commitment": tok.commitment_weight,
-               "entropy": tok.entropy_weight,
-               "perceptual": train.perceptual_weight, "adversarial": train.adversarial_weight}
-    perceptual, adversary = tokenizer.perceptual, tokenizer.adversary
-    began = time.time()
-    loop = Loop(run, phase.name, model, ema, optimizer, stream, phase.steps, train.batch_size,
-                (train.learning_rate, train.min_learning_rate, train.warmup_steps), start,
-                train.cuda_graph)
-    def save(step: int) -> None:
-        tokenizer.save(phase.name, step, optimizer)
+               "entropy": tok.entropy_weight, "perceptual": train.perceptual_weight,
+               "adversarial": train.adversarial_weight}
 
-    with loop.saved_by(save):
-        for images, _ in loop:
-            images = to_float(images)                               # (B, 3, H, W) in [-1, 1]
-            with loop.autocast():
-                recon, _, terms = loop.model(images)
+    def show(name: str) -> None:
+        show_reconstructions(run, ema, name)
+
+    with stage.saving():
+        for pixels, _ in stage.over(run.stream(train.batch_size, steps_before + stage.step)):
+            images = to_float(pixels)                               # (B, 3, H, W) in [-1, 1]
+            with stage.autocast():
+                recon, _, terms = stage.model(images)
             terms["pixels"] = reconstruction(recon, images)
             if perceptual:
                 terms["perceptual"] = perceptual(recon, images)
-            if adversary and train.adversary_learns(steps_before + loop.step):
-                adversary.see(images, recon)
-            if adversary and train.adversary_judges(steps_before + loop.step):
-                terms["adversarial"] = adversary.judge(recon, terms["pixels"])
-            loss = sum(weights[name] * term for name, term in terms.items())
-            loop.backward(loss, terms)
-            if loop.stepped:
-                tend_codebook(model.quantizer, ema.quantizer, loop.step, phase, train)
+            if adversary:
+                # The discriminator first learns without being asked: one that judges with random
+                # weights throws the reconstruction back.
+                until = train.adversarial_start - (steps_before + stage.step)
+                if until <= train.adversarial_warmup:
+                    adversary.see(images, recon)
+                if until <= 0:
+                    terms["adversarial"] = adversary.judge(recon, terms["pixels"])
+            stage.backward(sum(weights[name] * term for name, term in terms.items()), terms)
+            if stage.stepped:
+                tend_codebook(model.quantizer, ema.quantizer, stage.step, phase, train)
                 if adversary:
                     adversary.learn()
-            if loop.time_to_save:
-                save(loop.step)
-            if loop.time_to_show:
-                show_reconstructions(run, ema, f"{phase.name}-{loop.step:07}")
-        result = {"num_tokens": model.num_tokens, **evaluate(ema, run),
-                  "seconds": round(time.time() - began, 1)}
+            stage.save_or_show(show)
+        result = {"num_tokens": model.num_tokens, **evaluate(ema, run), "seconds": stage.seconds}
 
     # 4. The averaged weights become the weights: what is frozen from now on, and what later experts
     #    are made for, must be what will be used.
     model.load_state_dict(ema.state_dict())
-    tokenizer.results[phase.name] = result
-    run.log(phase=phase.name, step=phase.steps, **result)  # before saving: lost, it is made again
-    save(phase.steps)
-    show_reconstructions(run, ema, phase.name)
+    results[phase.name] = result
+    stage.finish(result, phase=phase.name)
+    show(phase.name)
     run.say(f"{phase.name}: {model.num_tokens} tokens, held-out PSNR {result['psnr']:.2f} dB, "
             f"{result['codebook_used']:.0%} of the codebook in use")
 
@@ -276,79 +231,58 @@ def finished_tokenizer(run: Run, change: Callable) -> NativeTok:
 def train_generator(run: Run, kind: str, change_model: Callable,
                     change_tokenizer: Callable) -> None:
     """Train one generator, "ar" or "maskgit", on the ids of this run's finished tokenizer."""
-    gen, train, procs, path = run.gen, run.train, run.procs, run.path(f"generator-{kind}.pt")
+    tok, gen, train, procs = run.tok, run.gen, run.train, run.procs
     tokenizer = change_tokenizer(finished_tokenizer(run, change_model))
-    fixed = settings("generator", gen, train)
-    saved = run.resume(path, fixed, needs=("tokenizer",))
-    need(not saved or saved["tokenizer"] == tokenizer.fingerprint,
-         f"{path} has learned the ids of another tokenizer than the tokenizer.pt beside it; "
+
+    def new(saved: dict | None) -> Generator:
+        return GENERATORS[kind](gen, tok.num_tokens, tok.codebook_size, len(run.data.classes))
+
+    def content() -> dict:
+        return {"kind": kind, "generator_config": as_dict(gen), "num_tokens": tok.num_tokens,
+                "codebook_size": tok.codebook_size, "tokenizer": tokenizer.fingerprint}
+
+    # 1. The generator, as far as it has come.
+    stage = Stage(run, f"generator-{kind}.pt", kind, new, settings("generator", gen, train),
+                  content, needs=("tokenizer",))
+    need(not stage.saved or stage.saved["tokenizer"] == tokenizer.fingerprint,
+         f"{stage.path} has learned the ids of another tokenizer than the tokenizer.pt beside it; "
          f"delete generator-{kind}*.pt and repeat the command")
-    if saved and saved["phase"] == "finished":
+    if stage.finished:
         return
 
-    # 1. Every image as ids, encoded once: the tokenizer is frozen, so they never change.
-    def encode(images: Tensor) -> Tensor:
-        return tokenizer.encode(to_float(images.to(procs.device))).cpu()
-    ids, labels = cache_tokens(run.path("tokens"), tokenizer.fingerprint, run.data,
-                               run.tok.image_size, train.flip, encode, procs, train.workers,
-                               train.skip_bad, train.timeout)
-
-    # 2. The generator, its average and its optimizer, from the checkpoint as far as it has come.
-    torch.manual_seed(train.seed)
-    classes = len(run.data.classes)
-    model = GENERATORS[kind](gen, run.tok.num_tokens, run.tok.codebook_size, classes)
-    model.to(procs.device)
-    ema = frozen_copy(model)
-    optimizer = new_optimizer(model, train.optimizer, train.generator_weight_decay,
-                              train.generator_beta2,
-                              train.muon_learning_rate / (train.generator_learning_rate or 1))
-    start = saved["step"] if saved else 0
-    if saved:
-        checkpoint.load_strict(model, saved["model"], path)
-        checkpoint.load_strict(ema, saved["ema"], path)
-        checkpoint.load_optimizer(optimizer, saved["optimizer"], f"{path}: optimizer")
-    # Other random numbers for dropout and masks than any phase of the tokenizer had.
-    run.seed(saved["random"] if saved else None, 100 + len(kind))
-    run.say(f"{kind}: {count_parameters(model):,} parameters, {ids.shape[0]:,} images in "
-            f"{ids.shape[1]} copies, step {start} of {train.generator_steps}")
-
-    def stream(step):
-        return iter(TokenStream(ids, labels, train.generator_batch_size, train.seed, procs.rank,
-                                procs.world, step))
-
-    def save(step, phase=kind):
-        run.save(path, kind=kind, generator_config=as_dict(gen), settings=fixed,
-                 num_tokens=run.tok.num_tokens, codebook_size=run.tok.codebook_size,
-                 tokenizer=tokenizer.fingerprint, phase=phase, step=step, model=model.state_dict(),
-                 ema=ema.state_dict(), optimizer=optimizer.state_dict())
+    # 2. Every image as ids, encoded once: the tokenizer is frozen, so they never change.
+    def encode(pixels: Tensor) -> Tensor:
+        return tokenizer.encode(to_float(pixels.to(procs.device))).cpu()
+    ids, labels = cache_tokens(run.path("tokens"), tokenizer.fingerprint, run.data, tok.image_size,
+                               train.flip, encode, procs, workers=train.workers,
+                               skip_bad=train.skip_bad, timeout=train.timeout)
+    run.say(f"{kind}: {ids.shape[0]:,} images in {ids.shape[1]} copies")
+    # Other random numbers for dropout and masks than any phase of the tokenizer had, hence 100.
+    stage.begin(train.generator, 100 + list(GENERATORS).index(kind), LossOf(stage.raw_model),
+                cuda_graph=train.cuda_graph)
 
     # 3. Learn.
-    began, wrapped = time.time(), LossOf(model)
-    loop = Loop(run, kind, wrapped, LossOf(ema), optimizer, stream, train.generator_steps,
-                train.generator_batch_size,
-                (train.generator_learning_rate, train.generator_min_learning_rate,
-                 train.generator_warmup_steps), start, train.cuda_graph)
-    held_out = {}
-    with loop.saved_by(save):
-        for batch_ids, batch_labels in loop:                     # (B, L), (B,)
-            with loop.autocast():
-                loss, terms = loop.model(batch_ids, batch_labels)
+    def show(name: str) -> None:
+        show_samples(run, tokenizer, stage.ema, name)
+
+    batches = TokenStream(ids, labels, train.generator.batch_size, train.seed, rank=procs.rank,
+                          world=procs.world, start_step=stage.step)
+    result = {}
+    with stage.saving():
+        for batch_ids, batch_labels in stage.over(batches):      # (B, L), (B,)
+            with stage.autocast():
+                loss, terms = stage.model(batch_ids, batch_labels)
             weight = terms.pop("weight", 1.0)
             # nll_by_position is a vector; it is for explain.py, and no line of the log.
             logged = {name: term for name, term in terms.items() if term.ndim == 0}
-            loop.backward(loss, logged, weight)
-            if loop.time_to_save:
-                save(loop.step)
-            if loop.time_to_show:
-                show_samples(run, tokenizer, ema, f"{kind}-{loop.step:07}")
+            stage.backward(loss, logged, weight)
+            stage.save_or_show(show)
 
         # 4. How good it is on images that nothing was learned from, if their classes mean the same.
         if run.val.classes == run.data.classes:
-            held_out["held_out_loss"] = round(held_out_loss(run, ema, encode), 4)
-    run.log(phase=kind, step=train.generator_steps, **held_out,
-            seconds=round(time.time() - began, 1))
-    save(train.generator_steps, "finished")
-    show_samples(run, tokenizer, ema, kind)
+            result["held_out_loss"] = round(held_out_loss(run, stage.ema, encode), 4)
+    stage.finish({**result, "seconds": stage.seconds})
+    show(kind)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -397,7 +331,7 @@ def check_belongs(run: Run) -> None:
              "can follow; leave out --cuda_graph")
         run.procs.need_recordable()
     need_equal_pieces("batch_size", train.batch_size, world, train.accumulate)
-    need_equal_pieces("generator_batch_size", train.generator_batch_size, world, train.accumulate)
+    need_equal_pieces("generator_batch_size", train.generator.batch_size, world, train.accumulate)
     run.compare(run.path("tokenizer.pt"), settings("tokenizer", tok, train))
     for kind in train.generator_kinds:
         run.compare(run.path(f"generator-{kind}.pt"), settings("generator", gen, train))

@@ -3,17 +3,17 @@
 In       the command line
 Out      DVAEConfig, ContentConfig, TrainConfig; later wins: default, preset, flag
 Differs  the paper's settings of training are not published where we could read them. What stands
-         here is DiT's or ours, and every field says which. The defaults are those of d2it-256
+         here is DiT's or ours, and every field says which
 Try      python -m d2it.presets
 """
 import argparse
 import math
 from dataclasses import dataclass
 
-from config import GeneratorConfig
+from config import RUN_ONLY, GeneratorConfig, RunConfig
 from d2it.grain import POLICIES
 from plumbing.flags import (
-    Parser, as_dict, at_least_one, build, choose, learns, need, not_negative, parse_command, shares,
+    Parser, as_dict, at_least_one, build, choose, need, not_negative, parse_command, shares,
     sizes)
 
 
@@ -102,48 +102,21 @@ class ContentConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    data: str = "shapes"  # folder, .tar, .zip, .npz, or the built-in "shapes", as for train.py
-    val_data: str = ""  # held-out images; empty: some of --data are set aside
-    holdout: int = 1000  # images set aside when there is no --val_data (at most a tenth)
-    seed: int = 0  # seed of weights, order, augmentation and noise
-    flip: bool = True  # mirror half of the images; never frozen, as a cache of latents would
-    random_crop: bool = False  # take a random crop instead of the centre
-    skip_bad: bool = False  # pass over unreadable images, up to 1%
-    batch_size: int = 256  # images per step over all processes [DiT]
+class TrainConfig(RunConfig):
     dvae_steps: int = 300000  # steps of stage 1 [ours]
     dvae_learning_rate: float = 1e-4  # its peak learning rate [ours]
     grain_steps: int = 100000  # steps of stage 2 [ours]
     grain_learning_rate: float = 1e-4  # its peak learning rate [LlamaGen]
     content_steps: int = 400000  # steps of stage 3 [DiT]
     content_learning_rate: float = 1e-4  # its peak learning rate [DiT, where it stays constant]
-    min_learning_rate: float = 1e-5  # at the end of each stage, at most its peak [ours]
-    warmup_steps: int = 1000  # steps to the peak [ours]
-    optimizer: str = "adamw"  # of hidden matrices: adamw [DiT] or muon [ours: see muon.py]
-    muon_learning_rate: float = 0.02  # Muon's peak; it rises and falls like the others [Jordan]
-    weight_decay: float = 0.0  # of matrices, in all stages [DiT]
-    beta2: float = 0.99  # AdamW's second decay; the first is 0.9 [ours]
-    grad_clip: float = 1.0  # largest gradient norm [ours]
-    ema_decay: float = 0.9999  # decay of the averaged weights, which are the ones used [DiT]
-    accumulate: int = 1  # micro-batches per step and process
-    # how to run: these may differ when a run is resumed
-    precision: str = "auto"  # auto (bf16 where the GPU has it), fp32 or bf16
-    workers: int = 0  # data-loading processes per training process
-    timeout: int = 600  # seconds that a process waits for the others
-    log_every: int = 50  # steps between lines of log.jsonl
-    save_every: int = 1000  # steps between checkpoints
-    sample_every: int = 10000  # steps between pictures in samples/
 
     def __post_init__(self):
-        learns(self)
+        super().__post_init__()
         at_least_one(self, "dvae_steps", "grain_steps", "content_steps")
         not_negative(self, "dvae_learning_rate", "grain_learning_rate", "content_learning_rate")
 
 
 CONFIGS = (DVAEConfig, ContentConfig, TrainConfig)
-# May differ when a run is resumed; a checkpoint knows its images by a fingerprint.
-RUN_ONLY = ("data", "val_data", "precision", "workers", "timeout", "log_every",
-            "save_every", "sample_every", "skip_bad")
 
 # 32x32 images in cells of 8: 4x4 cells, 16 to 64 codes. The straight path is for short runs [ours:
 # measured]: on DiT's, half of the times are nearly all noise and weigh next to nothing in the loss,
@@ -152,7 +125,7 @@ RUN_ONLY = ("data", "val_data", "precision", "workers", "timeout", "log_every",
 SMALL = dict(
     image_size=32, cell_size=8, dvae_width=16, dvae_mults=(1, 2, 2, 4), dvae_blocks=1,
     content_width=128, content_depth=4, refine_depth=2, content_heads=4, path="flow",
-    grain_width=96, grain_depth=3, grain_heads=6,
+    grain_width=96, grain_depth=3, grain_heads=6, beta2=0.99, weight_decay=0.0,
     optimizer="muon", batch_size=32, warmup_steps=50, ema_decay=0.995,
     dvae_learning_rate=2e-3, grain_learning_rate=1e-3, content_learning_rate=1e-3,
     log_every=20, save_every=100, sample_every=300)
@@ -170,8 +143,9 @@ PRESETS = {
                     dvae_learning_rate=5e-4, grain_learning_rate=3e-4,
                     content_learning_rate=3e-4, warmup_steps=500, ema_decay=0.9995,
                     log_every=50, save_every=1000, sample_every=5000, workers=4),
-    # the paper's size, D²iT-B: DiT-B's width, 10 + 2 blocks
-    "d2it-256": dict(workers=8),
+    # the paper's size, D²iT-B: DiT-B's width, 10 + 2 blocks; decays as DiT has them, the rest ours
+    "d2it-256": dict(workers=8, warmup_steps=1000, beta2=0.99, weight_decay=0.0, ema_decay=0.9999,
+                     sample_every=10000),
 }
 
 
@@ -184,8 +158,7 @@ def load_preset(name: str) -> tuple[DVAEConfig, ContentConfig, TrainConfig]:
 def parse_run(doc: str, argv=None) -> argparse.Namespace:
     """The command line of d2it.train -> .run .preset .stage .device and .dvae .content .train."""
     parser = Parser(prog="python -m d2it.train", description=doc, epilog=(
-        f"Presets: {', '.join(PRESETS)}. Defaults above are those of d2it-256; "
-        "python -m d2it.presets shows what the others change."))
+        f"Presets: {', '.join(PRESETS)}; python -m d2it.presets shows what each of them sets."))
     args, (dvae, content, train) = parse_command(parser, PRESETS, "d2it-tiny", CONFIGS, argv)
     return argparse.Namespace(**vars(args), dvae=dvae, content=content, train=train)
 

@@ -14,11 +14,10 @@ Exit      0 finished, 1 failure, 2 something to mend, 3 interrupted and saved
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
 import math
-import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2it import diffusion
 from d2it.content import Content
@@ -27,104 +26,38 @@ from d2it.grain import code_weights, grained_noise, painted
 from d2it.presets import parse_run, settings
 from d2it.progress import held_out, reconstruction_quality, some_training_images
 from generator import ARGenerator, default_guidance
-from layers import count_parameters
-from loop import Loop, LossOf, frozen_copy, need_equal_pieces, new_optimizer
+from loop import LossOf, Stage, need_equal_pieces
 from losses import reconstruction
 from nativetok import as_it_is
 from plumbing import checkpoint
-from plumbing.batches import ImageStream
 from plumbing.flags import as_dict, need
 from plumbing.images import to_float
 from plumbing.processes import enough_memory
 from plumbing.run import Run
 
 FILES = {1: "dvae.pt", 2: "grain.pt", 3: "content.pt"}
-NAMES = {1: "dvae", 2: "grain", 3: "content"}
 
 
-class Stage:
-    """One network on its way: from the checkpoint as far as it has come, to the next checkpoint.
-
-    new        makes the network
-    content    what its checkpoint holds beside weights, so that it can be loaded by itself
-    """
-
-    def __init__(self, run: Run, number: int, new: Callable[[], nn.Module], **content):
-        self.run, self.name, self.path = run, NAMES[number], run.path(FILES[number])
-        self.content, self.began = content, time.time()
-        self.fixed = settings(number, *run.configs)
-        self.saved = run.resume(self.path, self.fixed, needs=tuple(content))
-        for key in ("dvae", "tokenizer"):                     # whose codes or maps it has learned
-            need(not self.saved or self.saved.get(key) == content.get(key), f"{self.path} was "
-                 f"trained with another DVAE; delete {self.path} and repeat the command")
-        self.finished = self.saved is not None and self.saved["phase"] == "finished"
-
-        train = run.train
-        torch.manual_seed(train.seed)                         # the same weights on every process
-        self.model = new().to(run.procs.device)
-        self.ema = frozen_copy(self.model)
-        self.steps = getattr(train, f"{self.name}_steps")
-        self.rate = getattr(train, f"{self.name}_learning_rate")
-        self.optimizer = new_optimizer(self.model, train.optimizer, train.weight_decay, train.beta2,
-                                       train.muon_learning_rate / (self.rate or 1))
-        if self.saved:
-            checkpoint.load_strict(self.model, self.saved["model"], self.path)
-            checkpoint.load_strict(self.ema, self.saved["ema"], self.path)
-            checkpoint.load_optimizer(self.optimizer, self.saved["optimizer"],
-                                      f"{self.path}: optimizer")
-        self.number, self.start = number, self.saved["step"] if self.saved else 0
-
-    def loop(self, model: nn.Module | None = None) -> Loop:
-        """Pixels uint8 (B, S, S, 3) and labels (B,), as often as there are steps left."""
-        run, train, procs = self.run, self.run.train, self.run.procs
-        # Fresh noise in every stage: other numbers than the stage before has drawn.
-        run.seed(self.saved["random"] if self.saved else None, 1000 * self.number)
-        run.say(f"{self.name}: {count_parameters(self.model):,} parameters, step {self.start} of "
-                f"{self.steps}")
-
-        def stream(step):
-            return iter(ImageStream(run.data, run.configs[0].image_size, train.batch_size,
-                                    train.seed, train.flip, train.random_crop, procs.rank,
-                                    procs.world, step, train.workers, train.skip_bad,
-                                    train.timeout))
-        rates = (self.rate, train.min_learning_rate, train.warmup_steps)
-        return Loop(run, self.name, model or self.model, self.ema, self.optimizer, stream,
-                    self.steps, train.batch_size, rates, self.start)
-
-    def after(self, loop: Loop, show: Callable[[str], None]) -> None:
-        """At the end of a step: a checkpoint and a picture, if it is time."""
-        if loop.time_to_save:
-            self.save(loop.step)
-        if loop.time_to_show and self.run.procs.main:
-            show(f"{self.name}-{loop.step:07}")
-
-    def save(self, step: int, phase: str | None = None) -> None:
-        self.run.save(self.path, settings=self.fixed, phase=phase or self.name, step=step,
-                      model=self.model.state_dict(), ema=self.ema.state_dict(),
-                      optimizer=self.optimizer.state_dict(), **self.content)
-
-    def finish(self, show: Callable[[str], None], **results) -> None:
-        """The last line of the log, checkpoint and picture."""
-        results = {name: round(float(value), 4) for name, value in results.items()}
-        # Before saving: a line whose checkpoint is never made is dropped, and made again.
-        self.run.log(phase=self.name, step=self.steps, **results,
-                     seconds=round(time.time() - self.began, 1))
-        self.save(self.steps, "finished")
-        if self.run.procs.main:
-            show(self.name)
-        told = ", ".join(f"{name} {value:g}" for name, value in results.items())
-        self.run.say(f"{self.name}: finished; held out: {told}")
+def finish(stage: Stage, show: Callable[[str], None], **results) -> None:
+    """The last line of the log, checkpoint and picture, and what the stage has come to."""
+    results = {name: round(float(value), 4) for name, value in results.items()}
+    stage.finish({**results, "seconds": stage.seconds})
+    if stage.procs.main:
+        show(stage.name)
+    told = ", ".join(f"{name} {value:g}" for name, value in results.items())
+    stage.run.say(f"{stage.name}: finished; held out: {told}")
 
 
 # ------------------------------------------------------------------------------------------------
 # stage 1
 
 def train_dvae(run: Run, change: Callable) -> None:
-    cfg = run.configs[0]
-    stage = Stage(run, 1, lambda: change(DVAE(cfg)), dvae_config=as_dict(cfg))
+    cfg, _, train = run.configs
+    stage = Stage(run, FILES[1], "dvae", lambda saved: change(DVAE(cfg)), settings(1, *run.configs),
+                  lambda: {"dvae_config": as_dict(cfg)})
     if stage.finished:
         return
-    model, ema = stage.model, stage.ema
+    model, ema = stage.raw_model, stage.ema
 
     # 1. Which cells are fine is settled before anything is learned, and stays.
     if not stage.saved:
@@ -132,6 +65,8 @@ def train_dvae(run: Run, change: Callable) -> None:
         for both in (model, ema):
             both.calibrate(scores)
     run.say(f"dvae: cells with an entropy above {model.limit.item():.4f} nats are fine")
+    # Fresh noise in every stage: other numbers than the stage before has drawn.
+    stage.begin(train.optim(train.dvae_steps, train.dvae_learning_rate), 1000)
 
     def show(name: str) -> None:
         pixels = run.some_held_out(12)
@@ -141,28 +76,27 @@ def train_dvae(run: Run, change: Callable) -> None:
 
     # 2. Learn: squared error, and a pull towards N(0, 1) that keeps codes from growing without
     #    limit and gives each a width, so that what the diffusion misses by a little still decodes.
-    loop = stage.loop()
-    with loop.saved_by(stage.save):
-        for pixels, _ in loop:
+    with stage.saving():
+        for pixels, _ in stage.over(run.stream(train.batch_size, stage.step)):
             images, grain = to_float(pixels), model.grain_of(pixels)
-            with loop.autocast():
-                recon, divergence = loop.model(images, grain)
-            if not loop.alone:
+            with stage.autocast():
+                recon, divergence = stage.model(images, grain)
+            if not stage.alone:
                 # A mean over the codes of this micro-batch, which has to weigh as one over those
                 # of the whole step, on all processes.
-                codes = code_weights(model.grain_of(loop.whole[0])).mean()
+                codes = code_weights(model.grain_of(stage.whole[0])).mean()
                 divergence = divergence * code_weights(grain).mean() / run.procs.mean(codes)
             terms = {"pixels": reconstruction(recon, images), "kl": divergence}
-            loop.backward(terms["pixels"] + cfg.kl_weight * terms["kl"], terms)
-            stage.after(loop, show)
+            stage.backward(terms["pixels"] + cfg.kl_weight * terms["kl"], terms)
+            stage.save_or_show(show)
 
         # 3. The averaged weights are the ones that stay; their codes are measured, for the
         #    diffusion.
-        torch.manual_seed(run.train.seed)
+        torch.manual_seed(train.seed)
         ema.measure(some_training_images(run))
         quality = reconstruction_quality(ema, held_out(run))
     model.load_state_dict(ema.state_dict())
-    stage.finish(show, **quality)
+    finish(stage, show, **quality)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -175,39 +109,49 @@ def finished_dvae(run: Run, change: Callable) -> DVAE:
     return DVAE.load(path, change).to(run.procs.device)
 
 
+def need_its_dvae(stage: Stage, dvae: DVAE, key: str) -> None:
+    """Raise UserError when the stage's checkpoint has learned the maps or codes of another DVAE."""
+    need(not stage.saved or stage.saved[key] == dvae.fingerprint,
+         f"{stage.path} was trained with another DVAE; delete {stage.path} and repeat the command")
+
+
 def train_grain(run: Run, change_dvae: Callable) -> None:
     """A map is a sentence of n² words from a vocabulary of two: 1 fine, 0 coarse."""
-    cfg, classes = run.configs[1].generator(), len(run.data.classes)
+    train, cfg, classes = run.train, run.configs[1].generator(), len(run.data.classes)
     dvae, cells = finished_dvae(run, change_dvae), run.configs[0].side ** 2
-    stage = Stage(run, 2, lambda: ARGenerator(cfg, cells, 2, classes), kind="ar",
-                  generator_config=as_dict(cfg), num_tokens=cells, codebook_size=2,
-                  tokenizer=dvae.fingerprint)
+    stage = Stage(run, FILES[2], "grain", lambda saved: ARGenerator(cfg, cells, 2, classes),
+                  settings(2, *run.configs),
+                  lambda: {"kind": "ar", "generator_config": as_dict(cfg), "num_tokens": cells,
+                           "codebook_size": 2, "tokenizer": dvae.fingerprint},
+                  needs=("tokenizer",))
+    need_its_dvae(stage, dvae, "tokenizer")
     if stage.finished:
         return
+    stage.begin(train.optim(train.grain_steps, train.grain_learning_rate), 2000,
+                LossOf(stage.raw_model))
 
     def words(pixels: Tensor) -> Tensor:
         return dvae.grain_of(pixels).flatten(1).long()        # (B, n²)
 
     def show(name: str) -> None:
-        noise = torch.Generator().manual_seed(run.train.seed)
+        noise = torch.Generator().manual_seed(train.seed)
         labels = torch.arange(min(10, classes), device=run.procs.device).repeat_interleave(8)
         maps = stage.ema.sample(labels, generator=noise).view(len(labels), 1, dvae.cfg.side, -1)
         maps = (maps.repeat(1, 3, 1, 1) * 2.0 - 1).repeat_interleave(8, 2).repeat_interleave(8, 3)
         run.grid(name, list(maps.split(8)))
 
-    loop = stage.loop(LossOf(stage.model))
-    with loop.saved_by(stage.save):
-        for pixels, labels in loop:
+    with stage.saving():
+        for pixels, labels in stage.over(run.stream(train.batch_size, stage.step)):
             maps = words(pixels)
-            with loop.autocast():
-                loss, _ = loop.model(maps, labels)            # nats per cell
-            loop.backward(loss, {})
-            stage.after(loop, show)
+            with stage.autocast():
+                loss, _ = stage.model(maps, labels)           # nats per cell
+            stage.backward(loss, {})
+            stage.save_or_show(show)
         with torch.no_grad():
             parts = [(stage.ema.loss(words(pixels), labels)[0].item(), len(pixels))
                      for pixels, labels in held_out(run)]
     nats = sum(loss * count for loss, count in parts) / sum(count for _, count in parts)
-    stage.finish(show, bits_per_map=nats * cells / math.log(2))
+    finish(stage, show, bits_per_map=nats * cells / math.log(2))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -217,10 +161,14 @@ def train_content(run: Run, change_dvae: Callable, change: Callable) -> None:
     dvae_cfg, cfg, train = run.configs
     dvae, classes = finished_dvae(run, change_dvae), len(run.data.classes)
     C, n = dvae_cfg.code_dim, dvae_cfg.side
-    stage = Stage(run, 3, lambda: change(Content(cfg, C, n, classes)), content_config=as_dict(cfg),
-                  channels=C, side=n, dvae=dvae.fingerprint)
+    stage = Stage(run, FILES[3], "content", lambda saved: change(Content(cfg, C, n, classes)),
+                  settings(3, *run.configs),
+                  lambda: {"content_config": as_dict(cfg), "channels": C, "side": n,
+                           "dvae": dvae.fingerprint}, needs=("dvae",))
+    need_its_dvae(stage, dvae, "dvae")
     if stage.finished:
         return
+    stage.begin(train.optim(train.content_steps, train.content_learning_rate), 3000)
 
     def show(name: str) -> None:
         """Held-out images, their maps, and samples under these maps: this stage by itself."""
@@ -233,15 +181,14 @@ def train_content(run: Run, change_dvae: Callable, change: Callable) -> None:
         run.grid(name, [to_float(pixels), to_float(painted(pixels, grain)),
                         dvae.decode(Codes(z, grain))])
 
-    loop = stage.loop()
-    with loop.saved_by(stage.save):
-        for pixels, labels in loop:
+    with stage.saving():
+        for pixels, labels in stage.over(run.stream(train.batch_size, stage.step)):
             # TRAP: a cache of codes would freeze one mirror image and one draw of the posterior.
             z, grain = dvae.encode(pixels)
-            with loop.autocast():
-                loss, terms = diffusion.loss(loop.model, z, labels, grain, cfg.path)
-            loop.backward(loss, terms, code_weights(grain).mean())
-            stage.after(loop, show)
+            with stage.autocast():
+                loss, terms = diffusion.loss(stage.model, z, labels, grain, cfg.path)
+            stage.backward(loss, terms, code_weights(grain).mean())
+            stage.save_or_show(show)
 
         torch.manual_seed(train.seed)                         # the same times and noise every time
         total = 0.0
@@ -250,7 +197,7 @@ def train_content(run: Run, change_dvae: Callable, change: Callable) -> None:
                 z, grain = dvae.encode(pixels)
                 loss, _ = diffusion.loss(stage.ema, z, labels, grain, cfg.path)
                 total += loss.item() * len(pixels)
-    stage.finish(show, loss=total / len(run.eval_indices))
+    finish(stage, show, loss=total / len(run.eval_indices))
 
 
 # ------------------------------------------------------------------------------------------------

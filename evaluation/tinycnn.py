@@ -13,11 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from config import TrainConfig
+from config import Optim, TrainConfig
 from layers import as_weights
-from loop import learning_rate, new_optimizer
+from loop import Loop, new_optimizer
 from plumbing import checkpoint
 from plumbing.archives import note
 from plumbing.batches import ImageStream, eval_batches
@@ -70,12 +69,12 @@ def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip:
     need(len(data.classes) > 1, f"{data.name} has a single class, and a classifier learns nothing "
          "from it; use --features inception")
     judge = TinyCNN(len(data.classes)).to(device)
-    optimizer = new_optimizer(judge, "adamw", 0.01, 0.999)
-    stream = ImageStream(data, image_size, 64, seed=0, flip=flip, skip_bad=skip_bad)
-    for step, (images, labels) in zip(tqdm(range(steps), desc="classifier"), stream):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 2e-3, 0.0, steps)
-        images = to_float(images.to(device))
+    optim = Optim(64, steps, 2e-3, 0.0, warmup_steps=steps, beta2=0.999, weight_decay=0.01)
+    optimizer = new_optimizer(judge, "adamw", optim.weight_decay, optim.beta2)
+    loop = Loop(judge, None, optimizer, optim, name="classifier", grad_clip=0)
+    stream = ImageStream(data, image_size, optim.batch_size, seed=0, flip=flip, skip_bad=skip_bad)
+    for pixels, labels in loop.over(stream):
+        images = to_float(pixels)
         if torch.rand(()) < 0.5:
             scale = float(torch.empty(()).uniform_(0.3, 0.7))
             scale = max(scale, 1 / image_size)  # a pixel is left
@@ -83,10 +82,7 @@ def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip:
             blurred = F.interpolate(small, size=images.shape[-2:], mode="bilinear")
             images = blurred + 0.05 * torch.randn_like(images)
         logits, _ = judge(images)
-        loss = F.cross_entropy(logits, labels.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loop.backward(F.cross_entropy(logits, labels), {})
     right = None
     if val.classes == data.classes:
         right = accuracy(judge.eval(), val, image_size, device, skip_bad)

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from config import load_preset
 from generator import GENERATORS, ARGenerator, Generator
-from loop import LossOf, frozen_copy, new_optimizer, update_ema
+from loop import LossOf, make_ema, new_optimizer, update_ema
 from losses import reconstruction
 from mocet import MoCET
 from nativetok import NativeTok, sample_batch
@@ -161,7 +161,7 @@ def training_step(bench: Bench, preset: str, phase: str, batch: int, kind: str |
         inputs = (images(bench, preset, batch),)
     forward = Recorded(model.train()) if record else model.train()
     optimizer = new_optimizer(model, kind or settings.optimizer, 0.1, settings.beta2)
-    ema, learns = frozen_copy(model), [p for p in model.parameters() if p.requires_grad]
+    ema, learns = make_ema(model), [p for p in model.parameters() if p.requires_grad]
 
     def step() -> None:
         with bench.procs.autocast(settings.precision):

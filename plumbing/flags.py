@@ -62,21 +62,6 @@ def need_seed(seed: int, name: str = "seed") -> None:
     need(0 <= seed < 2 ** 32, f"{name} {seed} must be 0 or above, and below {2 ** 32}")
 
 
-def learns(cfg) -> None:
-    """What the training settings of both systems have in common, as far as these have it."""
-    need_seed(cfg.seed)
-    # At 1 the average would never take anything in.
-    below_one(cfg, *(name for name in ("beta2", "generator_beta2") if hasattr(cfg, name)))
-    choose("precision", cfg.precision, ("auto", "fp32", "bf16"))
-    choose("optimizer", cfg.optimizer, ("adamw", "muon"))
-    shares(cfg, "ema_decay")
-    sizes(cfg, "batch_size", "accumulate")
-    at_least_one(cfg, "holdout", "timeout", "log_every", "save_every", "sample_every")
-    not_negative(cfg, "workers", "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip",
-                 "muon_learning_rate")
-    need(cfg.workers <= 1024, f"workers {cfg.workers} is out of range; give 0 to 1024")
-
-
 def choose(name: str, value: str, options) -> None:
     need(value in options, f"{name} {value!r} is unknown; choose one of {', '.join(options)}")
 
@@ -131,7 +116,8 @@ def as_flags(values: dict) -> list[str]:
 def help_lines(config) -> dict:
     """{field name: the comment behind the field, or the one right above it where it is long}."""
     found, above = {}, []
-    for line in inspect.getsource(config).splitlines():
+    sources = [inspect.getsource(cls) for cls in config.__mro__ if dataclasses.is_dataclass(cls)]
+    for line in "\n".join(sources).splitlines():
         field = re.match(r"    (\w+): [^#]*(?:  # (.*))?$", line)
         comment = re.match(r"    # (.*)$", line)
         if field:

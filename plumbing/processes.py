@@ -173,6 +173,14 @@ class Processes:
         if os.environ.get("RANK") and not dist.is_initialized():
             join(self.device, self.world, timeout)
 
+    @classmethod
+    def alone(cls, device: torch.device) -> "Processes":
+        """This process by itself, whatever has launched it: for a loop in another program."""
+        self = cls.__new__(cls)
+        self.rank, self.world, self.main, self.device = 0, 1, True, device
+        self.stop = self.waiting = False
+        return self
+
     def catch_signals(self) -> None:
         """From now on a signal sets .stop; a second SIGTERM or Ctrl-C quits at once.
 
@@ -206,7 +214,7 @@ class Processes:
 
     def any(self, *flags: bool) -> list[bool]:
         """Each flag, true if it is true on any process."""
-        if not dist.is_initialized():
+        if self.world == 1:
             return list(flags)
         flags = torch.tensor(flags, dtype=torch.int32, device=self.device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -214,7 +222,7 @@ class Processes:
 
     def mean(self, value: Tensor | float) -> Tensor | float:
         """The mean over processes of a scalar; a float is the same on all of them already."""
-        if not dist.is_initialized() or isinstance(value, float):
+        if self.world == 1 or isinstance(value, float):
             return value
         total = value.clone()
         dist.all_reduce(total)
@@ -223,7 +231,7 @@ class Processes:
     def gather(self, thing) -> list:
         """The `thing` of every process, in order of rank, on every process."""
         things = [thing]
-        if dist.is_initialized():
+        if self.world > 1:
             things = [None] * self.world
             dist.all_gather_object(things, thing)
         return things
@@ -247,7 +255,7 @@ class Processes:
         """The model as the training loop calls it: gradients are averaged over processes."""
         if cuda_graph:
             return Recorded(model)
-        if not dist.is_initialized():
+        if self.world == 1:
             return model
         # The one buffer that changes, the quantizer's count, is each process's own and summed where
         # it is used. Newer versions of torch warn of another name for this argument, which older
@@ -258,7 +266,7 @@ class Processes:
     def need_recordable(self) -> None:
         """Raise UserError unless wrap(cuda_graph=True) can work here."""
         need(self.device.type == "cuda", "--cuda_graph needs a CUDA GPU; leave it out")
-        need(not dist.is_initialized(), "--cuda_graph is for one process: start it with python "
+        need(self.world == 1, "--cuda_graph is for one process: start it with python "
              "instead of torchrun, or leave it out")
 
     def precision(self, wanted: str) -> str:

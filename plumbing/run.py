@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plumbing import checkpoint
 from plumbing.archives import note
-from plumbing.batches import eval_batches
+from plumbing.batches import ImageStream, eval_batches
 from plumbing.datasets import ImageSet, train_and_val
 from plumbing.flags import UserError, as_dict, as_flags, build, need, read_run
 from plumbing.images import save_grid, to_uint8
@@ -118,6 +118,14 @@ class Run:
         missing = [name for name in (*expected, *needs) if name not in saved]
         need(not missing, f"{path} has no {', '.join(missing)}")
         return saved
+
+    def stream(self, batch_size: int, step: int) -> ImageStream:
+        """Training images, as pixels and labels, from that step on."""
+        train, procs = self.train, self.procs
+        return ImageStream(self.data, self.configs[0].image_size, batch_size, seed=train.seed,
+                           flip=train.flip, random_crop=train.random_crop, rank=procs.rank,
+                           world=procs.world, start_step=step, workers=train.workers,
+                           skip_bad=train.skip_bad, timeout=train.timeout)
 
     def seed(self, states: list | None, number: int) -> None:
         """Go on with saved random numbers; with none, or those of another world, seed anew."""

@@ -116,7 +116,7 @@ def test_ar_row_t_is_scored_against_token_t_plus_1():
 
 
 def test_maskgit_loss_is_the_weighted_smoothed_cross_entropy_of_a_masked_input():
-    model, ids = loud(MaskGITGenerator, label_smoothing=0.2, unmasked_weight=0.3), some_ids(32)
+    model, ids = loud(MaskGITGenerator, label_smoothing=0.2), some_ids(32)
     labels = LABELS.repeat(8)
     torch.manual_seed(5)
     loss, info = model.loss(ids, labels)
@@ -129,7 +129,7 @@ def test_maskgit_loss_is_the_weighted_smoothed_cross_entropy_of_a_masked_input()
     for b in range(32):
         for i in range(L):
             row = log_p[b, 1 + i]
-            weight = 1.0 if masked[b, i] else 0.3
+            weight = 1.0 if masked[b, i] else 0.1
             total += weight * -(0.8 * row[ids[b, i]] + 0.2 * row.mean())
             weights += weight
             right += float(masked[b, i] and row.argmax() == ids[b, i])

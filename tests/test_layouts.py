@@ -264,7 +264,7 @@ def unpacked(c):
 def adversary(c):
     """-> an Adversary with a narrow discriminator."""
     made = losses.Adversary.__new__(losses.Adversary)
-    made.net, made.seen = model("discriminator", Case(1, 1, c.dtype)), None
+    made.net, made.seen = model("discriminator", Case(1, 1, c.dtype)), []
     return made
 
 
@@ -389,7 +389,8 @@ TABLE = {
         model("maskgit", c), c.ids(C, c.B), c.ids(K, c.B, c.T)),
     "generator.Generator.guided": guided_logits,
     "generator.Generator.hide_labels": lambda c: hidden_labels(c, generator.Generator.hide_labels),
-    "generator.Generator.check": lambda c: (model("ar", c).check, c.ids(C, c.B)),
+    "generator.Generator.check": lambda c: (
+        lambda labels: model("ar", c).check(labels, None), c.ids(C, c.B)),
     "generator.ARGenerator.loss": lambda c: (
         model("ar", c).loss, c.ids(K, c.B, c.T), c.ids(C, c.B)),
     "generator.ARGenerator.sample": lambda c: (
@@ -464,6 +465,8 @@ TABLE = {
     "d2it.diffusion.estimates": lambda c: (
         lambda *x: [diffusion.estimates(*x, path) for path in ("noise", "flow")],
         latent(c), latent(c, seed=1), noisy(c)[1]),
+    "d2it.diffusion.loss_weights": lambda c: (
+        lambda map: [diffusion.loss_weights(map, what) for what in ("code", "slot")], c.grain()),
     "d2it.diffusion.loss": lambda c: (
         lambda z, labels, map: diffusion.loss(model("content", c), z, labels, map),
         *(noisy(c)[i] for i in (0, 2, 3))),

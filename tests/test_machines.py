@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import losses
-from experiments import order_table, scaling
+from experiments import scaling
 from helpers import PNG, ROOT, folder_of, names, refused, same, take
 from plumbing import batches, checkpoint, datasets, processes, start
 from plumbing.batches import ImageStream
@@ -179,6 +179,24 @@ def test_a_worker_obeys_its_parent_as_far_as_the_system_lets_it(way, code):
     process.start()
     process.join(30)
     assert process.exitcode == code
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_workers_death_is_heard_while_a_batch_is_waited_for(monkeypatch, there):
+    """Another signal stands for SIGCHLD, which Windows lacks."""
+    heard, before, watch = [], signal.getsignal(signal.SIGTERM), batches.Watch()
+    monkeypatch.setattr(signal, "SIGCHLD", signal.SIGTERM, raising=False)
+    if not there:
+        monkeypatch.delattr(signal, "SIGCHLD")
+    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        watch.begin()
+        signal.raise_signal(signal.SIGTERM)
+        assert len(heard) == (0 if there else 1)
+        with watch.waits():
+            assert len(heard) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("missing", [(), ("SIGHUP", "SIGUSR1")])
@@ -347,15 +365,14 @@ class Anything:
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_pictures_are_drawn_where_there_is_matplotlib(tmp_path, monkeypatch, capsys, there):
+def test_pictures_are_drawn_where_there_is_matplotlib(tmp_path, monkeypatch, there):
+    path = str(tmp_path / "scaling.png")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: Anything() if there else None)
+    if not there:
+        refused(scaling.parse, ["--out", path], names=["pip install matplotlib", "leave out"])
+        return
     for name in ("matplotlib", "matplotlib.pyplot"):
-        monkeypatch.setitem(sys.modules, name, Anything() if there else None)
+        monkeypatch.setitem(sys.modules, name, Anything())
     monkeypatch.setattr(scaling, "AXES", {})
-    order_table.draw_figure({}, str(tmp_path))
-    if there:
-        scaling.draw({}, str(tmp_path / "scaling.png"))
-        assert names(tmp_path) == ["order.png", "scaling.png"]
-    else:
-        assert "pip install matplotlib" in capsys.readouterr().out
-        refused(scaling.draw, {}, str(tmp_path / "scaling.png"), names=["pip install matplotlib"])
-        assert not names(tmp_path)
+    scaling.draw({}, scaling.parse(["--out", path]).out)
+    assert names(tmp_path) == ["scaling.png"]

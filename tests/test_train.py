@@ -291,7 +291,7 @@ def test_the_discriminator_learns_before_it_judges(data, tmp_path):
 
 def test_the_average_follows_what_learns_and_does_not_touch_what_is_frozen():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    ema = loop.frozen_copy(model)
+    ema = loop.make_ema(model)
     model[0].requires_grad_(False)
     with torch.no_grad():
         model[1].weight += 1
