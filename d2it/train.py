@@ -146,8 +146,8 @@ def train_dvae(run: Run, change: Callable) -> None:
             with loop.autocast():
                 recon, divergence = loop.model(images, grain)
             if not loop.alone:
-                # It is a mean over the codes of this micro-batch, and has to weigh as one over those
-                # of the whole step, on all processes.
+                # A mean over the codes of this micro-batch, which has to weigh as one over those of
+                # the whole step, on all processes.
                 codes = code_weights(model.grain_of(loop.whole[0])).mean()
                 divergence = divergence * code_weights(grain).mean() / run.procs.mean(codes)
             terms = {"pixels": reconstruction(recon, images), "kl": divergence}
