@@ -94,7 +94,7 @@ class Watch:
     waiting, theirs = False, None
 
     def begin(self) -> None:
-        """After workers have been started, and no sooner: DataLoader sets its handler then, once."""
+        """Once workers have been started, and no sooner: DataLoader sets its handler then."""
         number = getattr(signal, "SIGCHLD", None)  # Windows has none
         in_main = threading.current_thread() is threading.main_thread()
         if number and in_main and signal.getsignal(number) != self.on_death:
