@@ -16,8 +16,8 @@ import math
 from dataclasses import dataclass
 
 from plumbing.flags import (
-    Parser, UserError, as_dict, at_least_one, build, choose, need, not_negative, number,
-    parse_command, shares)
+    Parser, UserError, as_dict, at_least_one, below_one, build, choose, learns, need, not_negative,
+    number, parse_command, shares, sizes)
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,6 @@ class TokenizerConfig:
     expert_width: int = 256
     expert_depth: int = 2  # layers of an expert [paper]
     expert_heads: int = 4  # attention heads of an expert [ours: 64 channels each]
-    # own parameters for each expert [paper], or shared: one expert for all positions, with a query
-    # and a place for each; a control
-    experts: str = "own"
-    head: str = "own"  # own head for each expert [ours], or shared: one for all [2024]
-    # what experts read of the tokens before theirs: codes, with a place [ours], or hidden: an
-    # expert's output before head and quantizer, as it is [2024]; later experts then no longer see
-    # what the ids say, and no id that is forced moves a later one
-    prior: str = "codes"
     # tokens after stage 1, then after each growth step [paper]
     token_schedule: tuple[int, ...] = (32, 64, 128)
     codebook_size: int = 4096  # number of codes, shared by all positions [TiTok]
@@ -49,10 +41,6 @@ class TokenizerConfig:
     commitment_weight: float = 0.25  # weight of the commitment loss [TiTok]
     # weight of the loss that keeps each position from saying always the same, 0 for none [ours]
     entropy_weight: float = 0.05
-    # weight of the loss that makes ids easy to predict from the codes before them, 0 for none
-    # [LARP: 0.06]; its two-layer predictor learns at the tokenizer's rate, which has to be high for
-    # that: LARP takes 50 times 1e-4, about what the small presets have
-    ar_prior_weight: float = 0.0
     decoder_width: int = 768  # channels of the decoder [TiTok-B]
     decoder_depth: int = 12  # transformer blocks of the decoder [TiTok-B]
     decoder_heads: int = 12  # attention heads of the decoder [TiTok-B]
@@ -61,26 +49,17 @@ class TokenizerConfig:
     decoder_reads: str = "attention"
     # pixels that a patch paints of its neighbours, faded in and out, so that no seam shows [ours]
     decoder_overlap: int = 0
-    tail_drop: float = 0.0  # share of what is trained on that keeps only the first k tokens
-    # which k: any, k ~ U{1..L}, one for all images of a step [One-D-Piece]; or stages, for each
-    # image one of token_schedule's lengths before this one [each image: FlexTok]
-    tail_drop_lengths: str = "any"
-    # with stages: an image that keeps k of L tokens has to show no more than what a picture of
-    # k / L as many pixels shows [DetailFlow]
-    tail_drop_blur: bool = False
+    # fraction of training steps that keep the first k ~ U{1..L} tokens only [One-D-Piece]
+    tail_drop: float = 0.0
 
     def __post_init__(self):
         choose("tokenizer", self.tokenizer, ("nativetok", "titok", "titok-causal"))
         choose("expert", self.expert, ("query", "block"))
-        choose("experts", self.experts, ("own", "shared"))
-        choose("head", self.head, ("own", "shared"))
-        choose("prior", self.prior, ("codes", "hidden"))
-        choose("tail_drop_lengths", self.tail_drop_lengths, ("any", "stages"))
         choose("decoder_reads", self.decoder_reads, ("attention", "linear", "both"))
-        at_least_one(self, "image_size", "patch_size", "encoder_width", "encoder_depth",
-                     "encoder_heads", "expert_width", "expert_depth", "expert_heads",
-                     "codebook_size", "code_dim", "decoder_width", "decoder_depth",
-                     "decoder_heads")
+        sizes(self, "image_size", most=2 ** 14)
+        sizes(self, "patch_size", "encoder_width", "encoder_heads", "expert_width", "expert_heads",
+              "codebook_size", "code_dim", "decoder_width", "decoder_heads")
+        sizes(self, "encoder_depth", "expert_depth", "decoder_depth", most=1000)
         if self.image_size % self.patch_size:
             below = self.image_size // self.patch_size * self.patch_size
             options = " or ".join(str(s) for s in (below, below + self.patch_size) if s)
@@ -99,15 +78,13 @@ class TokenizerConfig:
         steps = self.token_schedule
         need(len(steps) > 0 and steps[0] >= 1 and all(a < b for a, b in zip(steps, steps[1:])),
              f"token_schedule {' '.join(map(str, steps))} must grow at every step, like 32 64 128")
+        need(steps[-1] <= 2 ** 16,
+             f"token_schedule {steps[-1]} is out of range; give up to {2 ** 16:,} tokens")
         need(len(steps) == 1 or self.tokenizer == "nativetok",
              f"{self.tokenizer} has no experts to grow; give one length, "
              f"like --token_schedule {steps[-1]}")
         shares(self, "tail_drop")
-        need(self.tail_drop_lengths == "any" or not self.tail_drop or len(steps) > 1,
-             f"token_schedule {steps[-1]} has no shorter length to cut to; give more lengths, "
-             "or --tail_drop_lengths any")
-        not_negative(self, "commitment_weight", "entropy_weight", "ar_prior_weight",
-                     "decoder_overlap")
+        not_negative(self, "commitment_weight", "entropy_weight", "decoder_overlap")
         need(2 * self.decoder_overlap <= self.patch_size,
              f"decoder_overlap {self.decoder_overlap} is more than half of patch_size "
              f"{self.patch_size}")
@@ -134,8 +111,10 @@ class GeneratorConfig:
     unmasked_weight: float = 0.1
 
     def __post_init__(self):
-        at_least_one(self, "generator_width", "generator_depth", "generator_heads")
-        shares(self, "generator_dropout", "label_dropout", "label_smoothing", "unmasked_weight")
+        sizes(self, "generator_width", "generator_heads")
+        sizes(self, "generator_depth", most=1000)
+        shares(self, "label_dropout", "unmasked_weight")
+        below_one(self, "generator_dropout", "label_smoothing")  # at 1 nothing would be learned
         width, heads = self.generator_width, self.generator_heads
         need(width % heads == 0 and width // heads % 2 == 0,
              f"generator_width {width} must be generator_heads {heads} times an even number "
@@ -159,19 +138,14 @@ class TrainConfig:
     # stages 1 and 2: the tokenizer
     batch_size: int = 256  # images per step over all processes [TiTok]
     learning_rate: float = 1e-4  # peak learning rate [TiTok]
-    min_learning_rate: float = 1e-5  # learning rate at the end of a phase [TiTok]
-    finetune_learning_rate: float = 5e-5  # peak learning rate of the joint fine-tune [ours]
+    # learning rate at the end of a phase, at most its peak [TiTok]
+    min_learning_rate: float = 1e-5
     warmup_steps: int = 5000  # steps until the learning rate has reached its peak [TiTok]
     # first steps without quantization, before the codebook is drawn from z [ours]
     continuous_steps: int = 1000
     base_steps: int = 300000  # steps of stage 1, the continuous ones included [ours]
     grow_steps: int = 100000  # steps of each growth step in stage 2 [ours]
     finetune_steps: int = 50000  # steps of the joint fine-tune at the end of stage 2 [ours]
-    grow_decoder: bool = True  # the decoder goes on learning while the tokenizer grows [ours]
-    grow_rate: float = 1.0  # peak of growth steps, as a share of the other peaks [ours]
-    # share of that rate at which old experts go on learning in growth: above 0 old ids do not stay
-    # as they were, which is no hierarchical native training any more [ours: a trial]
-    grow_old_rate: float = 0.0
     # of hidden matrices, the generators' too: adamw [TiTok] or muon [ours: see muon.py]
     optimizer: str = "adamw"
     muon_learning_rate: float = 0.02  # Muon's peak; it rises and falls like learning_rate [Jordan]
@@ -200,7 +174,7 @@ class TrainConfig:
     generators: str = "both"  # which generators to train: ar, maskgit or both
     generator_batch_size: int = 256  # token sequences per step over all processes [LlamaGen]
     generator_learning_rate: float = 1e-4  # peak learning rate [LlamaGen]
-    # learning rate at the end; LlamaGen keeps it constant [LlamaGen]
+    # learning rate at the end, at most the peak; LlamaGen keeps it constant [LlamaGen]
     generator_min_learning_rate: float = 1e-4
     generator_warmup_steps: int = 1000  # steps until the learning rate has reached its peak [ours]
     generator_steps: int = 500000  # steps of each generator [MaskGIT]
@@ -219,24 +193,16 @@ class TrainConfig:
 
     def __post_init__(self):
         choose("generators", self.generators, ("ar", "maskgit", "both"))
-        choose("optimizer", self.optimizer, ("adamw", "muon"))
-        choose("precision", self.precision, ("auto", "fp32", "bf16"))
-        at_least_one(self, "batch_size", "generator_batch_size", "accumulate", "log_every",
-                     "save_every", "sample_every", "holdout", "timeout", "base_steps", "grow_steps",
-                     "finetune_steps", "generator_steps")
-        shares(self, "ema_decay", "grow_rate", "grow_old_rate")
-        not_negative(self, "learning_rate", "min_learning_rate", "finetune_learning_rate",
-                     "weight_decay", "grad_clip", "muon_learning_rate", "codebook_rate",
+        learns(self)
+        sizes(self, "generator_batch_size")
+        at_least_one(self, "base_steps", "grow_steps", "finetune_steps", "generator_steps")
+        not_negative(self, "learning_rate", "codebook_rate",
                      "generator_learning_rate", "generator_min_learning_rate",
                      "generator_weight_decay", "perceptual_weight", "adversarial_weight",
-                     "warmup_steps", "generator_warmup_steps", "reseed_every", "adversarial_start",
-                     "adversarial_warmup", "workers", "seed")
+                     "generator_warmup_steps", "reseed_every", "adversarial_start",
+                     "adversarial_warmup")
         need(not self.cuda_graph or self.accumulate == 1, "a recording's gradients cannot be added "
              "up: with --cuda_graph leave out --accumulate")
-        for name in ("beta2", "generator_beta2"):  # at 1 the average would never take anything in
-            value = getattr(self, name)
-            need(0 <= value < 1, f"{name} {value} must be 0 or above, and below 1")
-        need(self.seed < 2 ** 32, f"seed {self.seed} must be below {2 ** 32}")
         need(0 <= self.continuous_steps < self.base_steps,
              f"continuous_steps {self.continuous_steps} must leave quantized steps in base_steps "
              f"{self.base_steps}")
@@ -266,7 +232,7 @@ SMALL = dict(
     expert_width=64, expert_depth=1, expert_heads=16, token_schedule=(4, 8, 16),
     decoder_width=128, decoder_depth=1, decoder_heads=4, decoder_reads="linear", decoder_overlap=2,
     optimizer="muon", batch_size=64, learning_rate=3e-3, min_learning_rate=1.5e-4,
-    finetune_learning_rate=3e-3, warmup_steps=20, beta2=0.99, ema_decay=0.99, reseed_every=50,
+    warmup_steps=20, beta2=0.99, ema_decay=0.99, reseed_every=50,
     generator_heads=4, generator_learning_rate=1e-3, generator_min_learning_rate=1e-4,
     generator_warmup_steps=20)
 PRESETS = {
@@ -284,12 +250,6 @@ PRESETS = {
     "imagenet-32": dict(IMAGENET, token_schedule=(32,)),
     "imagenet-64": dict(IMAGENET, token_schedule=(32, 64)),
     "imagenet-128": dict(IMAGENET, token_schedule=(32, 64, 128)),
-    # Not run. Sizes and choices of [2024]; its recipe, its CLS row and its way through another
-    # model's tokens to pixels are not here.
-    "imagenet-32-2024": dict(
-        IMAGENET, token_schedule=(32,), encoder_width=1024, encoder_depth=18, encoder_heads=16,
-        expert="block", prior="hidden", head="shared", decoder_width=1024, decoder_depth=24,
-        decoder_heads=16),
 }
 
 
@@ -338,7 +298,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     def add(flag: str, text: str) -> None:
         kind = SAMPLING_TYPES[flag.removeprefix("--")]
         to.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
-    add("--cfg_scale", "guidance: 0 unconditional, 1 plain, above 1 guided (default: 2)")
+    add("--cfg_scale", "guidance: 0 unconditional, 1 plain, above 1 guided (default: 2; "
+        "1 after --label_dropout 0)")
     add("--temperature", "of the tokens' distribution; 0 takes the likeliest (default: 1)")
     add("--top_k", "ar: draw from the k likeliest tokens; 0: off (default: 0)")
     add("--top_p", "ar: draw from the likeliest tokens that reach this probability; 1: off "

@@ -36,24 +36,27 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from config import CONFIGS, SAMPLING, SAMPLING_TYPES, add_sampling_flags, sampling_options
 from evaluation.judging import (
     Batching, FeatureNet, ImageSource, Reference, comparable, controls, extract, generated,
-    inception_net, judge, read_reference, real, reconstruction, tinycnn_nets)
-from evaluation.measures import frechet_distance
+    inception_net, judge, read_reference, real, reconstruction, tinycnn_nets, why_unlabelled)
+from evaluation.measures import SSIM_WINDOW, frechet_distance
 from evaluation.report import headline, phases_table, run_summary, table
-from evaluation.tinycnn import train_judge
-from generator import GENERATORS, Generator
+from evaluation.tinycnn import CUT, images_of_judge, is_to_be_trained, train_judge
+from generator import GENERATORS, Generator, need_guidance
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
-from plumbing.datasets import ImageSet, open_images, train_and_val
+from plumbing.archives import note
+from plumbing.datasets import ImageSet, open_images, tell_seen
 from plumbing.flags import DEVICES, Parser, UserError, need, number
+from plumbing.outputs import JSON, NPZ, need_places
 from plumbing.processes import Processes, need_room, provenance
 from plumbing.run import OpenRun, open_run
+from plumbing.samples import unfinished_maker
 
 __all__ = ["frechet_distance", "main", "parse"]  # the first for others to call
 
@@ -79,7 +82,8 @@ def parse(argv=None) -> argparse.Namespace:
     to.add_argument("--val_data", metavar="PATH", help="with --judge: the held-out images "
                     "(default: cut from --data)")
     to.add_argument("--train_features", type=number(int), nargs="?", const=500, default=0,
-                    metavar="STEPS", help="train the run's TinyCNN first (default: 500 steps)")
+                    metavar="STEPS", help="train the TinyCNN first, unless it has learned so "
+                    "before (default: 500 steps)")
     to.add_argument("--inception", metavar="FILE",
                     help="Inception's weights (default: torch's cache, downloaded once)")
     to.add_argument("--data", metavar="PATH", help="reference images, also what is reconstructed "
@@ -197,8 +201,8 @@ def open_given(args, procs: Processes) -> Given:
              f"{args.run} has no finished phase yet; let train.py go on")
     images = open_images(args.images) if args.images else None
     data, val = (run.data, run.val) if run else (None, None)
-    if args.judge:  # without --val_data cut in two as train.py would with its defaults
-        data, val = train_and_val(args.data, args.val_data or "", 1000, 0)
+    if args.judge:
+        data, val = images_of_judge(args.judge, args.data, args.val_data or "")
     if args.reference:
         compared = None
     else:
@@ -210,18 +214,18 @@ def open_given(args, procs: Processes) -> Given:
     else:
         size = min((images or compared).load(0).shape[:2])
     size = args.image_size or size
+    if run and args.data:
+        tell_seen(run.data, compared, args.data, f"the data of {args.run}")
     return Given(run, tokenizer, images, data, val, compared, size)
 
 
 def output_places(args) -> str | None:
     """Where the results go, if anywhere. Raises UserError unless that can be written: now."""
     path = args.json
-    if path:
-        folder = os.path.dirname(path) or "."
-        need(os.path.isdir(folder), f"--json {path}: there is no folder {folder}; make it first")
-        need(not os.path.isdir(path), f"--json {path} is a folder; give the name of a file")
-        need_room(folder)
-    elif args.run and not args.images:
+    need_places({"--json": (path, JSON), "--save_stats": (args.save_stats, NPZ)},
+                reads={"--images": args.images, "--data": args.data, "--judge": args.judge,
+                       "--reference": args.reference, "--inception": args.inception})
+    if not path and args.run and not args.images:
         path = os.path.join(args.run, "summary.json")
     if args.run and os.path.isdir(args.run) and (args.train_features or not args.json):
         need_room(args.run)
@@ -238,26 +242,34 @@ def feature_nets(args, given: Given, procs: Processes) -> tuple[list[FeatureNet]
     if args.features == "inception":
         return [inception_net(args.inception or "", procs.device)], None
     run, path = given.run, args.judge or os.path.join(args.run, "tinycnn.pt")
-    if args.train_features and procs.main:
+    steps = args.train_features
+    # All processes ask, so that all leave together if it may not be trained.
+    if steps and is_to_be_trained(path, given.data, given.val, steps, replace=run is not None):
         train = run.configs[2] if run else None
-        train_judge(path, given.data, given.val, run.configs[0].image_size if run else given.size,
-                    bool(run and train.flip), args.train_features, procs.device,
-                    bool(run and train.skip_bad))
+        if procs.main:
+            train_judge(path, given.data, given.val, run.configs[0].image_size if run else
+                        given.size, bool(run and train.flip), steps, procs.device,
+                        bool(run and train.skip_bad), (train.holdout, train.seed) if run else CUT)
     procs.barrier()
     need(checkpoint.exists(path), f"{args.run or args.judge} has no classifier yet; add "
          "--train_features (trained once, then kept)")
-    nets, accuracy = tinycnn_nets(path, given.data, procs.device)
-    return nets, accuracy if given.val.classes == given.data.classes else None
+    nets, accuracy = tinycnn_nets(path, given.data, procs.device, given.val)
+    why = why_unlabelled(given.val, args.val_data or (run.configs[-1].val_data if run else ""),
+                         given.data.classes)
+    if why or accuracy is None:
+        note(f"how often the classifier is right on {given.val.name} is left out: "
+             f"{why or 'when it learned, other images were held out'}")
+    return nets, accuracy if not why else None
 
 
 def reference_images(args, given: Given, how: Batching) -> ImageSource | None:
     compared = given.compared
     if compared is None:
         return None
-    # TRAP: the first n images of a folder are those of its first classes.
+    # TRAP: the first n images of a folder are those of its first classes. Sorting what was drawn
+    # would read a disk in order, and bring that back for whoever looks at the first of them only.
     chosen = np.random.default_rng(0).permutation(len(compared))[:args.num_reference]
-    labelled = given.data is not None and compared.classes == given.data.classes
-    return real("reference", compared, np.sort(chosen), given.size, how, labelled)
+    return real("reference", compared, chosen, given.size, how)
 
 
 def save_stats(path: str, reference: Reference, net: FeatureNet) -> UserError | None:
@@ -282,8 +294,12 @@ def image_sources(args, given: Given, originals: ImageSource | None, how: Batchi
     run, images = given.run, given.images
     if images is not None:
         chosen = np.random.default_rng(0).permutation(len(images))[:args.num_samples]
-        labelled = given.data is not None and images.classes == given.data.classes
-        return [real(images.name, images, chosen, given.size, how, labelled)]
+        source = real(images.name, images, chosen, given.size, how,
+                      labelled(args, given, images, args.images))
+        unfinished = unfinished_maker(args.images)
+        if unfinished:
+            note(f"{args.images} was drawn from an unfinished network, {unfinished}")
+        return [replace(source, unfinished=unfinished)]
     if run is None:
         return []
     chosen = np.random.default_rng(0).permutation(len(run.data))[:args.num_samples]
@@ -291,7 +307,13 @@ def image_sources(args, given: Given, originals: ImageSource | None, how: Batchi
     if args.controls:
         sources += controls(run.data, len(chosen), given.size, how)
     if originals is not None:
-        sources.append(reconstruction(given.tokenizer, originals, procs.device))
+        path = args.data or run.configs[-1].val_data
+        originals = replace(originals, labelled=labelled(args, given, given.compared, path))
+        source = reconstruction(given.tokenizer, originals, procs.device)
+        sources.append(replace(source, unfinished=given.tokenizer.unfinished))
+        if given.size < SSIM_WINDOW:
+            note(f"ssim of reconstruction is left out: it takes {SSIM_WINDOW} pixels or more, and "
+                 f"these images have {given.size}")
     kinds = generator_kinds(args)
     asked = [name for name in SAMPLING if getattr(args, name) is not None or name in args.sweep]
     for name in asked:
@@ -300,10 +322,29 @@ def image_sources(args, given: Given, originals: ImageSource | None, how: Batchi
     for kind in kinds:
         model = Generator.of_run(args.run, kind, given.tokenizer, procs.device)
         options = sampling_options(args, model.options)
+        if args.cfg_scale is None:
+            options["cfg_scale"] = model.default_cfg_scale
         for swept in combinations(args.sweep, model.options):
-            sources.append(generated(kind, model, given.tokenizer, args.num_samples, options,
-                                     swept, how, procs.device))
+            scale = swept.get("cfg_scale", options["cfg_scale"])
+            need_guidance(scale, model.cfg.label_dropout)
+            source = generated(kind, model, given.tokenizer, args.num_samples, options, swept, how,
+                               procs.device)
+            parts = filter(None, (given.tokenizer.unfinished, model.unfinished))
+            sources.append(replace(source, unfinished="; ".join(parts)))
     return sources
+
+
+def labelled(args, given: Given, images: ImageSet, path: str) -> bool:
+    """Do the labels of these images say what the classifier should? If not, why is told.
+
+    Inception's classes are nobody's, so with it nothing is asked.
+    """
+    if args.features == "inception":
+        return False
+    why = why_unlabelled(images, path, given.data.classes)
+    if why:
+        note(f"class_accuracy of {images.name} is left out: {why}")
+    return not why
 
 
 def generator_kinds(args) -> list[str]:
@@ -334,8 +375,11 @@ def main(args) -> None:
     how = Batching(args.batch_size, args.seed, skip_bad)
     originals = reference_images(args, given, how)
     sources = image_sources(args, given, originals, how, procs)
-    for source in [*sources, *([originals] if originals else [])]:
-        need(source.n >= 2, f"{source.name} has a single image, and a covariance takes two")
+    for source in [*([originals] if originals else []), *sources]:
+        more = "give --data a set of more images, or hold out more" if source is originals else (
+            "give more")
+        need(source.n >= 2,
+             f"{source.name} has a single image, and a covariance takes two; {more}")
 
     # 2. By what, and against what.
     nets, accuracy = feature_nets(args, given, procs)
@@ -355,7 +399,9 @@ def main(args) -> None:
     rows = []
     for source in sources:
         rows.append(judge(source, nets, reference, how, procs))
-        results = {**summary_so_far(given, rows, accuracy, began), **made, "rows": rows}
+        to_come = [other.name for other in sources[len(rows):]]
+        results = {**summary_so_far(given, rows, accuracy, began), **made, "rows": rows,
+                   **({"to_come": to_come} if to_come else {})}
         if procs.main and path:
             try:
                 checkpoint.write_json(path, results)

@@ -38,8 +38,8 @@ from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import to_float, to_uint8
 from plumbing.page import Page
 from plumbing.plot import COLORS, Curve, log_curves, svg
-from plumbing.processes import Processes, launched
-from plumbing.run import OpenRun, held_out, open_run
+from plumbing.processes import Processes, need_one_process
+from plumbing.run import OpenRun, held_out, need_same_held_out, open_run
 from quantizer import usage
 
 
@@ -143,8 +143,6 @@ NATIVE = """Each token is chosen in view of those before it, so the later ones p
 first gets wrong: that is native order."""
 UNORDERED = """Here nobody answers: {name} chooses all its tokens at once, none in view of the
 others."""
-HIDDEN = """Here nobody answers: with prior hidden the experts read each other's outputs, not the
-tokens that are said."""
 EACH = """token {position} broken {broken:.2f}, answered {answered:.2f} ({later_ids_changed:.0%}
 of the later tokens changed)"""
 
@@ -152,11 +150,11 @@ of the later tokens changed)"""
 def answers(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, rows: int) -> None:
     """Token 1 of another image; the numbers are those of all pixels, which are one batch."""
     name, others = model.cfg.tokenizer, ids.roll(1, dims=0)
-    of_experts = NATIVE if model.cfg.prior == "codes" else HIDDEN
-    meaning = of_experts if name == "nativetok" else UNORDERED.format(name=name)
+    meaning = NATIVE if name == "nativetok" else UNORDERED.format(name=name)
     measured = interventions(model, pixels)
+    unfinished = {"unfinished": model.unfinished} if model.unfinished else {}
     checkpoint.write_json(os.path.join(page.folder, "answers.json"),
-                          {"images": len(pixels), "rows": measured})
+                          {"images": len(pixels), **unfinished, "rows": measured})
     each = [EACH.format(**row) for row in measured[:-1]]  # nobody comes after the last token
     caption = ANSWERS.format(meaning=meaning, n=len(pixels), original=measured[0]["original"],
                              each="; ".join(each))
@@ -214,15 +212,16 @@ def first_labels(model: NativeTok, classes: list[str]) -> tuple[Tensor, str]:
     return labels, ", ".join(classes[:len(labels)])
 
 
-AR = """Classes {names}, guidance 2: what the decoder makes of the first {ks} tokens, each drawn
-after those before it."""
+AR = """Classes {names}, guidance {scale:g}: what the decoder makes of the first {ks} tokens, each
+drawn after those before it."""
 
 
 def ar_growing(page: Page, model: NativeTok, ar: Generator) -> None:
     ks, (labels, names) = doubling(model.num_tokens), first_labels(model, ar.classes)
-    ids = ar.sample(labels, cfg_scale=2.0, generator=torch.Generator().manual_seed(0))
+    scale, noise = ar.default_cfg_scale, torch.Generator().manual_seed(0)
+    ids = ar.sample(labels, cfg_scale=scale, generator=noise)
     rows = list(torch.stack([decode(model, ids[:, :k]) for k in ks], dim=1))
-    caption = AR.format(names=names, ks=", ".join(map(str, ks)))
+    caption = AR.format(names=names, scale=scale, ks=", ".join(map(str, ks)))
     page.grid("ar", "An AR sample, token by token", caption, rows)
 
 
@@ -234,8 +233,8 @@ it is still masked: a decoder cannot show a token that has not been chosen."""
 def maskgit_steps(page: Page, model: NativeTok, maskgit: Generator) -> None:
     """Tokens still masked are shown as black squares in a strip under the picture."""
     trace, (labels, names) = [], first_labels(model, maskgit.classes)
-    final = maskgit.sample(labels, cfg_scale=2.0, generator=torch.Generator().manual_seed(0),
-                           trace=trace)
+    final = maskgit.sample(labels, cfg_scale=maskgit.default_cfg_scale, trace=trace,
+                           generator=torch.Generator().manual_seed(0))
     rows, size = [], model.cfg.image_size
     for i in range(len(labels)):
         cells = []
@@ -336,23 +335,28 @@ def bits_of(model: NativeTok, ar: Generator, ids: Tensor, labels: Tensor) -> tup
 
 
 def main(args) -> None:
-    need(launched() == (0, 1), "explain.py works in one process; start it without torchrun")
+    need_one_process("explain.py")
     device = Processes(args.device).device
     # All that can be refused is refused before the first picture.
     run, model, generators = opened(args.run, device)
     val = run.val
     need(len(val) >= 2,
-         f"{val.name} has a single held-out image, and tokens are swapped between two")
+         f"{val.name} has a single held-out image, and tokens are swapped between two; train on "
+         "more pictures, of which a tenth is held out, or give train.py --val_data")
     if args.against:
         other, other_model, other_generators = opened(args.against, device)
-        need(other.val.fingerprint == val.fingerprint, f"{args.against} holds out other images "
-             f"than {args.run}; train both on the same data")
+        need_same_held_out(run, other)
         need("ar" in other_generators, f"{args.against} has no ar generator, whose bits are to be "
              "compared; train it, or leave --against out")
     name = os.path.basename(os.path.abspath(args.run))
+    shown = [model, *generators.values()]
+    if args.against:
+        shown += [other_model, other_generators["ar"]]
+    parts = [network.unfinished for network in shown if network.unfinished]
+    unfinished = f"Unfinished: {'; '.join(parts)}. " if parts else ""
     intro = (f"{model.cfg.tokenizer}, {model.num_tokens} tokens of {model.cfg.codebook_size} "
              f"codes, images held out of {val.name}. "
-             f"Made by: python explain.py --run {shlex.quote(args.run)}")
+             f"{unfinished}Made by: python explain.py --run {shlex.quote(args.run)}")
     page = Page(args.out or os.path.join(args.run, "explain"), model.cfg.image_size,
                 f"What the tokens of {name} mean", intro)
     pixels, labels = held_out(run)
@@ -372,7 +376,8 @@ def main(args) -> None:
     measured = []
     if "ar" in generators:
         ar_growing(page, model, generators["ar"])
-        guidance(page, model, generators["ar"])
+        if generators["ar"].cfg.label_dropout:  # else only one scale was learned
+            guidance(page, model, generators["ar"])
         if labelled:
             measured.append(bits_of(model, generators["ar"], ids, labels))
     if "maskgit" in generators:

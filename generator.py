@@ -33,9 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import GeneratorConfig
-from layers import KVCache, LlamaBlock, RMSNorm, eval_mode, rotary_table
+from layers import (
+    ExactBuffers, KVCache, LlamaBlock, RMSNorm, at_least_float32, eval_mode, rotary_table)
 from plumbing import checkpoint
 from plumbing.flags import build, need
+from plumbing.given import need_generator, need_labels, need_number
+from plumbing.run import unfinished
 
 # ------------------------------------------------------------------------------------------------
 # from logits to tokens
@@ -43,6 +46,18 @@ from plumbing.flags import build, need
 def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance on logits: scale 0 unconditional, 1 plain, above 1 guided."""
     return uncond + scale * (cond - uncond)
+
+
+def need_guidance(scale: float, label_dropout: float) -> None:
+    """Raise UserError for a scale that reads what nobody has learned."""
+    # TRAP: with the row "no class" as it was drawn at the start, guidance runs and adds noise.
+    need(scale == 1 or label_dropout > 0, f"cfg_scale {scale:g} reads the row of no class, which "
+         "label_dropout 0 has never trained; use cfg_scale 1, or train with --label_dropout 0.1")
+
+
+def default_guidance(label_dropout: float) -> float:
+    """2 [ours], and 1 where the row of no class was not learned."""
+    return 2.0 if label_dropout > 0 else 1.0
 
 
 def gumbel(shape, generator: torch.Generator | None, device) -> Tensor:
@@ -86,7 +101,7 @@ def sample_from(logits: Tensor, generator: torch.Generator | None, temperature: 
 # ------------------------------------------------------------------------------------------------
 # what both generators are made of
 
-class Generator(nn.Module):
+class Generator(ExactBuffers):
     """A LlamaGen-style transformer over [class, token, token, ...] -> logits (.., K) at every row.
 
     ARGenerator and MaskGITGenerator say which way it looks, how it learns and how it samples.
@@ -98,6 +113,7 @@ class Generator(nn.Module):
     """
     causal: bool              # does a row see earlier rows only?
     options: tuple[str, ...]  # the settings of sample() that a command line can give
+    unfinished = ""           # how far training had come; load() knows it
 
     def __init__(self, cfg: GeneratorConfig, num_tokens: int, codebook_size: int, num_classes: int):
         super().__init__()
@@ -145,17 +161,18 @@ class Generator(nn.Module):
 
     def guided(self, labels: Tensor, ids: Tensor, scale: float,
                forward: Callable | None = None) -> Tensor:
-        """forward() under guidance, in float32: at scale 1 as it is, else both halves as one batch.
+        """forward() under guidance, in float32 or better.
 
+        At scale 1 as it is, else both halves as one batch.
         forward   to be called in its place; see ARGenerator.newest
         """
         forward = forward or self
         if scale == 1:
-            logits = forward(labels, ids).float()
+            logits = at_least_float32(forward(labels, ids))
         else:
             no_class = torch.full_like(labels, self.num_classes)
             both = forward(torch.cat([labels, no_class]), torch.cat([ids, ids]))  # (2B, R, K)
-            logits = guide(*both.float().chunk(2), scale)
+            logits = guide(*at_least_float32(both).chunk(2), scale)
         # TRAP: the argmax of nan is a valid id.
         need(logits.isfinite().all(), f"logits at cfg_scale {scale:g} are not finite (nan or inf)")
         return logits
@@ -167,11 +184,17 @@ class Generator(nn.Module):
         hidden = torch.rand(labels.shape, device=labels.device) < self.cfg.label_dropout
         return labels.masked_fill(hidden, self.num_classes)
 
-    def check(self, labels: Tensor) -> None:
-        # TRAP: label C would run, as "no class"; so only 0..C-1 may come in from outside.
-        C = self.num_classes
-        for c in labels.tolist():
-            need(0 <= c < C, f"class {c} is unknown; give one from 0 to {C - 1}")
+    def check(self, labels: Tensor, generator, **settings: float) -> None:
+        """Raise UserError for what sample() cannot work with."""
+        need_labels(labels, self.num_classes, self.position)
+        need_generator(generator)
+        for name, value in settings.items():
+            need_number(name, value, whole=name in ("top_k", "steps"))
+
+    @property
+    def default_cfg_scale(self) -> float:
+        """What programs guide with where nothing else is asked for."""
+        return default_guidance(self.cfg.label_dropout)
 
     @staticmethod
     def load(path) -> "ARGenerator | MaskGITGenerator":
@@ -184,6 +207,7 @@ class Generator(nn.Module):
         model = Kind(cfg, saved["num_tokens"], saved["codebook_size"], len(saved["classes"]))
         checkpoint.load_strict(model, saved["ema"], f"generator weights in {path}")
         model.classes, model.tokenizer_fingerprint = saved["classes"], saved["tokenizer"]
+        model.unfinished = unfinished(saved, path)
         return model.eval()
 
     @staticmethod
@@ -226,7 +250,9 @@ class ARGenerator(Generator):
         every token: slow, and the reading to compare with. Raises UserError for an unknown class
         or a setting out of range.
         """
-        self.check(labels)
+        self.check(labels, generator, cfg_scale=cfg_scale, temperature=temperature, top_k=top_k,
+                   top_p=top_p)
+        labels = labels.long()
         ids, newest = self.begin(labels, cfg_scale)
         with eval_mode(self):
             for _ in range(self.num_tokens):
@@ -329,8 +355,10 @@ class MaskGITGenerator(Generator):
         The same generator state repeats the same ids. Raises UserError for an unknown class or a
         setting out of range.
         """
-        self.check(labels)
         steps = self.default_steps if steps is None else steps
+        self.check(labels, generator, steps=steps, cfg_scale=cfg_scale, temperature=temperature,
+                   randomize_temperature=randomize_temperature)
+        labels = labels.long()
         ids = labels.new_full((len(labels), self.num_tokens), self.mask_id)  # (B, L)
         with eval_mode(self):
             for step, still_masked in enumerate(mask_schedule(self.num_tokens, steps), start=1):

@@ -59,7 +59,6 @@ def new_optimizer(model: nn.Module, kind: str, weight_decay: float, beta2: float
         decay = weight_decay if p in marked else 0.0
         matrices = marked.get(p, 0) if kind == "muon" else 0
         scale = muon_scale if matrices else codebook_scale if name.endswith("codebook") else 1.0
-        scale *= getattr(p, "rate", 1.0)  # what train.freeze wants to learn more slowly
         groups.setdefault((matrices, scale, decay), []).append(p)
     return Muon([dict(params=params, matrices=matrices, scale=scale, weight_decay=decay)
                  for (matrices, scale, decay), params in groups.items()], betas=(0.9, beta2))
@@ -68,8 +67,10 @@ def new_optimizer(model: nn.Module, kind: str, weight_decay: float, beta2: float
 def learning_rate(step: int, steps: int, peak: float, end: float, warmup: int) -> float:
     """Linear up to the peak, then half a cosine down to the end.
 
-    The warm-up takes a tenth of the phase at most, or a short phase would be nothing else.
+    The warm-up takes a tenth of the phase at most, or a short phase would be nothing else. An end
+    above the peak follows it: who lowers the peak, or freezes with 0, wants no rate above it.
     """
+    end = min(end, peak)
     warmup = min(warmup, max(1, steps // 10))
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -1,7 +1,5 @@
 """What a reconstruction is compared by: pixels, a classifier's opinion, and an adversary.
 
-And, for tokens, how hard they are to predict in their order.
-
 In       recon, images (B, 3, H, W) in [-1, 1]
 Out      scalars without weights; train.py multiplies and adds them in one line
 Paper    nothing is known to us; [TiTok] 1d-tokenizer, stage 2: squared error 1.0 + ConvNeXt-S
@@ -18,8 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import TokenizerConfig
-from layers import ViTBlock, init_vit
+from layers import ExactBuffers, as_weights
 from plumbing import checkpoint
 from plumbing.flags import UserError, need
 
@@ -66,7 +63,7 @@ def psnr(recon: Tensor, images: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 # perception
 
-class Perceptual(nn.Module):
+class Perceptual(ExactBuffers):
     """Squared error between a frozen ImageNet classifier's logits of two images [TiTok].
 
     network   normalised images (B, 3, 224, 224) -> logits (B, classes);
@@ -95,7 +92,9 @@ class Perceptual(nn.Module):
         with torch.autocast(images.device.type, enabled=False):    # float32 throughout [TiTok]
             x = (images.float() + 1) / 2  # [0, 1], as ImageNet's mean and std expect
             x = F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True)
-            return self.network((x - self.mean) / self.std)        # (B, classes)
+            x = (x - self.mean) / self.std
+            x = as_weights(x, next(self.network.parameters(), x))
+            return self.network(x).float()                         # (B, classes)
 
 
 def pretrained_convnext() -> nn.Module:
@@ -157,7 +156,7 @@ class Discriminator(nn.Module):
         side = min(images.shape[-2:])
         need(side >= 24, f"the adversarial loss needs images of 24 pixels or more, not {side}; "
                          "run with --adversarial_weight 0")
-        return self.layers(images)
+        return self.layers(as_weights(images, self.layers[0].weight))
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -180,7 +179,7 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.float().mean()
 
 
-class LeCam(nn.Module):
+class LeCam(ExactBuffers):
     """LeCam regularisation: holds the discriminator back where real and fake are far apart.
 
         relu(mean(real) - fake anchor)^2 + relu(real anchor - mean(fake))^2
@@ -208,7 +207,7 @@ class LeCam(nn.Module):
     def update(self, real_logits: Tensor, fake_logits: Tensor) -> None:
         """Move the anchors towards the mean logits of all ranks; every rank must call it."""
         means = torch.stack([real_logits.float().mean(), fake_logits.float().mean()])
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.all_reduce(means)
             means /= dist.get_world_size()
         self.real_anchor.lerp_(means[0], 1 - self.decay)
@@ -261,7 +260,7 @@ class Adversary:
             (loss / len(self.seen)).backward()
             verdicts.append((real.detach(), fake.detach()))
         self.seen.clear()
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             for p in self.net.parameters():
                 dist.all_reduce(p.grad)
                 p.grad /= dist.get_world_size()
@@ -281,38 +280,6 @@ class Adversary:
         # Its optimizer is empty until the discriminator has begun to learn.
         checkpoint.load_optimizer(self.optimizer, parts["optimizer"],
                                   f"{path}: adversary optimizer", may_be_new=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# order
-
-class ARPrior(nn.Module):
-    """z_q (B, L, d), ids (B, L) -> mean cross-entropy of an id given the codes before it, in nats.
-
-    A small causal transformer learns with the tokenizer, in LARP's way (arXiv 2410.21264). Its
-    gradient reaches the codes that are read, not the ids that are guessed: a code is taught to tell
-    what comes next. About log K for ids that nobody can guess.
-    """
-
-    def __init__(self, cfg: TokenizerConfig):
-        super().__init__()
-        D, L = cfg.decoder_width, cfg.num_tokens
-        self.embed = nn.Linear(cfg.code_dim, D)
-        self.pos = nn.Parameter(torch.randn(L, D))
-        self.blocks = nn.ModuleList(ViTBlock(D, cfg.decoder_heads) for _ in range(2))
-        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, cfg.codebook_size)
-        self.apply(init_vit)
-        nn.init.zeros_(self.head.weight)  # it begins at log K, with nothing to say about codes
-        self.register_buffer("mask", torch.ones(L, L, dtype=torch.bool).tril(), persistent=False)
-
-    def forward(self, z_q: Tensor, ids: Tensor) -> Tensor:
-        L = ids.shape[1]
-        before = F.pad(self.embed(z_q[:, :-1]), (0, 0, 1, 0))  # (B, L, D), zeros before the first
-        x = before + self.pos[:L]
-        for block in self.blocks:
-            x = block(x, self.mask[:L, :L])
-        logits = self.head(self.norm(x)).float()  # (B, L, K)
-        return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from config import TokenizerConfig
-from layers import ViTBlock, as_matrices, count_parameters, init_vit, patchify, sincos_2d
+from layers import (
+    ViTBlock, as_matrices, as_weights, count_parameters, init_vit, patchify, sincos_2d)
 
 
 class MIT(nn.Module):
@@ -36,6 +37,7 @@ class MIT(nn.Module):
         self.apply(init_vit)
 
     def forward(self, images: Tensor) -> Tensor:
+        images = as_weights(images, self.pos)
         x = self.embed(patchify(images, self.patch_size)) + self.pos  # (B, N, D)
         for block in self.blocks:
             x = block(x)

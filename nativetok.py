@@ -11,33 +11,39 @@ Differs  cfg.tokenizer "titok" or "titok-causal" puts a baseline in the place of
 Try      python nativetok.py
 """
 import os
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import CONFIGS, TokenizerConfig
 from decoder import Decoder
 from layers import count_parameters, eval_mode
-from losses import ARPrior
 from mit import MIT
 from mocet import MoCET
 from plumbing import checkpoint
 from plumbing.flags import build, need
+from plumbing.given import described, need_ids, need_images, need_whole_numbers
 from plumbing.images import to_uint8
-from plumbing.run import need_parts
+from plumbing.run import need_parts, unfinished
 from quantizer import VectorQuantizer
 from titok import TiTok
 
 
+def as_it_is(model: nn.Module) -> nn.Module:
+    """The change that changes nothing: experiments give train.main another one."""
+    return model
+
+
 class NativeTok(nn.Module):
     """The tokenizer as a whole, at the first length of cfg.token_schedule until it grows."""
+    unfinished = ""  # how far training had come; load() knows it
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
         self.cfg = cfg
-        # Every tokenizer is born short, also one that a checkpoint of full length will fill: groups
-        # of experts are made one growth step at a time, so that the names of parameters agree.
+        # A model is built at the first length, then grown, whatever the length of a checkpoint:
+        # the decoder has a table for each growth step, and their names must agree.
         self.num_tokens = cfg.token_schedule[0]
         # MoCET asks the quantizer once per expert, since the next expert reads the code. TiTok asks
         # it once for all tokens. Both get it as an argument, as there is one codebook for all.
@@ -47,52 +53,24 @@ class NativeTok(nn.Module):
             self.titok = TiTok(cfg)
         self.quantizer = VectorQuantizer(cfg)
         self.decoder = Decoder(cfg)
-        # For training only, but the weights that training goes on with are kept in one place.
-        self.ar_prior = ARPrior(cfg) if cfg.ar_prior_weight else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """images (B, 3, H, W) -> recon (B, 3, H, W) float32, ids (B, L), unweighted losses."""
         z_q, ids, losses = self.tokenize(images)
-        if self.ar_prior:  # before there are codes, ids say nothing
-            losses["ar_prior"] = self.ar_prior(z_q, ids) * (not self.quantizer.continuous)
-        kept = None
         if self.training and self.cfg.tail_drop:
-            z_q, kept = self.drop_tails(z_q)
-
+            z_q = self.drop_tails(z_q)
         # Autocast may hand over bf16. Losses of pixels need more than its two to three digits.
-        recon = self.decoder(z_q, kept).float()
-        if kept is not None and self.cfg.tail_drop_blur:
-            recon = recon + self.detail(images, kept)
-        return recon, ids, losses
+        return self.decoder(z_q).float(), ids, losses
 
-    def drop_tails(self, z_q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Some of what is trained on keeps the first k tokens only; the losses keep all of them.
+    def drop_tails(self, z_q: Tensor) -> Tensor:
+        """In some training steps keep the first k ~ U{1..L} tokens only: (B, L, d) -> (B, k, d).
 
         Whatever the decoder needs most then has to come first, and a prefix becomes a picture.
-        z_q (B, L, d) -> z_q (B, k, d), and how many of the k each image keeps (B,), None for all
+        The losses of the quantizer keep all tokens [One-D-Piece].
         """
-        share, L, B = self.cfg.tail_drop, self.num_tokens, len(z_q)
-        if self.cfg.tail_drop_lengths == "any":
-            # One k for the batch, because a tensor has one length.
-            k = int(torch.randint(1, L + 1, ())) if torch.rand(()) < share else L
-            return z_q[:, :k], None
-        shorter = [length for length in self.cfg.token_schedule if length < L]
-        if not shorter:  # the base has nothing to be cut to
-            return z_q, None
-        k = torch.tensor(shorter)[torch.randint(len(shorter), (B,))]
-        return z_q, torch.where(torch.rand(B) < share, k, L).to(z_q.device)
-
-    def detail(self, images: Tensor, kept: Tensor) -> Tensor:
-        """What images that keep k of L tokens have beyond k / L as many pixels: (B, 3, H, W).
-
-        Added to what the decoder paints, it leaves of the pixel error that to a blurred target.
-        """
-        detail, L, S = torch.zeros_like(images), self.num_tokens, self.cfg.image_size
-        for k in kept.unique().tolist():
-            sharp, side = images[kept == k], round(S * (k / L) ** 0.5)
-            coarse = F.interpolate(sharp, size=side, mode="bilinear", antialias=True)
-            detail[kept == k] = sharp - F.interpolate(coarse, size=S, mode="bilinear")
-        return detail
+        if torch.rand(()) < self.cfg.tail_drop:  # one k for the batch: a tensor has one length
+            z_q = z_q[:, :int(torch.randint(1, self.num_tokens + 1, ()))]
+        return z_q
 
     def tokenize(self, images: Tensor, force: dict[int, Tensor] | None = None
                  ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -106,17 +84,17 @@ class NativeTok(nn.Module):
 
         force   {position from 0: ids (B,)}, an intervention: these tokens are said, whatever the
                 image is. Later experts read them and answer; a baseline's tokens come all at
-                once, and with prior "hidden" nobody reads ids, so only the forced ones change.
-        Raises UserError for images of another size, and for a position or an id that is not there.
+                once, so only the forced ones change.
+        Raises UserError for what are no images of this size from -1 to 1, and for a position or an
+        id that is not there.
         """
-        size, K, force = self.cfg.image_size, self.cfg.codebook_size, force or {}
-        # TRAP: larger images would give more patches than there are positions, and an error far
-        # from here; patches of the same number in another shape would even run.
-        need(images.shape[1:] == (3, size, size),
-             f"images are {tuple(images.shape)}, this tokenizer takes (B, 3, {size}, {size})")
-        # TRAP: of nan the nearest code is number 0, and nobody would see it in the ids.
-        need(images.isfinite().all(), "images to encode are not finite (nan or inf)")
+        K, force, here = self.cfg.codebook_size, force or {}, self.quantizer.codebook
+        need_images(images, self.cfg.image_size, here)
         for i, said in force.items():
+            takes = f"ids ({len(images)},), one for each image, from 0 to {K - 1}"
+            need_whole_numbers(f"ids to force at position {i}", said, here, takes)
+            need(said.shape == (len(images),), f"ids to force at position {i} are "
+                 f"{described(said)}; give {takes}")
             need(0 <= i < self.num_tokens and bool(((0 <= said) & (said < K)).all()),
                  f"cannot force position {i}: positions are 0 to {self.num_tokens - 1}, "
                  f"ids 0 to {K - 1}")
@@ -127,11 +105,13 @@ class NativeTok(nn.Module):
         return ids
 
     def decode(self, ids: Tensor) -> Tensor:
-        """ids (B, k), any k from 1 to L -> images (B, 3, H, W). Raises UserError for another k."""
-        k, L = ids.shape[1], self.num_tokens
-        need(1 <= k <= L, f"{k} tokens cannot be decoded, only 1 to {L}")
+        """ids (B, k), any k from 1 to L -> images (B, 3, H, W).
+
+        Raises UserError for another k, and for what are no ids of this tokenizer.
+        """
+        need_ids(ids, self.num_tokens, self.cfg.codebook_size, self.quantizer.codebook)
         with eval_mode(self):
-            images = self.decoder(self.quantizer.lookup(ids)).float()
+            images = self.decoder(self.quantizer.lookup(ids.long())).float()
         need(images.isfinite().all(), "decoded images are not finite (nan or inf); are the "
              "tokenizer's weights those of a training that diverged?")
         return images
@@ -151,8 +131,8 @@ class NativeTok(nn.Module):
     def grow_to(self, num_tokens: int) -> "NativeTok":
         """Repeat the growth steps of the schedule up to num_tokens.
 
-        A checkpoint of that length needs them all: one step from 32 to 128 makes one group of
-        experts, two steps make two, and their parameters have other names and shapes.
+        A checkpoint of that length needs them all: one step from 32 to 128 makes one table of the
+        decoder, two steps make two, and their parameters have other names and shapes.
         """
         for length in self.cfg.token_schedule:
             if self.num_tokens < length <= num_tokens:
@@ -160,29 +140,32 @@ class NativeTok(nn.Module):
         return self
 
     @staticmethod
-    def load(path: str) -> "NativeTok":
+    def load(path: str, change: Callable = as_it_is) -> "NativeTok":
         """The tokenizer in a checkpoint, at the length it has reached, in eval mode.
 
         Its weights are the averaged ones; those that training goes on with are in the file too.
+        change   what train.main(change_model=...) was given, if it was given something
         """
-        return from_checkpoint(checkpoint.load(path), path)
+        return from_checkpoint(checkpoint.load(path), path, change)
 
     @staticmethod
-    def of_run(folder: str, device: torch.device) -> "NativeTok":
+    def of_run(folder: str, device: torch.device, change: Callable = as_it_is) -> "NativeTok":
         """The tokenizer in the folder of a run. Raises UserError when there is none."""
         path = os.path.join(folder, "tokenizer.pt")
         need_parts(folder, ("tokenizer.pt",), "train.py")
-        return NativeTok.load(path).to(device)
+        return NativeTok.load(path, change).to(device)
 
 
-def from_checkpoint(saved: dict, path: str) -> NativeTok:
+def from_checkpoint(saved: dict, path: str, change: Callable = as_it_is) -> NativeTok:
     """checkpoint.load(path) -> the model in it, and its .fingerprint, the name of these weights."""
     need("tokenizer_config" in saved, f"{path} is not a tokenizer checkpoint")
-    model = NativeTok(build(CONFIGS, saved["tokenizer_config"])[0]).grow_to(saved["num_tokens"])
+    model = change(NativeTok(build(CONFIGS, saved["tokenizer_config"])[0]))
+    model.grow_to(saved["num_tokens"])
     checkpoint.load_strict(model, saved["ema"], path)
     # An id means nothing without the codebook and decoder it was made with. Token caches and
     # generators carry this fingerprint, so ids of one tokenizer never reach another.
     model.fingerprint = checkpoint.fingerprint(saved["ema"], saved["tokenizer_config"])
+    model.unfinished = unfinished(saved, path)
     return model.eval()
 
 

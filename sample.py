@@ -29,13 +29,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import SAMPLING, add_sampling_flags, sampling_options
-from generator import GENERATORS, Generator
+from generator import GENERATORS, Generator, need_guidance
 from losses import psnr
 from nativetok import NativeTok, doubling, sample_batch
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import read_image, resize_crop, save_grid, to_float, to_uint8
-from plumbing.processes import Processes, enough_memory, launched, need_room
+from plumbing.outputs import NPZ, PNG, need_places
+from plumbing.processes import Processes, enough_memory, need_one_process
 from plumbing.samples import class_number, write_npz
 
 
@@ -64,7 +65,7 @@ def parse(argv=None) -> argparse.Namespace:
     to.add_argument("--single", action="store_true", default=None,
                     help="also write every sample as OUT/NNN_CLASS.png")
     to.add_argument("--npz", metavar="FILE", help="instead of a picture write arr_0, uint8 (n, H, "
-                    "W, 3), as ADM's evaluator reads it, and arr_1, the labels")
+                    "W, 3), as ADM's evaluator reads it, labels arr_1, and the names classes")
     to.add_argument("--num_samples", type=number(int, 1), metavar="INT",
                     help="in an .npz: how many; the classes take turns (default: 50000)")
     add_sampling_flags(parser)
@@ -130,9 +131,7 @@ def draw_samples(model: Generator, tokenizer: NativeTok, labels: Tensor, options
 
 def samples(args, tokenizer: NativeTok, device: torch.device) -> None:
     """--npz FILE, or a picture with one row per class."""
-    if args.npz is not None:
-        need(not os.path.isdir(args.npz or "."),
-             f"--npz {args.npz} is a folder; give the name of a file")
+    need_places({"--npz": (args.npz, NPZ)})
     model = Generator.of_run(args.run, args.generator, tokenizer, device)
     names = model.classes
     if args.classes:
@@ -144,15 +143,20 @@ def samples(args, tokenizer: NativeTok, device: torch.device) -> None:
     else:         # a row each
         labels = classes.repeat_interleave(args.per_class)
     options = args.options
+    if args.cfg_scale is None:
+        options = {**options, "cfg_scale": model.default_cfg_scale}
+    need_guidance(options["cfg_scale"], model.cfg.label_dropout)
     if options.get("steps", 0) is None:
         options = {**options, "steps": model.default_steps}
-    need_room(os.path.dirname(args.npz) or "." if args.npz else args.out)
+    if not args.npz:
+        need_places(folders={"--out": args.out})
 
     began = time.perf_counter()
     images = draw_samples(model, tokenizer, labels.to(device), options, args.seed, args.batch_size)
     seconds = time.perf_counter() - began
     if args.npz:
-        made = write_npz(args.npz, images, labels)
+        made = write_npz(args.npz, images, labels, names,
+                         "; ".join(filter(None, (tokenizer.unfinished, model.unfinished))))
     else:
         made = write_pictures(args, images, labels, names)
     print(f"{args.generator}:", *(f"{name} {value:g}," for name, value in options.items()),
@@ -193,7 +197,9 @@ def reconstruct(args, tokenizer: NativeTok, device: torch.device) -> None:
          f"tokens, so give 1 to {L}")
     # (F, H, W, 3)
     images = np.stack([resize_crop(read_image(file), size) for file in args.reconstruct])
-    need_room(args.out)
+    path = os.path.join(args.out, "reconstruct.png")
+    need_places({"its picture": (path, PNG)}, {"--out": args.out},
+                {"--reconstruct": args.reconstruct})
 
     rows, lines = [], []
     for file, image in zip(args.reconstruct, torch.from_numpy(images)):
@@ -206,7 +212,6 @@ def reconstruct(args, tokenizer: NativeTok, device: torch.device) -> None:
         quality = [f"{k}: {dB:.2f}" for k, dB in zip(prefixes, psnr(recon, x).tolist())]
         lines += [file, f"  PSNR  {', '.join(quality)} dB",
                  f"  ids   {' '.join(map(str, ids[0].tolist()))}"]
-    path = os.path.join(args.out, "reconstruct.png")
     save_grid(torch.cat(rows), path, columns=1 + len(prefixes), scale=max(1, 64 // size))
     print("\n".join(lines))
     print(f"{path}: the original, then decoded from the first {' '.join(map(str, prefixes))} "
@@ -214,8 +219,7 @@ def reconstruct(args, tokenizer: NativeTok, device: torch.device) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    need(launched() == (0, 1), "sample.py works in one process, and several would each draw all "
-         "samples; start it without torchrun")
+    need_one_process("sample.py")
     device = Processes(args.device).device
     tokenizer = NativeTok.of_run(args.run, device)
     if args.reconstruct:

@@ -33,7 +33,7 @@ from layers import count_parameters
 from loop import Loop, LossOf, frozen_copy, need_equal_pieces, new_optimizer
 from losses import Adversary, Perceptual, reconstruction
 from muon import Muon
-from nativetok import NativeTok, from_checkpoint
+from nativetok import NativeTok, as_it_is, from_checkpoint
 from plumbing import checkpoint
 from plumbing.batches import ImageStream
 from plumbing.flags import as_dict, need
@@ -54,21 +54,18 @@ class Phase:
     stage: int
     num_tokens: int
     steps: int
-    learning_rate: float
     learns: tuple[str, ...]                                                   # a selection of PARTS
 
 
 def phases(tok: TokenizerConfig, train: TrainConfig) -> list[Phase]:
     """Stages 1 and 2 as a list of phases: the one place that says what learns when."""
     first, *longer = tok.token_schedule
-    grow = ("new experts", "decoder") if train.grow_decoder else ("new experts",)
-    grow += ("old experts",) if train.grow_old_rate else ()
-    rate = train.learning_rate * train.grow_rate
-    plan = [Phase("base", 1, first, train.base_steps, train.learning_rate, PARTS)]
-    plan += [Phase(f"grow-{L}", 2, L, train.grow_steps, rate, grow) for L in longer]
+    # The decoder goes on learning while the tokenizer grows, or nothing would read new tokens.
+    grow = ("new experts", "decoder")
+    plan = [Phase("base", 1, first, train.base_steps, PARTS)]
+    plan += [Phase(f"grow-{L}", 2, L, train.grow_steps, grow) for L in longer]
     if longer:
-        plan += [Phase("finetune", 2, tok.num_tokens, train.finetune_steps,
-                       train.finetune_learning_rate, PARTS)]
+        plan += [Phase("finetune", 2, tok.num_tokens, train.finetune_steps, PARTS)]
     return plan
 
 
@@ -82,20 +79,23 @@ def phase_table(plan: list[Phase]) -> str:
     return "\n".join(lines)
 
 
-def freeze(model: NativeTok, learns: tuple[str, ...], old_rate: float = 1.0) -> None:
-    """Let the parameters of the named PARTS learn and no others; old experts at old_rate of a rate.
+def freeze(model: NativeTok, learns: tuple[str, ...]) -> None:
+    """Let the parameters of the named PARTS learn and no others.
 
-    "new experts" are the newest group; "old experts" the other groups, and the embedding through
-    which experts read prior tokens: to change it would change what the old ones say.
+    "new experts" are those of the last growth step; "old experts" the others, and the embedding
+    through which experts read prior tokens: to change it would change the old ones' ids.
     """
-    newest = f"mocet.groups.{len(model.mocet.groups) - 1}." if hasattr(model, "mocet") else None
-    parts = {"mit": "mit", "titok": "mit", "quantizer": "codebook", "decoder": "decoder",
-             "ar_prior": "new experts"}  # which it has to follow
-    for name, p in model.named_parameters():
-        part = parts.get(name.split(".")[0])
-        part = part or ("new experts" if name.startswith(newest) else "old experts")
-        p.requires_grad_(part in learns)
-        p.rate = old_rate if part == "old experts" else 1.0  # new_optimizer reads it
+    def let(module: nn.Module, part: str) -> None:
+        module.requires_grad_(part in learns)
+    let(model.quantizer, "codebook")
+    let(model.decoder, "decoder")
+    if model.cfg.tokenizer != "nativetok":
+        let(model.titok, "mit")
+        return
+    let(model.mit, "mit")
+    let(model.mocet, "old experts")
+    for expert in model.mocet.newest():
+        let(expert, "new experts")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class Tokenizer:
     saved      the checkpoint that training goes on from, or None
     """
 
-    def __init__(self, run: Run, change: Callable = lambda model: model):
+    def __init__(self, run: Run, change: Callable):
         self.run, self.path = run, run.path("tokenizer.pt")
         tok, train, device = run.tok, run.train, run.procs.device
         self.fixed = settings("tokenizer", tok, train)
@@ -145,7 +145,7 @@ class Tokenizer:
                       adversary=self.adversary and self.adversary.state_dict())
 
 
-def train_tokenizer(run: Run, stage: int | None, change: Callable = lambda model: model) -> None:
+def train_tokenizer(run: Run, stage: int | None, change: Callable) -> None:
     """The phases of stages 1 and 2 that are not finished yet; of one stage if it is given."""
     plan = phases(run.tok, run.train)
     run.say(phase_table(plan))
@@ -174,7 +174,7 @@ def train_phase(tokenizer: Tokenizer, phase: Phase, number: int, steps_before: i
 
     # 2. Who learns, and how far the phase has come. Momentum of a phase says nothing about the
     #    next one, in which other parts learn, so every phase has a new optimizer.
-    freeze(model, phase.learns, train.grow_old_rate if phase.name.startswith("grow") else 1.0)
+    freeze(model, phase.learns)
     optimizer = new_optimizer(model, train.optimizer, train.weight_decay, train.beta2,
                               train.muon_learning_rate / (train.learning_rate or 1),
                               train.codebook_rate)
@@ -197,12 +197,12 @@ def train_phase(tokenizer: Tokenizer, phase: Phase, number: int, steps_before: i
 
     # 3. Learn. Every term is a mean over the batch; this is the one place that weighs them.
     weights = {"pixels": 1.0, "codebook": 1.0, "commitment": tok.commitment_weight,
-               "entropy": tok.entropy_weight, "ar_prior": tok.ar_prior_weight,
+               "entropy": tok.entropy_weight,
                "perceptual": train.perceptual_weight, "adversarial": train.adversarial_weight}
     perceptual, adversary = tokenizer.perceptual, tokenizer.adversary
     began = time.time()
     loop = Loop(run, phase.name, model, ema, optimizer, stream, phase.steps, train.batch_size,
-                (phase.learning_rate, train.min_learning_rate, train.warmup_steps), start,
+                (train.learning_rate, train.min_learning_rate, train.warmup_steps), start,
                 train.cuda_graph)
     def save(step: int) -> None:
         tokenizer.save(phase.name, step, optimizer)
@@ -261,7 +261,7 @@ def tend_codebook(quantizer: nn.Module, ema: nn.Module, step: int, phase: Phase,
 # ------------------------------------------------------------------------------------------------
 # stage 3: the generators
 
-def finished_tokenizer(run: Run) -> NativeTok:
+def finished_tokenizer(run: Run, change: Callable) -> NativeTok:
     """The tokenizer of this run. Raises UserError while a phase of stages 1 and 2 is missing."""
     path = run.path("tokenizer.pt")
     need(checkpoint.exists(path), f"stage 3 needs a tokenizer, and {run.folder} has none; "
@@ -270,13 +270,14 @@ def finished_tokenizer(run: Run) -> NativeTok:
     missing = [p.name for p in phases(run.tok, run.train) if p.name not in saved["results"]]
     need(not missing, f"stage 3 needs a finished tokenizer, and {', '.join(missing)} is missing in "
                       f"{run.folder}; run stages 1 and 2 first")
-    return from_checkpoint(saved, path).to(run.procs.device)
+    return from_checkpoint(saved, path, change).to(run.procs.device)
 
 
-def train_generator(run: Run, kind: str, change: Callable = lambda tokenizer: tokenizer) -> None:
+def train_generator(run: Run, kind: str, change_model: Callable,
+                    change_tokenizer: Callable) -> None:
     """Train one generator, "ar" or "maskgit", on the ids of this run's finished tokenizer."""
     gen, train, procs, path = run.gen, run.train, run.procs, run.path(f"generator-{kind}.pt")
-    tokenizer = change(finished_tokenizer(run))
+    tokenizer = change_tokenizer(finished_tokenizer(run, change_model))
     fixed = settings("generator", gen, train)
     saved = run.resume(path, fixed, needs=("tokenizer",))
     need(not saved or saved["tokenizer"] == tokenizer.fingerprint,
@@ -352,12 +353,12 @@ def train_generator(run: Run, kind: str, change: Callable = lambda tokenizer: to
 
 # ------------------------------------------------------------------------------------------------
 
-def main(args, change_model: Callable = lambda model: model,
-         change_tokenizer: Callable = lambda tokenizer: tokenizer) -> None:
+def main(args, change_model: Callable = as_it_is, change_tokenizer: Callable = as_it_is) -> None:
     """Run the stages that args ask for.
 
-    Experiments change what is trained by two functions: one is given the new NativeTok before stage
-    1 begins, one the finished tokenizer before stage 3 reads its ids.
+    Experiments change what is trained by two functions. One is given each new NativeTok at its
+    first length, before it is trained or a checkpoint is loaded into it; NativeTok.load takes the
+    same function. The other is given the finished tokenizer before stage 3 reads its ids.
     """
     run = Run(args, (args.tok, args.gen, args.train))
     run.tok, run.gen = args.tok, args.gen
@@ -375,7 +376,7 @@ def main(args, change_model: Callable = lambda model: model,
             train_tokenizer(run, args.stage, change_model)
         if args.stage in (None, 3):
             for kind in train.generator_kinds:
-                train_generator(run, kind, change_tokenizer)
+                train_generator(run, kind, change_model, change_tokenizer)
     names = ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt", "log.jsonl", "samples")
     made = [name for name in names if os.path.exists(run.path(name))]
     run.say(f"finished; in {run.folder}: {' '.join(made)}")

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from d2it.grain import pack, unpack
 from d2it.presets import ContentConfig, load_preset
 from layers import (
-    MLP, Attention, as_matrices, count_parameters, init_vit, patchify, sincos_2d, unpatchify)
+    MLP, Attention, ExactBuffers, as_matrices, as_weights, count_parameters, init_vit, patchify,
+    sincos_2d, unpatchify)
 from plumbing import checkpoint
 from plumbing.flags import build, need
+from plumbing.run import unfinished
 
 
-class TimeEmbedding(nn.Module):
+class TimeEmbedding(ExactBuffers):
     """t (B,) -> (B, D): waves of 128 lengths, then an MLP [DiT]."""
 
     def __init__(self, width: int):
@@ -37,7 +39,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         angle = t.float()[:, None] * self.omega               # (B, 128)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+        waves = torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, 256)
+        return self.mlp(as_weights(waves, self.mlp[0].weight))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -120,6 +123,7 @@ class RefineNet(nn.Module):
 
 class Content(nn.Module):
     """The whole network. side: n cells on a side; channels: C numbers in a code."""
+    unfinished = ""  # how far training had come; load() knows it
 
     def __init__(self, cfg: ContentConfig, channels: int, side: int, classes: int):
         super().__init__()
@@ -158,6 +162,7 @@ class Content(nn.Module):
                 refine: bool = True) -> Tensor:
         """refine=False gives the rough prediction alone."""
         c = self.time(t) + self.label(self.hide_labels(labels))       # (B, D)
+        z_t = as_weights(z_t, self.position)
         cells, flat = patchify(z_t, 2), grain.flatten(1)              # (B, n², 4C), (B, n²)
 
         # 1. Rough, everywhere.
@@ -183,7 +188,7 @@ class Content(nn.Module):
         cfg = build((ContentConfig,), saved["content_config"])[0]
         model = Content(cfg, saved["channels"], saved["side"], len(saved["classes"]))
         checkpoint.load_strict(model, saved["ema"], path)
-        model.fingerprint = saved["dvae"]
+        model.fingerprint, model.unfinished = saved["dvae"], unfinished(saved, path)
         return model.eval()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from d2it.grain import code_weights, grained_noise
 from generator import guide
+from layers import at_least_float32
 from plumbing.flags import need
 
 T = 1000  # steps of the path "noise" [DDPM, DiT]
@@ -104,12 +105,12 @@ def guided(content: Callable, z_t: Tensor, t: Tensor, labels: Tensor, grain: Ten
            no_class: int, scale: float) -> Tensor:
     """Classifier-free guidance: scale 0 unconditional, 1 plain, above 1 guided."""
     if scale == 1:
-        return content(z_t, t, labels, grain).float()
+        return at_least_float32(content(z_t, t, labels, grain))
     none = torch.full_like(labels, no_class)
     both = content(z_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, none]),
                    grain.repeat(2, 1, 1))                     # (2B, C, 2n, 2n)
     # TRAP: DiT guides 3 of its 4 channels, a remnant of pixel code.
-    return guide(*both.float().chunk(2), scale)
+    return guide(*at_least_float32(both).chunk(2), scale)
 
 
 def times(steps: int) -> list[int]:

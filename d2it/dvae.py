@@ -13,17 +13,20 @@ Differs  - the decoder never sees the map; it has a learned vector for each corn
          - no attention in trunk and decoder, which DQ-VAE has [ours]
 Try      python -m d2it.dvae      (CPU, two seconds)
 """
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from d2it.grain import entropy, grain_map, grained_noise, merge, per_code, spread, threshold
-from d2it.presets import DVAEConfig, load_preset
-from layers import count_parameters
+from d2it.presets import DVAEConfig, load_preset, norm_groups
+from layers import ExactBuffers, as_weights, at_least_float32, count_parameters
 from plumbing import checkpoint
 from plumbing.flags import as_dict, build, need
+from plumbing.given import described, need_here, need_map, need_pixels
 from plumbing.images import to_float
+from plumbing.run import unfinished
 
 
 class Codes(NamedTuple):
@@ -36,7 +39,7 @@ class Codes(NamedTuple):
 # parts
 
 def norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, width // 4), width)
+    return nn.GroupNorm(norm_groups(width), width)
 
 
 class ResBlock(nn.Module):
@@ -78,6 +81,7 @@ class Encoder(nn.Module):
         self.coarse = nn.Sequential(ResBlock(full, full), head(full, outputs))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        images = as_weights(images, self.trunk[0][0].weight)
         x = self.trunk(images)                                # (B, width, 2n, 2n)
         return self.fine(x), self.coarse(self.last(x))
 
@@ -100,7 +104,7 @@ class Decoder(nn.Module):
         self.body = nn.Sequential(*layers, head(inputs, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)                                     # (B, widest, 2n, 2n)
+        x = self.enter(as_weights(x, self.corner))            # (B, widest, 2n, 2n)
         n = x.shape[-1] // 2
         return self.body(x + self.corner.repeat(1, 1, n, n))
 
@@ -108,15 +112,17 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # the whole
 
-class DVAE(nn.Module):
+class DVAE(ExactBuffers):
     """Keeps what belongs to its codes: the threshold of its maps, the statistics of its latents.
 
-    They are buffers, so they are saved, loaded and fingerprinted with the weights.
+    They are buffers, so they are saved, loaded and fingerprinted with the weights. They keep their
+    type: the maps are the same when the weights are bfloat16.
     TRAP: the averaged copy of the weights has buffers of its own; set them in both (train.py).
 
     own_maps   pixels -> grain, in place of the policy's: maps that an experiment hands in
     """
     fingerprint = ""  # of these very weights and settings; load() knows it
+    unfinished = ""   # how far training had come; load() knows it
     own_maps = None
 
     def __init__(self, cfg: DVAEConfig):
@@ -142,9 +148,8 @@ class DVAE(nn.Module):
 
     def grain_of(self, pixels: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) -> bool (B, n, n). Raises UserError for images of another size."""
-        cfg, size = self.cfg, self.cfg.image_size
-        need(pixels.shape[1:] == (size, size, 3),
-             f"images are {tuple(pixels.shape)}, this DVAE takes (B, {size}, {size}, 3)")
+        cfg = self.cfg
+        need_pixels(pixels, cfg.image_size, self.limit)
         if self.own_maps is not None:
             return self.own_maps(pixels)
         return grain_map(pixels, cfg.cell_size, self.limit.item(), cfg.grain_policy, self.places)
@@ -154,7 +159,7 @@ class DVAE(nn.Module):
     def moments(self, images: Tensor, grain: Tensor) -> tuple[Tensor, Tensor]:
         """-> mean, logvar (B, C, 2n, 2n), each cell from the head of its grain."""
         fine, coarse = self.encoder(images)
-        mean, logvar = merge(fine, coarse, grain).float().chunk(2, dim=1)
+        mean, logvar = at_least_float32(merge(fine, coarse, grain)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)                    # [LDM]
 
     @staticmethod
@@ -191,11 +196,26 @@ class DVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Codes) -> Tensor:
-        """-> images (B, 3, H, W). No clipping of z: a latent has no range that it could leave."""
-        return self.decoder(self.standardised(*codes, back=True)).float()
+        """-> images (B, 3, H, W). No clipping of z: a latent has no range that it could leave.
+
+        Raises UserError for what are no codes of this DVAE, and for images that are not finite.
+        """
+        need(isinstance(codes, tuple) and len(codes) == 2, f"codes are {described(codes)}; give "
+             "Codes(z, grain), as encode() and D2iT.sample() make them")
+        z, grain = codes
+        side, C = self.cfg.side, self.cfg.code_dim
+        takes = f"z (B, {C}, {2 * side}, {2 * side}), floats"
+        need_here("codes", z, self.limit, takes)
+        need(z.ndim == 4 and len(z) and z.shape[1:] == (C, 2 * side, 2 * side)
+             and z.is_floating_point(), f"codes are {described(z)}; give {takes}")
+        need_map(grain, len(z), side, self.limit)
+        images = self.decoder(self.standardised(z, grain, back=True)).float()
+        need(images.isfinite().all(), "decoded images are not finite (nan or inf); are the "
+             "weights those of a training that diverged?")
+        return images
 
     @torch.no_grad()
-    def measure(self, batches) -> None:
+    def measure(self, batches: Iterable[Tensor]) -> None:
         """Batches of uint8 (B, H, W, 3) -> mean and std of their codes, kept for standardised()."""
         count = self.limit.new_zeros(2, 1)
         total, square = self.limit.new_zeros(2, 2, self.cfg.code_dim)
@@ -214,7 +234,8 @@ class DVAE(nn.Module):
         std = (square / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
         self.latent_mean.copy_(mean)
         # A grain that never occurs, as in the controls "coarse" and "fine", keeps 1.
-        self.latent_std.copy_(torch.where(count > 0, std, 1.0))
+        # So does a number that is the same in all codes: nothing can be divided by a spread of 0.
+        self.latent_std.copy_(torch.where((count > 0) & (std > 1e-6), std, 1.0))
 
     @staticmethod
     def load(path: str) -> "DVAE":
@@ -223,7 +244,7 @@ class DVAE(nn.Module):
         need("dvae_config" in saved, f"{path} holds no DVAE; give a dvae.pt of d2it.train")
         model = DVAE(build((DVAEConfig,), saved["dvae_config"])[0])
         checkpoint.load_strict(model, saved["ema"], path)
-        model.fingerprint = fingerprint(model)
+        model.fingerprint, model.unfinished = fingerprint(model), unfinished(saved, path)
         return model.eval()
 
 

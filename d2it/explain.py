@@ -17,6 +17,8 @@ What the page shows:
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
 import os
+import shlex
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -28,12 +30,12 @@ from d2it.grain import count_codes, heat, painted
 from d2it.model import D2iT
 from d2it.presets import CONFIGS
 from losses import mse, to_db
-from plumbing.flags import DEVICES, Parser, number
+from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import to_float, to_uint8
 from plumbing.page import Page
 from plumbing.plot import log_curves
-from plumbing.processes import Processes
-from plumbing.run import held_out, open_run
+from plumbing.processes import Processes, need_one_process
+from plumbing.run import OpenRun, held_out, need_same_held_out, open_run
 
 TITLES = {
     "maps": "Which cells are fine",
@@ -191,26 +193,46 @@ def spread_to(maps: Tensor, S: int) -> Tensor:
 
 def samples(page: Page, model: D2iT, per_class: int) -> None:
     labels = torch.arange(min(10, len(model.classes)), device=model.dvae.limit.device)
-    images, grain = model.draw(labels.repeat_interleave(per_class), {"cfg_scale": 2.0}, 0, 0)
+    scale = model.default_cfg_scale
+    images, grain = model.draw(labels.repeat_interleave(per_class), {"cfg_scale": scale}, 0, 0)
     rows = [row for pair in zip(images.split(per_class), painted(images, grain).split(per_class))
             for row in pair]
-    page.grid("samples", TITLES["samples"], f"Guidance 2, 50 steps, two rows a class "
+    page.grid("samples", TITLES["samples"], f"Guidance {scale:g}, 50 steps, two rows a class "
               f"({', '.join(model.classes[:len(labels)])}): images and the maps they were drawn "
               f"under. Maps obeyed: {model.obeyed(images, grain):.0%}; the maps of their "
               f"neighbours would be {model.obeyed(images, grain.roll(1, 0)):.0%}.", rows)
 
 
+def compared(run: OpenRun, folders: list[str]) -> Iterator[tuple[str, DVAE]]:
+    """The other runs' DVAEs, by policy and folder: two may have one policy.
+
+    Raises UserError for one that holds out other images, or takes them in another size.
+    """
+    size = run.configs[0].image_size
+    for folder in folders:
+        other = open_run(folder, CONFIGS, "dvae.pt", "-m d2it.train")
+        need_same_held_out(run, other)
+        cfg = other.configs[0]
+        need(cfg.image_size == size, f"{folder} takes images of {cfg.image_size} pixels, and "
+             f"{run.folder} of {size}; compare runs of one size")
+        yield f"{cfg.grain_policy} ({folder})", DVAE.load(os.path.join(folder, "dvae.pt"))
+
+
 def main(args) -> None:
+    need_one_process("d2it.explain")
     device = Processes(args.device).device
+    # All that can be refused is refused before the first picture.
     run = open_run(args.run, CONFIGS, "dvae.pt", "-m d2it.train")
     model = D2iT.of_run(args.run, device)
-    others = {}
-    for folder in args.against:
-        cfg = open_run(folder, CONFIGS, "dvae.pt", "-m d2it.train").configs[0]
-        others[cfg.grain_policy] = DVAE.load(os.path.join(folder, "dvae.pt")).to(device)
+    others = {name: other.to(device) for name, other in compared(run, args.against)}
     pixels, labels = held_out(run)
     few = pixels[:args.images]
-    page = Page(args.out or os.path.join(args.run, "explain"), pixels.shape[1])
+    cfg = run.configs[0]
+    unfinished = f"Unfinished: {model.unfinished}. " if model.unfinished else ""
+    page = Page(args.out or os.path.join(args.run, "explain"), pixels.shape[1],
+                f"What D²iT makes of {run.data.name}", f"{cfg.side} x {cfg.side} cells, threshold "
+                f"{model.dvae.limit.item():.3f} nats, policy {cfg.grain_policy}. "
+                f"{unfinished}Made by: python -m d2it.explain --run {shlex.quote(args.run)}")
 
     maps(page, model.dvae, few)
     reconstructions(page, model.dvae, few, others)
@@ -221,10 +243,6 @@ def main(args) -> None:
     samples(page, model, args.images)
     page.add(TITLES["training"], "Pixel error of the DVAE, nats per cell of the maps, error per "
              "code of the noise. Gray lines: a stage ends.", log_curves(args.run))
-    cfg = run.configs[0]
-    page.write(f"What D²iT makes of {run.data.name}", f"{cfg.side} x {cfg.side} cells, threshold "
-               f"{model.dvae.limit.item():.3f} nats, policy {cfg.grain_policy}. "
-               f"Made by: python -m d2it.explain --run {args.run}")
     print(f"open {os.path.join(page.folder, 'index.html')}")
 
 

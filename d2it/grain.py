@@ -18,6 +18,9 @@ import hashlib
 import torch
 from torch import Tensor
 
+from plumbing.flags import need
+from plumbing.given import described
+
 SIGMA = 0.01  # width of the kernel, as a share of the way from black to white [paper]
 MARGIN = 20  # bins beyond black and white: 7.8 sigma, so that nothing is cut off [ours]
 POLICIES = ("entropy", "coarse", "fine", "random", "inverted", "static")
@@ -47,6 +50,11 @@ def entropy(pixels: Tensor, cell: int) -> Tensor:
     so counting levels first costs a histogram and one matrix product, and gives the same.
     Anchors: any flat cell 2.355; half black, half white 2.355 + ln 2; all 256 levels alike 5.6.
     """
+    # TRAP: floats from 0 to 1 would run as well, and all of them are level 0 or 1.
+    need(isinstance(pixels, Tensor) and pixels.dtype == torch.uint8 and pixels.ndim == 4
+         and pixels.shape[-1] == 3 and pixels.shape[1] == pixels.shape[2]
+         and pixels.shape[1] % cell == 0, f"images are {described(pixels)}; entropy takes uint8 "
+         f"(B, H, H, 3), H a multiple of {cell}")
     B, H, W, _ = pixels.shape
     n, S = H // cell, cell
     levels = gray(pixels).reshape(B, n, S, n, S).transpose(2, 3).reshape(B * n * n, S * S)
@@ -204,7 +212,8 @@ def heat(scores: Tensor, side: int, low: float = 2.355, high: float = 4.5) -> Te
     return level[..., None].expand(-1, -1, -1, 3)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Draws grain.png where one stands."""
     import numpy as np
 
     from plumbing.images import save_grid
@@ -225,3 +234,9 @@ if __name__ == "__main__":
         print(f"  {policy:9} {count_codes(grain).float().mean():5.1f} codes an image, of 64")
     print("\nAll but two cost the same. Which of them would you decode an image from? And would a")
     print("gradient from black to white, which no one calls detailed, be fine or coarse?")
+
+
+if __name__ == "__main__":
+    from plumbing.start import main_with_user_errors
+
+    main_with_user_errors(main)

@@ -21,10 +21,13 @@ from d2it import diffusion
 from d2it.content import Content
 from d2it.dvae import DVAE, Codes
 from d2it.grain import grained_noise, take_top
-from generator import ARGenerator, Generator
+from generator import ARGenerator, Generator, default_guidance, need_guidance
 from plumbing.flags import need
+from plumbing.given import need_generator, need_labels, need_map, need_number, need_pixels
 from plumbing.images import to_uint8
 from plumbing.run import need_parts
+
+PIXELS = 1 << 16  # of images whose entropies are in memory at a time
 
 
 class D2iT(nn.Module):
@@ -33,6 +36,8 @@ class D2iT(nn.Module):
     def __init__(self, dvae: DVAE, grain: ARGenerator, content: Content, classes: list[str]):
         super().__init__()
         self.dvae, self.grain, self.content, self.classes = dvae, grain, content, classes
+        parts = (dvae.unfinished, grain.unfinished, content.unfinished)
+        self.unfinished = "; ".join(filter(None, parts))  # how far training had come
 
     @staticmethod
     def of_run(folder: str, device: torch.device) -> "D2iT":
@@ -57,23 +62,35 @@ class D2iT(nn.Module):
         return self.grain.sample(labels, generator=generator).view(-1, n, n).bool()
 
     @torch.no_grad()
-    def sample(self, labels: Tensor, cfg_scale: float = 2.0, steps: int = 50, eta: float = 0.0,
-               generator: torch.Generator | None = None, grain: Tensor | None = None,
-               trace: list | None = None) -> Codes:
+    def sample(self, labels: Tensor, cfg_scale: float | None = None, steps: int = 50,
+               eta: float = 0.0, generator: torch.Generator | None = None,
+               grain: Tensor | None = None, trace: list | None = None) -> Codes:
         """labels (B,) -> codes. The same generator state gives the same bits.
 
-        cfg_scale   guidance of the content: 0 unconditional, 1 plain, above 1 guided
+        cfg_scale   guidance of the content: 0 unconditional, 1 plain, above 1 guided (default: 2)
         grain       a map (B, n, n) to use in place of a predicted one
+        Raises UserError for labels, maps and settings that are none.
         """
-        cfg, n = self.content.cfg, self.dvae.cfg.side
+        cfg, n, here = self.content.cfg, self.dvae.cfg.side, self.dvae.limit
+        need_labels(labels, len(self.classes), here)
+        need_generator(generator)
+        cfg_scale = self.default_cfg_scale if cfg_scale is None else cfg_scale
+        need_number("cfg_scale", cfg_scale)
+        need_guidance(cfg_scale, cfg.label_dropout)
+        need_number("steps", steps, 1, diffusion.T, whole=True)
+        need_number("eta", eta, 0, 1)
+        labels = labels.long()
         if grain is None:
             grain = self.maps(labels, generator)
-        need(grain.shape == (len(labels), n, n), f"the map has {tuple(grain.shape[1:])} cells, and "
-             f"this run has ({n}, {n})")
+        need_map(grain, len(labels), n, here)
         noise = grained_noise(grain, self.content.channels, generator)
         z = diffusion.sample(self.content, noise, labels, grain, self.content.classes, cfg.path,
                              steps, cfg_scale, eta, generator, trace)
         return Codes(z, grain)
+
+    @property
+    def default_cfg_scale(self) -> float:
+        return default_guidance(self.content.cfg.label_dropout)
 
     def decode(self, codes: Codes) -> Tensor:
         """-> images (B, 3, H, W) in about [-1, 1]."""
@@ -97,7 +114,17 @@ class D2iT(nn.Module):
         of two shares, fine cells that are among them and coarse ones that are not: 1 all, 0.5
         chance.
         """
-        scores = self.dvae.entropy(images.cpu())
-        found = take_top(scores, grain.flatten(1).sum(dim=1))
-        shares = [(found == grain)[grain == kind].float().mean() for kind in (True, False)]
-        return torch.stack(shares).nanmean().item()           # nan: no cell of that kind
+        need_pixels(images.cpu() if isinstance(images, Tensor) else images,
+                    self.dvae.cfg.image_size, torch.empty(0))
+        need_map(grain.cpu() if isinstance(grain, Tensor) else grain, len(images),
+                 self.dvae.cfg.side, torch.empty(0))
+        right, count = torch.zeros(2, 2, dtype=torch.float64)  # of fine cells, of coarse ones
+        # Part by part: of all at once the entropy would take a hundred times the images' memory.
+        few = max(1, PIXELS // images[0, ..., 0].numel())
+        for pixels, asked in zip(images.split(few), grain.cpu().split(few)):
+            scores = self.dvae.entropy(pixels.cpu())
+            found = take_top(scores, asked.flatten(1).sum(dim=1))
+            for row, mine in enumerate((asked, ~asked)):
+                right[row] += (found == asked)[mine].sum()
+                count[row] += mine.sum()
+        return (right / count).nanmean().item()               # nan: no cell of that kind

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from config import GeneratorConfig
 from d2it.grain import POLICIES
 from plumbing.flags import (
-    Parser, as_dict, at_least_one, build, choose, need, not_negative, parse_command, shares)
+    Parser, as_dict, at_least_one, build, choose, learns, need, not_negative, parse_command, shares,
+    sizes)
+
+
+def norm_groups(width: int) -> int:
+    """Groups in which so many channels are normed: 32, or fewer of four channels each."""
+    return min(32, width // 4)
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,9 @@ class DVAEConfig:
 
     def __post_init__(self):
         choose("grain_policy", self.grain_policy, POLICIES)
-        at_least_one(self, "image_size", "cell_size", "code_dim", "dvae_width", "dvae_blocks")
+        sizes(self, "image_size", most=2 ** 14)
+        sizes(self, "cell_size", "code_dim", "dvae_width")
+        sizes(self, "dvae_blocks", most=1000)
         shares(self, "grain_ratio")
         not_negative(self, "kl_weight")
         cell, mults = self.cell_size, " ".join(map(str, self.dvae_mults))
@@ -38,11 +46,22 @@ class DVAEConfig:
         halved = 2 ** (len(self.dvae_mults) - 1)
         need(cell == halved >= 4, f"cell_size {cell} does not fit dvae_mults {mults}, whose "
              f"halvings make cells of {halved}; try --cell_size {max(4, halved)}")
-        need(self.dvae_width % 4 == 0, f"dvae_width {self.dvae_width} is not a multiple of 4")
+        widest = max(self.dvae_mults) * self.dvae_width
+        need(widest <= 2 ** 20, f"dvae_width {self.dvae_width} by dvae_mults {mults} makes "
+             f"{widest:,} channels; give less")
+        # A multiple of 32 always fits.
+        near = next(w for w in range(self.dvae_width, self.dvae_width + 33) if self.normed(w))
+        need(near == self.dvae_width, f"dvae_width {self.dvae_width} by dvae_mults {mults} makes "
+             f"channels that cannot be normed in equal groups; try --dvae_width {near}")
         below = self.image_size // cell * cell
         options = " or ".join(str(s) for s in (below, below + cell) if s)
         need(self.image_size % cell == 0,
              f"image_size {self.image_size} is not a multiple of cell_size {cell}; try {options}")
+
+    def normed(self, width: int) -> bool:
+        """Can all levels of a DVAE of this width be normed in equal groups?"""
+        levels = [mult * width for mult in self.dvae_mults]
+        return width % 4 == 0 and not any(level % norm_groups(level) for level in levels)
 
     @property
     def side(self) -> int:  # n, cells on a side
@@ -65,10 +84,11 @@ class ContentConfig:
     def __post_init__(self):
         choose("path", self.path, ("noise", "flow"))
         choose("grain_loss", self.grain_loss, ("code", "slot"))
-        at_least_one(self, "content_width", "content_depth", "content_heads")
-        at_least_one(self, "grain_width", "grain_depth", "grain_heads")
+        sizes(self, "content_width", "content_heads", "grain_width", "grain_heads")
+        sizes(self, "content_depth", "grain_depth", most=1000)
         shares(self, "label_dropout")
-        not_negative(self, "refine_depth")
+        need(0 <= self.refine_depth <= 1000,
+             f"refine_depth {self.refine_depth} is out of range; give 0 (none) to 1,000")
         width, heads = self.content_width, self.content_heads
         both = math.lcm(4, heads)
         need(width % both == 0, f"content_width {width} is not a multiple of 4 and of "
@@ -99,7 +119,7 @@ class TrainConfig:
     grain_learning_rate: float = 1e-4  # its peak learning rate [LlamaGen]
     content_steps: int = 400000  # steps of stage 3 [DiT]
     content_learning_rate: float = 1e-4  # its peak learning rate [DiT, where it stays constant]
-    min_learning_rate: float = 1e-5  # learning rate at the end of each stage [ours]
+    min_learning_rate: float = 1e-5  # at the end of each stage, at most its peak [ours]
     warmup_steps: int = 1000  # steps to the peak [ours]
     optimizer: str = "adamw"  # of hidden matrices: adamw [DiT] or muon [ours: see muon.py]
     muon_learning_rate: float = 0.02  # Muon's peak; it rises and falls like the others [Jordan]
@@ -117,14 +137,9 @@ class TrainConfig:
     sample_every: int = 10000  # steps between pictures in samples/
 
     def __post_init__(self):
-        choose("precision", self.precision, ("auto", "fp32", "bf16"))
-        choose("optimizer", self.optimizer, ("adamw", "muon"))
-        at_least_one(self, "batch_size", "accumulate", "holdout", "timeout", "log_every",
-                     "save_every", "sample_every", "dvae_steps", "grain_steps", "content_steps")
-        shares(self, "beta2", "ema_decay")
-        not_negative(self, "seed", "workers", "dvae_learning_rate", "grain_learning_rate",
-                     "content_learning_rate", "min_learning_rate", "warmup_steps", "weight_decay",
-                     "grad_clip", "muon_learning_rate")
+        learns(self)
+        at_least_one(self, "dvae_steps", "grain_steps", "content_steps")
+        not_negative(self, "dvae_learning_rate", "grain_learning_rate", "content_learning_rate")
 
 
 CONFIGS = (DVAEConfig, ContentConfig, TrainConfig)

@@ -5,7 +5,8 @@ stage 2   grain     which cells are fine, given the class: generator.py over n²
 stage 3   content   the DVAE is frozen; noise is predicted in its codes, encoded anew at each step
 
 Run       python -m d2it.train --preset d2it-tiny         all stages that are not finished yet
-          torchrun --nproc_per_node=8 -m d2it.train --preset d2it-64 --data DIR --run runs/mine
+          torchrun --nproc_per_node=8 -m d2it.train -- --preset d2it-64 --data DIR \\
+                   --run runs/mine      (the -- keeps torchrun from taking --run for its own)
 Makes     runs/NAME/ with config.json dvae.pt grain.pt content.pt log.jsonl samples/
           Repeat the command to go on. SIGTERM and Ctrl-C save first, then exit with 3
 Exit      0 finished, 1 failure, 2 something to mend, 3 interrupted and saved
@@ -25,7 +26,7 @@ from d2it.dvae import DVAE, Codes
 from d2it.grain import code_weights, grained_noise, painted
 from d2it.presets import parse_run, settings
 from d2it.progress import held_out, reconstruction_quality, some_training_images
-from generator import ARGenerator
+from generator import ARGenerator, default_guidance
 from layers import count_parameters
 from loop import Loop, LossOf, frozen_copy, need_equal_pieces, new_optimizer
 from losses import reconstruction
@@ -146,8 +147,8 @@ def train_dvae(run: Run, change: Callable) -> None:
             with loop.autocast():
                 recon, divergence = loop.model(images, grain)
             if not loop.alone:
-                # A mean over the codes of this micro-batch, which has to weigh as one over those of
-                # the whole step, on all processes.
+                # A mean over the codes of this micro-batch, which has to weigh as one over those
+                # of the whole step, on all processes.
                 codes = code_weights(model.grain_of(loop.whole[0])).mean()
                 divergence = divergence * code_weights(grain).mean() / run.procs.mean(codes)
             terms = {"pixels": reconstruction(recon, images), "kl": divergence}
@@ -225,7 +226,8 @@ def train_content(run: Run, change: Callable) -> None:
         pixels, labels = next(held_out(run, 12))
         grain = dvae.grain_of(pixels)
         start = grained_noise(grain, C, torch.Generator().manual_seed(train.seed))
-        z = diffusion.sample(stage.ema, start, labels, grain, classes, cfg.path, 50, 2.0)
+        z = diffusion.sample(stage.ema, start, labels, grain, classes, cfg.path, 50,
+                             default_guidance(cfg.label_dropout))
         pixels = pixels.cpu()
         run.grid(name, [to_float(pixels), to_float(painted(pixels, grain)),
                         dvae.decode(Codes(z, grain))])

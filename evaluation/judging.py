@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from evaluation.inception import WEIGHTS, FIDInceptionV3
 from evaluation.measures import (
+    SSIM_WINDOW,
     InceptionScore,
     Statistics,
     frechet_distance,
@@ -33,8 +34,9 @@ from generator import Generator, mask_schedule
 from losses import mse, to_db
 from nativetok import NativeTok, sample_batch
 from plumbing import checkpoint
+from plumbing.archives import kind_of
 from plumbing.batches import eval_batches
-from plumbing.datasets import ImageSet
+from plumbing.datasets import ImageSet, some_of
 from plumbing.flags import need
 from plumbing.images import explained, to_float, to_uint8
 from plumbing.processes import Processes, enough_memory
@@ -61,10 +63,13 @@ class FeatureNet:
     says_class: bool = False
 
 
-def tinycnn_nets(path: str, data: ImageSet,
-                 device: torch.device) -> tuple[list[FeatureNet], float | None]:
-    """-> the trained classifier and its random twin, and the classifier's held-out accuracy."""
-    trained, accuracy = load_judge(path, data)
+def tinycnn_nets(path: str, data: ImageSet, device: torch.device,
+                 val: ImageSet | None = None) -> tuple[list[FeatureNet], float | None]:
+    """-> the trained classifier and its random twin, and the classifier's held-out accuracy.
+
+    val   the accuracy is that on these images, or None
+    """
+    trained, accuracy = load_judge(path, data, val)
     nets = []
     for name, net in (("tinycnn", trained), ("random", random_twin(len(data.classes)))):
         digest = checkpoint.fingerprint(net.state_dict())[:8]
@@ -95,9 +100,11 @@ class ImageSource:
     """A set of n images that comes in batches.
 
     batches   numbers of the batches that this process is to make -> uint8 images (b, H, W, 3),
-              labels (b,), and for reconstructions the originals, else None
+              labels (b,), and for reconstructions the originals, else None. Any first n of them
+              hold all classes: features are kept of the first, and scores are split in order
     labelled  do the labels say what should be seen?
     swept     those of the settings that --sweep varies
+    unfinished  how far the training had come of a network that made them, if not to its end
     """
     name: str
     n: int
@@ -105,6 +112,7 @@ class ImageSource:
     labelled: bool = True
     settings: dict = field(default_factory=dict)
     swept: dict = field(default_factory=dict)
+    unfinished: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,8 @@ def generated(kind: str, model: Generator, tokenizer: NativeTok, n: int, options
 
 def blurred(images: Tensor, rng) -> Tensor:
     x = to_float(images)
-    half = F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)
+    scale = max(0.5, 1 / min(x.shape[-2:]))  # a pixel is left
+    half = F.interpolate(x, scale_factor=scale, mode="bilinear", antialias=True)
     return to_uint8(F.interpolate(half, size=x.shape[-2:], mode="bilinear"))
 
 
@@ -183,6 +192,25 @@ def controls(dataset: ImageSet, n: int, size: int, how: Batching) -> list[ImageS
                real("real, half of the classes", dataset, shuffled[half][:n], size, how),
                real("real, one class", dataset, shuffled[one][:n], size, how)]
     return [source for source in sources if source.n >= 2]  # a covariance takes two
+
+
+def why_unlabelled(images: ImageSet, path: str, classes: list[str]) -> str:
+    """Why the labels of `images`, which lie at `path`, say nothing of these classes; "" if they do.
+    """
+    if images.classes == classes:
+        return ""
+    if os.path.isfile(path) and kind_of(path) == "npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            labels = "y" if "x" in arrays else "arr_1"
+            if labels not in arrays:
+                return f"it has no labels (an array {labels})"
+            if "classes" not in arrays:
+                return f"its labels {labels} have no names (an array classes)"
+    if images.classes == ["all"]:
+        return "its images lie in one folder, not in one for each class"
+    ours, theirs = set(classes), set(images.classes)
+    return (f"its classes are others (not there: {some_of(ours - theirs)}; only there: "
+            f"{some_of(theirs - ours)}) or in another order")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -211,7 +239,7 @@ class FeatureStats:
 @torch.no_grad()
 def extract(source: ImageSource, nets: list[FeatureNet], how: Batching,
             procs: Processes) -> tuple[list[FeatureStats], dict]:
-    """-> FeatureStats of each net, and for reconstructions PSNR and SSIM.
+    """-> FeatureStats of each net, and for reconstructions PSNR, and SSIM if they are large enough.
 
     Every process makes its share of the batches; the results are merged, the same on each of them.
     """
@@ -235,7 +263,8 @@ def extract(source: ImageSource, nets: list[FeatureNet], how: Batching,
             if originals is not None:
                 x, y = to_float(originals), to_float(images)
                 errors.append(mse(y, x).double())
-                similarities.append(ssim(y, x).numpy())
+                if min(x.shape[-2:]) >= SSIM_WINDOW:
+                    similarities.append(ssim(y, x).numpy())
             bar.update(len(images) * procs.world)
 
     everyone = procs.gather((stats, errors, similarities))
@@ -247,8 +276,10 @@ def extract(source: ImageSource, nets: list[FeatureNet], how: Batching,
         similarities += other_similarities
     if not errors:
         return stats, {}
-    return stats, {"psnr": round(to_db(torch.cat(errors).mean()).item(), 3),
-                   "ssim": round(float(np.concatenate(similarities).mean()), 4)}
+    quality = {"psnr": round(to_db(torch.cat(errors).mean()).item(), 3)}
+    if similarities:
+        quality["ssim"] = round(float(np.concatenate(similarities).mean()), 4)
+    return stats, quality
 
 
 # ------------------------------------------------------------------------------------------------
@@ -311,6 +342,8 @@ def judge(source: ImageSource, nets: list[FeatureNet], reference: Reference, how
         row["settings"] = source.settings
     if source.swept:
         row["swept"] = source.swept
+    if source.unfinished:
+        row["unfinished"] = source.unfinished
     for net, stat in zip(nets, stats):
         known = reference.features.get(net.key)
         row[net.key] = round(distance(stat, reference, net), 4)

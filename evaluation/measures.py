@@ -156,6 +156,9 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3,
 # ------------------------------------------------------------------------------------------------
 # SSIM
 
+SSIM_WINDOW = 11  # pixels; smaller images have no SSIM
+
+
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity (B,) of images (B, 3, H, W) in [-1, 1]; 1 for equal ones.
 
@@ -164,7 +167,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     the mean over places and colour channels.
     """
     side = min(a.shape[-2:])
-    need(side >= 11, f"SSIM takes images of 11 pixels or more, not {side}")
+    need(side >= SSIM_WINDOW, f"SSIM takes images of {SSIM_WINDOW} pixels or more, not {side}")
     x = torch.arange(11, dtype=torch.float64) - 5
     window = torch.exp(-x.square() / (2 * 1.5 ** 2))
     window = (window / window.sum()).to(a.device)

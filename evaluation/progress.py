@@ -54,9 +54,11 @@ def held_out_loss(run: Run, model: nn.Module, encode: Callable) -> float:
 
 
 def show_samples(run: Run, tokenizer: NativeTok, model: nn.Module, name: str) -> None:
-    """samples/NAME.png: eight samples of each of the first ten classes, guidance 2."""
+    """samples/NAME.png: eight samples of each of the first ten classes, guided if that was learned.
+    """
     if run.procs.main:
         classes = torch.arange(min(10, len(run.data.classes)), device=run.procs.device)
         noise = torch.Generator().manual_seed(run.train.seed)
-        ids = model.sample(classes.repeat_interleave(8), cfg_scale=2.0, generator=noise)
+        ids = model.sample(classes.repeat_interleave(8), cfg_scale=model.default_cfg_scale,
+                           generator=noise)
         run.grid(name, list(tokenizer.decode(ids).split(8)))

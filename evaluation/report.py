@@ -37,6 +37,8 @@ def headline(rows: list[dict], nets: list[FeatureNet], reference: Reference, siz
         if few:
             lines.append(f"warning: not more images than the {net.features} features: "
                          f"{', '.join(few)}; such a distance is far too large")
+    lines += [f"warning: {row['name']} is of an unfinished training, {row['unfinished']}"
+              for row in rows if "unfinished" in row]
     return "\n".join(lines)
 
 
@@ -50,6 +52,9 @@ def run_summary(run: OpenRun, rows: list[dict], accuracy: float | None) -> dict:
     for row in rows:
         if row["name"] in GENERATORS and "class_accuracy" in row and "swept" not in row:
             summary["class_accuracy"][row["name"]] = row["class_accuracy"]
+    unfinished = {row["name"]: row["unfinished"] for row in rows if "unfinished" in row}
+    if unfinished:
+        summary["unfinished"] = unfinished
     if accuracy is not None:
         summary["class_accuracy"]["classifier_on_real"] = round(accuracy, 4)
     for row in read_log(run.folder):

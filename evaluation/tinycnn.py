@@ -15,14 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from config import TrainConfig
+from layers import as_weights
 from loop import learning_rate, new_optimizer
 from plumbing import checkpoint
+from plumbing.archives import note
 from plumbing.batches import ImageStream, eval_batches
-from plumbing.datasets import ImageSet
+from plumbing.datasets import ImageSet, open_images, train_and_val
 from plumbing.flags import need
 from plumbing.images import to_float
 
 FEATURES = 128
+CUT = (TrainConfig.holdout, TrainConfig.seed)  # train.py's defaults
 
 
 class TinyCNN(nn.Module):
@@ -42,7 +46,7 @@ class TinyCNN(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.shape[-2:] != (32, 32):
             images = F.interpolate(images, size=(32, 32), mode="bilinear", antialias=True)
-        features = self.body(images)                                          # (B, 128)
+        features = self.body(as_weights(images, self.head.weight))            # (B, 128)
         return self.head(features), features
 
 
@@ -54,9 +58,10 @@ def random_twin(classes: int) -> TinyCNN:
 
 
 def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip: bool, steps: int,
-                device: torch.device, skip_bad: bool = False) -> None:
+                device: torch.device, skip_bad: bool = False, cut: tuple[int, int] = CUT) -> None:
     """Train a TinyCNN on `data` for `steps` batches of 64; write it and its accuracy to `path`.
 
+    cut   holdout and seed by which `val` was cut from the images, for images_of_judge()
     There is no accuracy where the labels of `val` are not those of `data`, as in a flat folder.
     Half of the batches are out of focus and noisy: a net that has seen sharp images only calls a
     soft diamond a disc, where a person does not hesitate.
@@ -73,6 +78,7 @@ def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip:
         images = to_float(images.to(device))
         if torch.rand(()) < 0.5:
             scale = float(torch.empty(()).uniform_(0.3, 0.7))
+            scale = max(scale, 1 / image_size)  # a pixel is left
             small = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
             blurred = F.interpolate(small, size=images.shape[-2:], mode="bilinear")
             images = blurred + 0.05 * torch.randn_like(images)
@@ -84,7 +90,8 @@ def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip:
     right = None
     if val.classes == data.classes:
         right = accuracy(judge.eval(), val, image_size, device, skip_bad)
-    checkpoint.save(path, {"classes": data.classes, "data": data.fingerprint, "steps": steps,
+    checkpoint.save(path, {"classes": data.classes, "data": data.fingerprint,
+                           "val": val.fingerprint, "cut": list(cut), "steps": steps,
                            "model": judge.state_dict(), "accuracy": right})
 
 
@@ -99,28 +106,76 @@ def accuracy(judge: TinyCNN, val: ImageSet, image_size: int, device: torch.devic
     return float(np.mean(np.concatenate(hits)))
 
 
-def load_judge(path: str, data: ImageSet) -> tuple[TinyCNN, float | None]:
+def read_judge(path: str) -> dict:
+    return checkpoint.load(path, needs=("classes", "data", "steps", "model", "accuracy"))
+
+
+def load_judge(path: str, data: ImageSet,
+               val: ImageSet | None = None) -> tuple[TinyCNN, float | None]:
     """-> the classifier at `path`, its accuracy on held-out images if they had labels.
 
+    val   those images; if they are others, there is no accuracy
     Raises UserError when it learned from other images.
     """
-    saved = checkpoint.load(path, needs=("classes", "data", "steps", "model", "accuracy"))
-    need(saved["data"] == data.fingerprint, f"{path} was trained on other images than {data.name}; "
-         "train it anew with --train_features")
+    saved = read_judge(path)
+    need(saved["data"] == data.fingerprint, f"{path} was trained on other images than {data.name}, "
+         "and others may judge by it; move it away, or give --judge the name of a new file, and "
+         "add --train_features")
     judge = TinyCNN(len(saved["classes"]))
     checkpoint.load_strict(judge, saved["model"], path)
-    return judge.eval(), saved["accuracy"]
+    same = val is None or saved.get("val") == val.fingerprint
+    return judge.eval(), saved["accuracy"] if same else None
+
+
+def images_of_judge(path: str, data: str, val_data: str) -> tuple[ImageSet, ImageSet]:
+    """The images at `data`, and what is held out: as when the judge at `path` learned from them.
+
+    A new judge's are cut as train.py cuts them by default. Raises UserError when an old one has
+    learned from all of them, or from a part, and the other is asked for.
+    """
+    saved = read_judge(path) if checkpoint.exists(path) else {}
+    cut = saved.get("cut", CUT)
+    learned, val = train_and_val(data, val_data, *cut)
+    if saved and saved["data"] != learned.fingerprint:
+        if val_data:
+            part, _ = train_and_val(data, "", *cut)
+            need(saved["data"] != part.fingerprint, f"{path} learned from a part of {data}, and "
+                 "the others were held out; leave out --val_data")
+        else:
+            need(saved["data"] != open_images(data).fingerprint, f"{path} learned from all of "
+                 f"{data}; give --val_data the images that were held out")
+    return learned, val
+
+
+def is_to_be_trained(path: str, data: ImageSet, val: ImageSet, steps: int, replace: bool) -> bool:
+    """Is a judge to be trained at `path`, or is there one already that learned the same?
+
+    replace   one that learned for other steps may make way; it stays beside the new one
+    Raises UserError for any other file that is there: a judge's numbers bear its hash, and without
+    it they cannot be had again.
+    """
+    if not checkpoint.exists(path):
+        return True
+    saved = read_judge(path)
+    same = saved["data"] == data.fingerprint
+    if same and saved.get("val") == val.fingerprint and saved["steps"] == steps:
+        note(f"{path} has learned from these images for {steps} steps already and is kept")
+        return False
+    need(same and replace, f"{path} is a classifier already, trained on "
+         f"{'these' if same else 'other'} images for {saved['steps']} steps, and it would be lost; "
+         "leave out --train_features, or give --judge the name of a new file, or move it away")
+    note(f"{path} is trained anew; the one before is now {checkpoint.previous(path)}")
+    return True
 
 
 if __name__ == "__main__":
     import os
     import tempfile
 
-    from plumbing.datasets import open_images
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "tinycnn.pt")
         data, val = open_images("shapes"), open_images("shapes:val")
         train_judge(path, data, val, 32, False, 35, torch.device("cpu"))
-        judge, right = load_judge(path, data)
+        judge, right = load_judge(path, data, val)
     print(f"right on {right:.1%} of held-out shapes after 35 steps; "
           f"a coin with {len(data.classes)} sides: {1 / len(data.classes):.0%}")

@@ -47,12 +47,12 @@ from d2it.presets import parse_run, settings
 from experiments.grain_arms import ARMS, BASE, EXTRA, PLANS, fine_where_it_fails
 from experiments.grain_measure import half_limit, measure_codes, measure_images, real_images
 from experiments.grain_table import write_tables
-from experiments.order import check_settings, handlers_of_its_own
-from experiments.order_measure import Judge
+from experiments.order import Judge, check_settings, handlers_of_its_own
 from experiments.order_table import costs
 from plumbing import checkpoint
 from plumbing.datasets import train_and_val
-from plumbing.flags import DEVICES, Parser, as_flags, choose, need
+from plumbing.flags import DEVICES, Parser, as_flags, choose, need, need_seed
+from plumbing.outputs import need_places
 from plumbing.processes import Processes, provenance
 
 HELD_OUT = 2000  # images that arms are judged by, at most
@@ -80,7 +80,8 @@ def parse(argv=None) -> argparse.Namespace:
     args.command = "python -m experiments.grain " + shlex.join(words)
     name = "quick" if args.quick else args.preset
     args.plan, args.out = PLANS[name], args.out or os.path.join("runs", f"grain-{name}")
-    need(min(args.seeds) >= 0, f"seeds {min(args.seeds)} is negative; give 0 or more")
+    for seed in args.seeds:
+        need_seed(seed, "seeds")
     for arm in args.arms:
         choose("arm", arm, ARMS)
     own = args.data != "shapes"
@@ -225,7 +226,7 @@ def make_real(args, shared: Shared) -> None:
 
 def main(args) -> None:
     if not args.table:
-        os.makedirs(os.path.join(args.out, "runs"), exist_ok=True)
+        need_places(folders={"--out": os.path.join(args.out, "runs")})
         shared = Shared(args)
         make_real(args, shared)
         for seed in args.seeds:  # a whole table first, then its spread

@@ -19,10 +19,11 @@ from d2it.model import D2iT
 from d2it.progress import CALIBRATION, reconstruction_quality
 from evaluation.judging import Batching, ImageSource, real
 from experiments.grain_arms import THREE_MAPS
-from experiments.order_measure import Judge
-from experiments.order_table import fd_key, read_log
+from experiments.order import Judge
+from experiments.order_table import fd_key
 from plumbing.batches import eval_batches
 from plumbing.datasets import ImageSet
+from plumbing.flags import read_log
 from plumbing.images import to_uint8
 
 BATCH = 250

@@ -6,11 +6,13 @@ Makes    OUT/table.md     codes; images drawn in them; the sweep of r; mean ± d
          OUT/sweep.svg    distances of reconstructions and of samples against r
 Run      python -m experiments.grain --table --out OUT
 """
+import csv
+import io
 import os
 import statistics
 
 from experiments.grain_arms import CODES, IMAGES, SWEEP
-from experiments.order_table import cell, csv_text, fd_key, line_of, read_results
+from experiments.order_table import cell, fd_key, line_of, read_results
 from plumbing import checkpoint
 from plumbing.plot import COLORS, Curve, svg
 
@@ -140,10 +142,19 @@ def csv_of(results: dict[str, list[dict]]) -> str:
     return csv_text(lines)
 
 
+def csv_text(lines: list[dict]) -> str:
+    """Dictionaries as lines of a CSV; a column for each name that any of them has."""
+    heads = list(dict.fromkeys(name for line in lines for name in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, heads, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
 def figure(points: dict[float, list[float]]) -> str:
     """Distances against r, as a file of SVG."""
     shares = list(points)
     curves = [Curve(label, shares, [point[k] for point in points.values()], color)
               for label, k, color in (("reconstructions", 2, COLORS[0]), ("samples", 3, COLORS[1]))]
-    drawing = svg(curves, "share of fine cells, r", "Fréchet distance to held-out images")
-    return drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return svg(curves, "share of fine cells, r", "Fréchet distance to held-out images")

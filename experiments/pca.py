@@ -18,7 +18,7 @@ import numpy as np
 
 from plumbing.batches import eval_batches
 from plumbing.datasets import ImageSet, train_and_val
-from plumbing.flags import Parser
+from plumbing.flags import Parser, number
 
 COMPONENTS = 256  # at most; the others are too weak to get any bits
 
@@ -105,10 +105,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", required=True,
                         help="training images, in any form that train.py takes")
     parser.add_argument("--val_data", default="", help="held-out images; empty: some of --data")
-    parser.add_argument("--image_size", type=int, default=32, metavar="N",
+    parser.add_argument("--image_size", type=number(int, 1, 2 ** 14), default=32, metavar="N",
                         help="crop and resize to this (default: 32)")
-    parser.add_argument("--bits", type=int, nargs="+", default=[36, 72, 144], metavar="N",
-                        help="of an image (default: 36 72 144)")
+    parser.add_argument("--bits", type=number(int, 1, 10000), nargs="+", default=[36, 72, 144],
+                        metavar="N", help="of an image (default: 36 72 144)")
     return parser.parse_args()
 
 

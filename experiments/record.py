@@ -16,11 +16,15 @@ from pathlib import Path
 
 from config import CONFIGS
 from d2it import presets as d2it
-from experiments.order_table import costs, read_log
+from experiments.order_table import costs
 from plumbing import checkpoint
-from plumbing.flags import Parser, as_dict, read_run
-from plumbing.processes import Processes, provenance
+from plumbing.flags import Parser, as_dict, read_log, read_run
+from plumbing.outputs import JSON, need_places
+from plumbing.processes import Processes, need_one_process, provenance
 from plumbing.run import PLACES, OpenRun, open_run
+
+CONTENTS = {"evaluation": "summary.json", "intervention": "explain/answers.json",
+            "samples": "samples.json"}
 
 
 def open_either(folder: str) -> OpenRun:
@@ -57,13 +61,15 @@ def main() -> None:
     parser.add_argument("--by", required=True, metavar="COMMAND", help="what was typed to make it")
     parser.add_argument("--out", required=True, metavar="FILE", help="the JSON to write")
     args = parser.parse_args()
+    need_one_process("experiments.record")
+    need_places({"--out": (args.out, JSON)}, reads={
+        "what is recorded": [os.path.join(args.run, name) for name in CONTENTS.values()]})
     run = open_either(args.run)
     values = settings(run)
     record = {**provenance(args.by, Processes("auto").device), "seed": values["seed"],
               "settings": values, "phases": phases(run)}
     contents = [row["phase"] for row in record["phases"]]
-    for name, file in (("evaluation", "summary.json"), ("intervention", "explain/answers.json"),
-                       ("samples", "samples.json")):
+    for name, file in CONTENTS.items():
         if Path(args.run, file).exists():
             record[name] = checkpoint.read_json(Path(args.run, file))
             contents.append(name)

@@ -17,7 +17,6 @@ Makes    a table, a line for each way, with PSNR over held-out images; --json FI
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
-import os
 import shlex
 import sys
 import time
@@ -34,7 +33,8 @@ from nativetok import NativeTok
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import to_float
-from plumbing.processes import Processes, provenance
+from plumbing.outputs import JSON, need_places
+from plumbing.processes import Processes, need_one_process, provenance
 from plumbing.run import held_out, open_run
 
 def others(tokenizer: NativeTok, images: Tensor, answer: bool) -> Callable:
@@ -125,15 +125,13 @@ def parse(argv=None):
 
 
 def main(args) -> None:
+    need_one_process("experiments.search")
     device = Processes(args.device).device
-    if args.json:  # now, not after minutes
-        folder = os.path.dirname(args.json) or "."
-        need(os.path.isdir(folder),
-             f"--json {args.json}: there is no folder {folder}; make it first")
+    need_places({"--json": (args.json, JSON)})
     run = open_run(args.run, CONFIGS)
     tokenizer = NativeTok.of_run(args.run, device)
     cfg = tokenizer.cfg
-    ordered = cfg.tokenizer == "nativetok" and cfg.prior == "codes"  # else nobody reads a token
+    ordered = cfg.tokenizer == "nativetok"  # else nobody reads a token
     need(max(args.nearest) < cfg.codebook_size, f"--nearest {max(args.nearest)}: beside the one "
          f"that is said there are {cfg.codebook_size - 1} codes")
     pixels, _ = held_out(run, args.num_images)

@@ -28,10 +28,8 @@ from torch import Tensor
 from plumbing.datasets import ImageSet
 from plumbing.flags import UserError, need
 from plumbing.images import augment, resize_crop
+from plumbing.start import stop_signals
 
-# Windows has the first two.
-STOP_SIGNALS = {getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-                if hasattr(signal, name)}
 TIMEOUT = 600  # seconds to wait for a batch of the data workers
 SHARED = "/dev/shm"  # where Linux keeps what processes share
 MEND_SHARED = ("give it more (docker run --shm-size=8g), or use --workers 0 or a smaller "
@@ -52,7 +50,7 @@ def stop_signals_blocked():
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     try:
         yield
     finally:
@@ -80,7 +78,7 @@ def obey_only_the_parent(worker: int) -> None:
     if not hasattr(signal, "pthread_sigmask"):  # Windows, where only Ctrl-C reaches a whole group
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     if hasattr(signal, "sigwaitinfo"):  # a Mac has none
         threading.Thread(target=listen, daemon=True).start()
 
@@ -94,7 +92,7 @@ class Watch:
     waiting, theirs = False, None
 
     def begin(self) -> None:
-        """Once workers have been started, and no sooner: DataLoader sets its handler then."""
+        """After workers have been started, no sooner: DataLoader sets its handler then, once."""
         number = getattr(signal, "SIGCHLD", None)  # Windows has none
         in_main = threading.current_thread() is threading.main_thread()
         if number and in_main and signal.getsignal(number) != self.on_death:
@@ -117,6 +115,13 @@ class Watch:
 
 
 WATCH = Watch()
+
+
+def way_to_start_workers() -> str:
+    """By fork, whatever Python's default: workers share the keys' memory and inherit the block of
+    signals. Windows cannot fork, and a Mac's libraries do not survive it.
+    """
+    return "fork" if sys.platform == "linux" else "spawn"
 
 
 def need_shared_memory(workers: int, batch_bytes: int) -> None:
@@ -194,9 +199,7 @@ class Batches:
         loader = torch.utils.data.DataLoader(
             self, batch_size=None, sampler=numbers, num_workers=workers,
             worker_init_fn=obey_only_the_parent, timeout=timeout if workers else 0,
-            # By fork, whatever Python's default: workers then share the keys' memory and inherit
-            # the block below.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            multiprocessing_context=way_to_start_workers() if workers else None,
             pin_memory=torch.cuda.is_available(),
             # or it draws from the global one and disturbs the training
             generator=torch.Generator())

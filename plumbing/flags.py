@@ -32,16 +32,49 @@ def at_least_one(cfg, *names: str) -> None:
         need(getattr(cfg, name) >= 1, f"{name} {getattr(cfg, name)} must be at least 1")
 
 
+def sizes(cfg, *names: str, most: int = 2 ** 20) -> None:
+    """Of a network: beyond `most` nothing fits into a memory, and torch's sums overflow."""
+    at_least_one(cfg, *names)
+    for name in names:
+        value = getattr(cfg, name)
+        need(value <= most, f"{name} {value} is out of range; give 1 to {most:,}")
+
+
 def shares(cfg, *names: str) -> None:
     for name in names:
         value = getattr(cfg, name)
         need(0 <= value <= 1, f"{name} {value} is a share; give a number from 0 to 1")
 
 
+def below_one(cfg, *names: str) -> None:
+    for name in names:
+        value = getattr(cfg, name)
+        need(0 <= value < 1, f"{name} {value} must be 0 or above, and below 1")
+
+
 def not_negative(cfg, *names: str) -> None:
     for name in names:
         value = getattr(cfg, name)
         need(0 <= value < math.inf, f"{name} {value} must be 0 or above")
+
+
+def need_seed(seed: int, name: str = "seed") -> None:
+    need(0 <= seed < 2 ** 32, f"{name} {seed} must be 0 or above, and below {2 ** 32}")
+
+
+def learns(cfg) -> None:
+    """What the training settings of both systems have in common, as far as these have it."""
+    need_seed(cfg.seed)
+    # At 1 the average would never take anything in.
+    below_one(cfg, *(name for name in ("beta2", "generator_beta2") if hasattr(cfg, name)))
+    choose("precision", cfg.precision, ("auto", "fp32", "bf16"))
+    choose("optimizer", cfg.optimizer, ("adamw", "muon"))
+    shares(cfg, "ema_decay")
+    sizes(cfg, "batch_size", "accumulate")
+    at_least_one(cfg, "holdout", "timeout", "log_every", "save_every", "sample_every")
+    not_negative(cfg, "workers", "min_learning_rate", "warmup_steps", "weight_decay", "grad_clip",
+                 "muon_learning_rate")
+    need(cfg.workers <= 1024, f"workers {cfg.workers} is out of range; give 0 to 1024")
 
 
 def choose(name: str, value: str, options) -> None:
@@ -64,6 +97,10 @@ def build(configs: tuple[type, ...], values: dict) -> tuple:
             kind = type(f.default)
             fits = type(given) is kind or (type(given) is int and kind is float)
             need(fits, f"{f.name} {given!r} is not a {kind.__name__}")
+            # Far beyond any setting, and below what timers and torch's sums can hold.
+            for value in given if kind is tuple else (given,):
+                need(kind is str or abs(value) < 2 ** 32 or value != value,
+                     f"{f.name} {value} is out of range; it must be below {2 ** 32}")
     instances = []
     for config in configs:
         names = [f.name for f in dataclasses.fields(config) if f.name in values]
@@ -108,7 +145,7 @@ def number(kind: type, low: float = 0, high: float = 1e9):
     def read(text: str):
         value = kind(text)
         if not low <= value <= high:
-            limits = f"give {low:g} to {high:g}"
+            limits = f"give {kind(low)} to {high:.10g}"
             raise argparse.ArgumentTypeError(f"{text} is out of range; {limits}")
         return value
     # argparse then says: invalid int value: 'x'
@@ -117,17 +154,36 @@ def number(kind: type, low: float = 0, high: float = 1e9):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes no shortened flags; a wrong one gets one line and exit code 2."""
+    """argparse that takes no shortened flags; a wrong one gets one line and exit code 2.
+
+    Nor does it take an empty value, which a shell makes of a variable that is not set: read as
+    "not given" it would do something else than was asked for. Flags that are empty by default may
+    be given so.
+    """
 
     def __init__(self, **kwargs):
+        self.may_be_empty = set()  # flags that add_flags has made
         super().__init__(allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        for action in self._actions:
+            if not action.option_strings:  # words for another program
+                continue
+            given = getattr(parsed, action.dest, None)
+            for value in given if isinstance(given, list) else [given]:
+                empty = isinstance(value, str) and not value.strip()
+                need(not empty or action.default == "" or action.dest in self.may_be_empty,
+                     f"--{action.dest} is empty; give a value or leave it out "
+                     "(is a variable of the shell not set?)")
+        return parsed
 
     def error(self, message):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def add_flags(parser: argparse.ArgumentParser, configs: tuple[type, ...]) -> None:
+def add_flags(parser: Parser, configs: tuple[type, ...]) -> None:
     """One flag per field of the dataclasses; flags that are not given stay out of the namespace."""
     for config in configs:
         group, lines = parser.add_argument_group(config.__name__), help_lines(config)
@@ -140,6 +196,8 @@ def add_flags(parser: argparse.ArgumentParser, configs: tuple[type, ...]) -> Non
             else:
                 kind = dict(type=type(f.default), metavar=type(f.default).__name__.upper())
             group.add_argument(f"--{f.name}", help=help_text, default=argparse.SUPPRESS, **kind)
+            if f.default == "":
+                parser.may_be_empty.add(f.name)
 
 
 def read_run(folder: str) -> dict:

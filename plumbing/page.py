@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from plumbing import checkpoint
+from plumbing.flags import need
 from plumbing.images import save_grid
 from plumbing.processes import need_room
 
@@ -36,13 +37,26 @@ FIGURE = """<h2>{title}</h2>
 class Page:
     """Pictures with captions; the HTML that shows them is there after each one of them.
 
+    intro    has to say "Made by: python ...", by which a page is known to be ours
     size     pixels of a side of the images; small ones are enlarged
     """
 
     def __init__(self, folder: str, size: int, title: str = "", intro: str = ""):
         need_room(folder)
+        path = os.path.join(folder, "index.html")
+        need(not os.path.lexists(path) or self.is_ours(path), f"{path} is there already, and none "
+             "of our pages; give another folder with --out")
         self.folder, self.scale, self.figures = folder, max(1, 64 // size), []
         self.title, self.intro = title, intro
+
+    @staticmethod
+    def is_ours(path: str) -> bool:
+        """Every page says what it was made by."""
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                return "Made by: python " in file.read(10000)
+        except OSError:
+            return False
 
     def grid(self, name: str, title: str, caption: str, rows: list[Tensor]) -> None:
         """A PNG beside the page, of rows of uint8 images (n, H, W, 3), all with the same n."""

@@ -107,7 +107,7 @@ def svg(curves: list[Curve], x_label: str, y_label: str, log: bool = False, mark
                   f'<line x1="{LEFT}" y1="{y}" x2="{LEFT + 30}" y2="{y}" {stroke}/>',
                   text(LEFT + 38, y + 4, curve.label, "start")]
     height = HEIGHT + LINE * len(curves)
-    return (f'<svg viewBox="0 0 {WIDTH} {height}" role="img" '
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
             'font-family="system-ui, sans-serif" font-size="13">' + "".join(parts) + "</svg>")
 
 

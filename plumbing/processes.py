@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from plumbing.flags import UserError, need
 from plumbing.graphs import Recorded
-from plumbing.start import close_bars
+from plumbing.start import close_bars, stop_signals
 
 try:
     import fcntl
@@ -37,6 +37,7 @@ except ModuleNotFoundError:  # Windows
 
 INTERRUPTED = 3  # exit code after a signal, when all is saved
 PATIENCE = 5  # seconds of silence while others are waited for
+SELF = "/proc/self"  # where Linux says what a process uses
 
 
 class Interrupted(BaseException):
@@ -70,6 +71,12 @@ def launched() -> tuple[int, int]:
     rank, world = int(found["RANK"]), int(found["WORLD_SIZE"])
     need(rank < world, f"RANK={rank} is not below WORLD_SIZE={world}; {repair}")
     return rank, world
+
+
+def need_one_process(program: str) -> None:
+    """Raise UserError when a launcher has started several: each would do all of it again."""
+    need(launched() == (0, 1), f"{program} works in one process, and several would each write the "
+         "same files; start it without torchrun")
 
 
 def local_gpu(world: int) -> torch.device:
@@ -171,10 +178,9 @@ class Processes:
 
         SIGHUP comes when a terminal closes, mostly twice, SIGUSR1 from SLURM before time is up.
         """
-        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows has the first two
+        for number in stop_signals():
             # nohup has SIGHUP ignored, and that is what it is for.
-            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame) -> None:
@@ -287,7 +293,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        with contextlib.suppress(OSError), open(f"{SELF}/clear_refs", "w") as file:
             file.write("5")  # Linux: the peak becomes what is in use now
 
 
@@ -300,8 +306,8 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     # TRAP: a child's ru_maxrss starts at what its parent had, so on Linux ask for this process's
     # own high-water mark.
-    if os.path.exists("/proc/self/status"):
-        with open("/proc/self/status") as file:
+    if os.path.exists(f"{SELF}/status"):
+        with open(f"{SELF}/status") as file:
             return int(re.search(r"VmHWM:\s*(\d+)", file.read())[1]) * 1024
     if sys.platform != "darwin":
         return 0  # unknown

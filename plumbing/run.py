@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from plumbing import checkpoint
+from plumbing.archives import note
 from plumbing.batches import eval_batches
 from plumbing.datasets import ImageSet, train_and_val
 from plumbing.flags import UserError, as_dict, as_flags, build, need, read_run
@@ -37,6 +38,7 @@ class Run:
     def __init__(self, args, configs: tuple):
         self.folder, self.preset, self.train = args.run, args.preset, args.train
         self.configs = configs
+        self.told = False  # that other images are held out than before
         self.procs = Processes(args.device, self.train.timeout)
         if self.procs.main:
             self.lock = self.take_folder()
@@ -104,6 +106,7 @@ class Run:
         checkpoint.check_same(was, fixed, f"{path}: settings", "start anew in another --run "
                               f"folder, or go on with {' '.join(old) or 'the version of then'}")
         need_same_images(path, saved, self.data)
+        self.told = self.told or tell_other_held_out(path, saved, self.val)
         return saved
 
     def resume(self, path: str, fixed: dict, needs: tuple[str, ...] = ()) -> dict | None:
@@ -127,7 +130,7 @@ class Run:
         random = self.procs.gather(checkpoint.random_state())
         if self.procs.main:
             images = {"data": self.data.fingerprint, "images": len(self.data),
-                      "classes": self.data.classes}
+                      "classes": self.data.classes, "held_out": self.val.fingerprint}
             checkpoint.save(path, {"random": random, **images, **content})
         self.procs.barrier()  # or another process would look for it too early
 
@@ -167,10 +170,21 @@ class Run:
 
 def need_same_images(path: str, saved: dict, data: ImageSet) -> None:
     """Raise UserError unless the checkpoint `saved` has learned from these very images."""
+    first = os.path.join(os.path.dirname(path), SYSTEMS["-m d2it.train"])
+    program = "-m d2it.train" if checkpoint.exists(first) else "train.py"
     need(saved["data"] == data.fingerprint,
          f"{path}: data changed: it learned from {saved.get('images', 'other')} images, and "
-         f"{data.name} has {len(data)} to learn from, not the same; give train.py --data as "
-         "it was (it may lie elsewhere), or start anew in another --run folder")
+         f"{data.name} has {len(data)} to learn from, not the same; give python {program} --data "
+         "as it was (it may lie elsewhere), or start anew in another --run folder")
+
+
+def tell_other_held_out(path: str, saved: dict, val: ImageSet) -> bool:
+    """Has the checkpoint `saved` been judged by other images? They may change, with a note."""
+    changed = saved.get("held_out", val.fingerprint) != val.fingerprint
+    if changed:
+        note(f"{path}: other images were held out than the {len(val):,} of {val.name}; what is "
+             "told of those must not be compared with what is told of these")
+    return changed
 
 
 # ------------------------------------------------------------------------------------------------
@@ -184,6 +198,27 @@ class OpenRun:
     data: ImageSet     # what it has learned from
     val: ImageSet      # what was held out
     saved: dict        # the content of the checkpoint
+
+
+def unfinished(saved: dict, path: str) -> str:
+    """How far training had come that was not at its end: "ar: step 10 of 1,000"; else "".
+
+    saved   the checkpoint at `path`, of any network of either system
+    It is also told on stderr: what such a network makes looks like any other picture or number.
+    """
+    phase, settings = saved.get("phase", "finished"), saved.get("settings", {})
+    if phase == "finished":
+        return ""
+    more = ""
+    if "results" in saved:  # a tokenizer, whose phases come one after the other
+        last = "finetune" if len(settings["token_schedule"]) > 1 else "base"
+        if last in saved["results"]:
+            return ""
+        more = f", and it goes on up to {last}" if phase != last else ""
+    kind = "generator" if phase in ("ar", "maskgit") else phase.partition("-")[0]
+    text = f"{phase}: step {saved['step']:,} of {settings[f'{kind}_steps']:,}{more}"
+    note(f"{path} is unfinished, {text}")
+    return text
 
 
 def need_parts(folder: str, names: tuple[str, ...], program: str) -> None:
@@ -218,7 +253,16 @@ def open_run(folder: str, configs: tuple[type, ...], name: str = "tokenizer.pt",
     except UserError as error:
         raise UserError(f"{error} (data and val_data of {folder}/config.json)") from error
     need_same_images(path, saved, data)
+    tell_other_held_out(path, saved, val)
     return OpenRun(folder, build(configs, values), data, val, saved)
+
+
+def need_same_held_out(run: OpenRun, other: OpenRun) -> None:
+    """Raise UserError unless both runs hold out the same images, which two measures side by side
+    ask for: what one of them has learned from, it knows better."""
+    need(other.val.fingerprint == run.val.fingerprint, f"{other.folder} holds out other images "
+         f"than {run.folder}, so it may have learned from those that are shown; train both on the "
+         "same --data and --val_data, with the same --seed and --holdout")
 
 
 def held_out(run: OpenRun, limit: int = 1000) -> tuple[Tensor, Tensor]:

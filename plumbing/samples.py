@@ -4,11 +4,13 @@ In       the words behind --classes; samples as uint8 images
 Out      numbers of classes; an .npz as ADM's evaluator and eval_fid.py read it
 """
 import difflib
+import os
 
 import numpy as np
 from torch import Tensor
 
 from plumbing import checkpoint
+from plumbing.archives import kind_of
 from plumbing.flags import UserError
 
 
@@ -31,14 +33,23 @@ def class_number(text: str, names: list[str]) -> int:
     raise UserError(f"class {text!r} is unknown; {hint}")
 
 
-def write_npz(path: str, images: np.ndarray, labels: Tensor,
-              names: list[str] | None = None) -> list[str]:
+def write_npz(path: str, images: np.ndarray, labels: Tensor, names: list[str],
+              unfinished: str = "") -> list[str]:
     """Write uint8 (n, H, W, 3) and labels (n,) under ADM's names -> what to say of them.
 
-    names   of the classes; with them a judge of another run knows which class was asked for
+    names        of the classes; with them a judge of another run knows which class was asked for
+    unfinished   how far the training of a network had come that was not at its end
     """
-    more = {} if names is None else {"classes": np.array(names)}
+    more = {"unfinished": np.array(unfinished)} if unfinished else {}
     with checkpoint.replacing(path) as file:
-        np.savez(file, arr_0=images, arr_1=labels.numpy(), **more)
+        np.savez(file, arr_0=images, arr_1=labels.numpy(), classes=np.array(names), **more)
     return [f"{path}: arr_0 {images.dtype} {images.shape}, arr_1 their labels, "
             f"{len(labels.unique())} classes"]
+
+
+def unfinished_maker(path: str) -> str:
+    """What write_npz() was told of an unfinished training; "" of other files and of folders."""
+    if not (os.path.isfile(path) and kind_of(path) == "npz"):
+        return ""
+    with np.load(path, allow_pickle=False) as arrays:
+        return str(arrays["unfinished"]) if "unfinished" in arrays else ""

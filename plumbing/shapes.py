@@ -70,7 +70,8 @@ def numbers(part: str) -> np.ndarray:
     return order[-HELD_OUT:] if part == "val" else order[:-HELD_OUT]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Draws shapes.png where one stands."""
     from plumbing.images import save_grid
 
     train = numbers("train")
@@ -83,3 +84,9 @@ if __name__ == "__main__":
           f"its pixels take {pixels:,} bits.")
     print("A token of a codebook of 512 carries 9 bits. How few tokens could say everything, "
           "and in which order?")
+
+
+if __name__ == "__main__":
+    from plumbing.start import main_with_user_errors
+
+    main_with_user_errors(main)

@@ -24,6 +24,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def stop_signals() -> list[signal.Signals]:
+    """What asks a program to stop, as far as the system has it: Windows has the first two."""
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+            if hasattr(signal, name)]
+
+
 def quit_at_once(number, frame) -> None:
     os.write(2, b"\ninterrupted before anything was begun\n")
     os._exit(130)  # torch's import would swallow an exception here and there

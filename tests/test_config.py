@@ -18,7 +18,8 @@ from config import (
     load_preset,
     parse_run,
 )
-from plumbing.flags import UserError, as_dict, build, need, read_run
+from helpers import refused
+from plumbing.flags import Parser, UserError, as_dict, build, need, read_run
 from plumbing.start import main_with_user_errors
 
 FIELDS = {f.name: cls for cls in CONFIGS for f in dataclasses.fields(cls)}
@@ -47,10 +48,6 @@ def another(name: str, value):
     choices = {
         "tokenizer": "titok",
         "expert": "block",
-        "experts": "shared",
-        "head": "shared",
-        "prior": "hidden",
-        "tail_drop_lengths": "stages",
         "decoder_reads": "linear",
         "optimizer": "muon",
         "generators": "ar",
@@ -312,3 +309,14 @@ def test_settings_puts_each_field_on_one_side_and_those_of_the_run_on_neither():
 def test_a_decay_of_one_is_refused_as_the_average_would_never_move(name):
     with pytest.raises(UserError, match=f"{name} 1.0 must be"):
         build(CONFIGS, {name: 1.0})
+
+
+def test_an_empty_value_is_refused_where_it_is_not_the_default():
+    parser = Parser()
+    parser.add_argument("--grain")
+    parser.add_argument("--classes", nargs="+")
+    parser.add_argument("--val_data", default="")
+    parser.add_argument("words", nargs="*")
+    for words in (["--grain", ""], ["--grain", " "], ["--classes", "disc", ""]):
+        refused(parser.parse_args, words, names=[words[0], "empty"])
+    assert parser.parse_args(["--val_data", "", "--", ""]).val_data == ""

@@ -8,15 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import eval_fid
 import sample
 from evaluation import judging
 from evaluation.judging import Batching, FeatureNet, FeatureStats, Reference, extract
-from evaluation.tinycnn import random_twin
-from helpers import ranks
+from evaluation.tinycnn import random_twin, train_judge
+from helpers import folder_of, ranks, train_shapes
+from plumbing import checkpoint
 from plumbing.start import main_with_user_errors
-from plumbing.datasets import open_images
+from plumbing.datasets import open_images, train_and_val
 from plumbing.processes import Processes
 
 
@@ -51,7 +53,9 @@ def rows(run, tmp_path, *flags) -> dict:
 
 def refused(*flags, says=()):
     code, _, err = command(*flags)
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+    *notes, last = err.splitlines()
+    assert code == 2 and last.startswith("error: "), err
+    assert all(line.startswith("note: ") for line in notes), err
     for text in says:
         assert text in err, err
 
@@ -67,13 +71,17 @@ def test_summary_holds_what_the_readme_promises(run):
     assert set(summary["class_accuracy"]) == {"ar", "maskgit", "classifier_on_real"}
     phases = {"base", "grow-4", "grow-6", "finetune", "ar", "maskgit", "eval"}
     assert phases <= set(summary["seconds"])
-    assert summary["reference"] == {"name": "shapes.npz", "n": 60}
+    assert summary["reference"] == {"name": "held.npz", "n": 60}
     assert [row["name"] for row in summary["rows"]] == ["real", "reconstruction", "ar", "maskgit"]
     (trained,) = (key for key in summary["rows"][0] if key.startswith("fd_tinycnn_"))
     assert len(trained) == len("fd_tinycnn_") + 8
     for row in summary["rows"]:
-        assert row["n"] > 0 and row[trained] >= 0
-        assert 0 <= row["precision"] <= 1 and 0 <= row["class_accuracy"] <= 1
+        assert row["class_accuracy"] * row["n"] == pytest.approx(
+            round(row["class_accuracy"] * row["n"]), abs=0.01), "a share of n"
+    floor, *worse = summary["rows"]
+    for row in worse:  # after six steps anything is far from real
+        assert 0 < 2 * floor[trained] < row[trained] and row["precision"] < floor["precision"]
+    assert "to_come" not in summary and not any("unfinished" in row for row in summary["rows"])
     ar, maskgit = summary["rows"][2:]
     assert ar["settings"]["seed"] == 0 and maskgit["settings"]["steps"] == 6
 
@@ -92,7 +100,7 @@ def test_the_same_command_gives_the_same_numbers(run, tmp_path):
 def test_psnr_of_reconstructions_is_that_of_training(run, tmp_path):
     row = rows(run, tmp_path)["reconstruction"]
     in_training = json.loads((run / "summary.json").read_text())["psnr_by_tokens"]["6"]
-    # other images of the same 60, rounded to bytes
+    # other ones of the 60 held-out images, rounded to bytes
     assert row["psnr"] == pytest.approx(in_training, abs=1.5)
     assert 0 < row["ssim"] < 1
 
@@ -202,6 +210,134 @@ def test_images_made_worse_come_out_further_away():
 
 
 # ------------------------------------------------------------------------------------------------
+# labels count where they mean something, and else it is said why they do not
+
+@pytest.mark.parametrize("arrays, says", [
+    ({}, "no labels (an array arr_1)"),
+    ({"arr_1": np.arange(20) % 9 + 1}, "its labels arr_1 have no names (an array classes)"),
+    ({"arr_1": np.arange(20) % 2, "classes": np.array(["disc", "dish"])},
+     "and 4 more; only there: dish) or in another order"),
+    ({"arr_1": np.arange(20) % 10, "classes": "CLASSES"}, "")])
+def test_class_accuracy_is_counted_where_the_classes_are_those_of_the_judge(run, tmp_path, arrays,
+                                                                             says):
+    if "classes" in arrays and isinstance(arrays["classes"], str):
+        arrays = {**arrays, "classes": np.array(open_images("shapes").classes)}
+    images = np.stack([open_images("shapes").load(i) for i in range(20)])
+    np.savez(tmp_path / "s.npz", arr_0=images, **arrays)
+    code, out, err = command("--run", run, "--images", tmp_path / "s.npz")
+    assert code == 0, err
+    assert ("class_accuracy" in out) == (not says)
+    assert ("note: class_accuracy of s.npz is left out: " in err) == bool(says) and says in err
+
+
+def test_images_in_one_folder_have_no_classes_and_that_is_said(run, tmp_path):
+    folder_of(tmp_path / "flat", 6, classes=("",), size=32)
+    code, out, err = command("--run", run, "--data", tmp_path / "flat", "--generator", "ar",
+                             "--num_samples", 20)
+    assert code == 0 and "class_accuracy of flat is left out: its images lie in one folder" in err
+    (line,) = [line for line in out.splitlines() if line.startswith("reconstruction")]
+    assert line.split()[-1] == "-"
+
+
+# ------------------------------------------------------------------------------------------------
+# a judge's file
+
+def test_the_judge_of_a_run_judges_on_its_data_whatever_was_cut_from_them(tmp_path):
+    folder_of(tmp_path / "photos", 40, size=16)
+    data, cut, path = str(tmp_path / "photos"), (3, 5), str(tmp_path / "judge.pt")
+    learned, held_out = train_and_val(data, "", *cut)
+    train_judge(path, learned, held_out, 16, False, 2, torch.device("cpu"), cut=cut)
+    words = ["--judge", path, "--data", data, "--images", data, "--json", tmp_path / "o.json"]
+    code, _, err = command(*words)
+    assert code == 0, err
+    assert json.loads((tmp_path / "o.json").read_text())["reference"]["n"] == 3
+    # The same for whoever says once more that it should learn; but nothing makes way for another.
+    before = Path(path).read_bytes()
+    assert command(*words, "--train_features", 2)[0] == 0
+    refused(*words, "--train_features", 3, says=("a classifier already", "these images", "--judge"))
+    refused(*words, "--val_data", data, says=("a part of", "leave out --val_data"))
+    folder_of(tmp_path / "others", 30, size=16)
+    words[3] = tmp_path / "others"
+    refused(*words, "--train_features", 2, says=("a classifier already", "other images", "--judge"))
+    refused(*words, says=("other images", "--judge", "new file"))
+    assert Path(path).read_bytes() == before
+
+
+def test_a_judge_that_learned_from_all_images_asks_for_the_held_out_ones(tmp_path):
+    photos, val = (str(folder_of(tmp_path / name, n, size=16)) for name, n in (("p", 20), ("v", 6)))
+    path = str(tmp_path / "judge.pt")
+    train_judge(path, open_images(photos), open_images(val), 16, False, 2, torch.device("cpu"))
+    words = ["--judge", path, "--data", photos, "--images", photos]
+    refused(*words, says=("all of", "--val_data"))
+    code, out, err = command(*words, "--val_data", val)
+    assert code == 0 and "is right on" in out, err
+    other = folder_of(tmp_path / "w", 8, size=16)
+    code, out, err = command(*words, "--val_data", other)
+    assert code == 0 and "is right on" not in out and "other images were held out" in err
+
+
+def test_a_run_trains_its_judge_anew_but_no_others(run, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
+    path, before = run / "tinycnn.pt", (run / "tinycnn.pt").read_bytes()
+    flags = ("--run", run, "--num_samples", 20, "--generator", "ar", "--train_features")
+    code, _, err = command(*flags, 5)
+    assert code == 0 and "is kept" in err and path.read_bytes() == before
+    code, _, err = command(*flags, 3)
+    assert code == 0 and "trained anew" in err, err
+    assert (run / "tinycnn.prev.pt").read_bytes() == before != path.read_bytes()
+    shapes = open_images("shapes").subset(np.arange(50))
+    train_judge(str(path), shapes, shapes, 32, False, 2, torch.device("cpu"))
+    refused(*flags, 3, says=("a classifier already", "other images", "move it away"))
+    refused(*flags[:-1], says=("other images", "move it away"))
+    shutil.copy(run / "tokenizer.pt", path)
+    refused(*flags, 3, says=("checkpoint of another kind",))
+
+
+# ------------------------------------------------------------------------------------------------
+# what is not at its end is not shown as if it were
+
+def test_an_unfinished_training_is_told_and_written_beside_its_numbers(run, tmp_path):
+    run = shutil.copytree(run, tmp_path / "run")
+    saved = checkpoint.load(run / "generator-ar.pt")
+    checkpoint.save(run / "generator-ar.pt", {**saved, "phase": "ar", "step": 2})
+    code, out, err = command("--run", run, "--num_samples", 20)
+    assert code == 0 and f"note: {run}/generator-ar.pt is unfinished, ar: step 2 of 5" in err
+    assert "warning: ar is of an unfinished training, ar: step 2 of 5" in out
+    found = json.loads((run / "summary.json").read_text())
+    unfinished = {row["name"]: row["unfinished"] for row in found["rows"] if "unfinished" in row}
+    assert unfinished == {"ar": "ar: step 2 of 5"} == found["unfinished"]
+    # and beside the samples, wherever they go
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        words = ["--run", str(run), "--npz", str(tmp_path / "s.npz"), "--num_samples", "20"]
+        sample.main(sample.parse([*words, "--device", "cpu"]))
+    code, out, err = command("--run", run, "--images", tmp_path / "s.npz", "--json",
+                             tmp_path / "o.json")
+    assert code == 0 and "s.npz was drawn from an unfinished network, ar: step 2 of 5" in err
+    (row,) = json.loads((tmp_path / "o.json").read_text())["rows"]
+    assert row["unfinished"] == "ar: step 2 of 5"
+
+
+# ------------------------------------------------------------------------------------------------
+# images of any size
+
+@pytest.mark.parametrize("size", (1, 8, 11))
+def test_small_images_are_judged_and_have_an_ssim_from_11_pixels_on(tmp_path, quick, size):
+    data = str(folder_of(tmp_path / "photos", 40, size=16))
+    run, sizes = tmp_path / "run", ["--image_size", size, "--patch_size", size]
+    train_shapes(run, data, *map(str, sizes), "--decoder_overlap", "0")
+    code, out, err = command("--run", run, "--train_features", 2, "--num_samples", 20, "--controls")
+    assert code == 0, err
+    row = {row["name"]: row for row in json.loads((run / "summary.json").read_text())["rows"]}
+    assert ("ssim" in row["reconstruction"]) == (size >= 11) and "psnr" in row["reconstruction"]
+    assert ("ssim of reconstruction is left out" in err) == (size < 11)
+
+
+def test_a_single_held_out_image_is_refused_with_a_way_out(tmp_path, quick):
+    train_shapes(tmp_path / "run", str(folder_of(tmp_path / "photos", 6, size=32)))
+    refused("--run", tmp_path / "run", "--train_features", 2, says=("single image", "--data"))
+
+
+# ------------------------------------------------------------------------------------------------
 # FID
 
 @pytest.fixture
@@ -235,9 +371,15 @@ def test_adms_file_is_taken_at_its_word_and_its_images_are_not_looked_at(run, tm
 
 
 def test_a_run_gets_rfid_gfid_and_inception_score(run, tmp_path, fake_inception):
-    measured = {"fid", "inception_score", "inception_score_10_splits", "precision", "recall"}
-    for name, row in rows(run, tmp_path, "--features", "inception").items():
-        assert measured <= set(row), name
+    floor, *worse = rows(run, tmp_path, "--features", "inception").values()
+    assert [row["name"] for row in worse] == ["reconstruction", "ar", "maskgit"]
+    for row in worse:
+        assert row["fid"] > 5 * floor["fid"] > 0
+        assert row["precision"] < 0.5 < floor["precision"]
+        assert row["recall"] < 0.5 < floor["recall"]
+    for row in (floor, *worse):  # the fake one's logits are equal: it is never sure of anything
+        assert row["inception_score"] == pytest.approx(1)
+        assert row["inception_score_10_splits"] == pytest.approx([1, 0])
         assert "class_accuracy" not in row, "Inception's 1008 classes are not the run's"
 
 
@@ -248,6 +390,63 @@ def test_statistics_of_two_networks_are_never_compared(run, tmp_path, fake_incep
     assert code == 0, err
     refused("--run", run, "--reference", path,
             says=("statistics of fid", "cannot be compared", "--features inception"))
+
+
+@pytest.fixture
+def grays(tmp_path, monkeypatch):
+    """200 images, sorted by ten classes: shades of gray. A network that sees shades says which."""
+    shades = np.repeat(np.arange(10) * 25, 20)                                # (200,)
+    x = np.random.default_rng(0).integers(0, 6, (200, 16, 16, 3)) + shades[:, None, None, None]
+    np.savez(tmp_path / "grays.npz", x=x.astype(np.uint8), y=shades // 25)
+
+    def network(images):
+        level = images.float().mean(dim=(1, 2))                               # (B, 3)
+        said = F.one_hot((level.mean(dim=1) / 25).long(), 1008)
+        return level, 20.0 * said
+    net = FeatureNet("fid", "FID (fake)", network, 3)
+    monkeypatch.setattr(eval_fid, "inception_net", lambda path, device: net)
+    return tmp_path / "grays.npz", net
+
+
+def test_precision_and_recall_know_all_classes_of_a_reference_that_is_sorted(grays, tmp_path,
+                                                                             monkeypatch):
+    def judged(kept):
+        monkeypatch.setattr(judging, "KEPT", kept)
+        code, _, err = command("--images", grays[0], "--data", grays[0], "--features", "inception",
+                               "--json", tmp_path / "o.json")
+        assert code == 0, err
+        (row,) = json.loads((tmp_path / "o.json").read_text())["rows"]
+        return row
+    everything, some = judged(10_000), judged(112)
+    # The same images on both sides, of which about half are kept: of all classes, so that there
+    # is one of the reference close to nearly every image, and the other way round.
+    assert everything["precision"] == everything["recall"] == 1
+    assert some["precision"] > 0.8 and some["recall"] > 0.8
+
+
+def test_each_split_of_the_inception_score_has_all_classes(grays):
+    """Also that of reconstructions, which come in the order of the reference images."""
+    path, net = grays
+    args = eval_fid.parse(["--images", str(path), "--data", str(path), "--features", "inception"])
+    how, procs = Batching(16), Processes("cpu")
+    originals = eval_fid.reference_images(args, eval_fid.open_given(args, procs), how)
+    (stat,), quality = extract(judging.reconstruction(Perfect(), originals, procs.device), [net],
+                               how, procs)
+    whole, mean, _ = stat.score.scores()
+    assert quality["psnr"] > 60
+    assert whole == pytest.approx(10, rel=0.01), "ten classes, equally often, each beyond doubt"
+    assert mean > 7, "20 images a split hold 8.8 of 10 classes, drawn blindly"
+
+
+class Perfect:
+    """A tokenizer that loses nothing."""
+    num_tokens = 1
+
+    def encode(self, images):
+        return images
+
+    def decode(self, ids):
+        return ids
 
 
 # ------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from evaluation.intervention import interventions
 from generator import Generator
 from nativetok import NativeTok, doubling
 from plumbing.start import main_with_user_errors
+from plumbing import checkpoint
 from plumbing.images import to_float
 from plumbing.page import Page
 from plumbing.processes import Processes
@@ -82,15 +83,13 @@ def cells_of(path, columns: int) -> np.ndarray:
     return np.stack([np.stack([sheet[y:y + 64:2, x:x + 64:2] for x in lefts]) for y in tops])
 
 
-@pytest.mark.parametrize("tokenizer, prior, silent", [
-    ("nativetok", "codes", ""), ("titok", "codes", "titok chooses all its tokens at once"),
-    ("nativetok", "hidden", "with prior hidden")])
-def test_the_picture_of_answers_holds_what_the_intervention_makes(tokenizer, prior, silent,
-                                                                  tmp_path):
+@pytest.mark.parametrize("tokenizer, silent", [
+    ("nativetok", ""), ("titok", "titok chooses all its tokens at once")])
+def test_the_picture_of_answers_holds_what_the_intervention_makes(tokenizer, silent, tmp_path):
     """Where nobody answers both pictures are one, and the page says why."""
     torch.manual_seed(0)
     model = NativeTok(TokenizerConfig(
-        tokenizer=tokenizer, prior=prior, image_size=32, patch_size=8, encoder_width=32,
+        tokenizer=tokenizer, image_size=32, patch_size=8, encoder_width=32,
         encoder_depth=1, encoder_heads=2, expert_width=32, expert_heads=2, token_schedule=(6,),
         codebook_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2,
         decoder_reads="linear")).eval()
@@ -148,6 +147,23 @@ def test_another_run_is_compared_only_on_the_same_images(small_run, tmp_path):
     (other / "config.json").write_text(settings.replace("shapes.npz", "missing.npz"))
     code, _, err = command(small_run, "--against", str(other), out=tmp_path / "b")
     assert code == 2 and "missing.npz" in err and err.count("\n") == 1
+
+
+def test_the_page_says_what_is_unfinished(small_run, tmp_path):
+    """A tokenizer before its fine-tune too: its last phase is done, and it is not its last."""
+    run = shutil.copytree(small_run, tmp_path / "run")
+    saved = checkpoint.load(run / "tokenizer.pt")
+    del saved["results"]["finetune"]
+    checkpoint.save(run / "tokenizer.pt", {**saved, "phase": "grow-6", "step": 4})
+    maskgit = run / "generator-maskgit.pt"
+    checkpoint.save(maskgit, {**checkpoint.load(maskgit), "phase": "maskgit", "step": 1})
+    code, _, err = command(run, out=tmp_path / "page")
+    tokenizer = "grow-6: step 4 of 4, and it goes on up to finetune"
+    assert code == 0, err
+    assert err.count("note: ") == 2 and f"{run}/tokenizer.pt is unfinished, {tokenizer}" in err
+    text = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert f"Unfinished: {tokenizer}; maskgit: step 1 of 5. " in text
+    assert json.loads((tmp_path / "page" / "answers.json").read_text())["unfinished"] == tokenizer
 
 
 def test_wrong_use_gets_one_line(tmp_path):

@@ -53,13 +53,14 @@ def pair(form: str, listens: bool) -> tuple[MoCET, VectorQuantizer]:
         quantizer.codebook.copy_(torch.tensor([[1., 0.], [0., 1.], [-1., 0.], [0., -1.]]))
         # A norm takes the mean away, so a code (a, b) is read as (a, -a, b, -b), whose mean is 0.
         mocet.embed_code.weight.copy_(torch.tensor([[1., 0.], [-1., 0.], [0., 1.], [0., -1.]]))
-        group = mocet.groups[0]
-        group.head_bias[0] = torch.tensor([1., 0.])
-        group.head_bias[1] = torch.tensor([0.01, 0.])  # when there is nothing to turn
+        first, second = mocet.experts
+        first.head.bias.copy_(torch.tensor([1., 0.]))
+        second.head.bias.copy_(torch.tensor([0.01, 0.]))  # when there is nothing to turn
         if listens:
-            group.layers[0]["wv"][1] = torch.eye(4)
-        group.layers[0]["wo"][1] = torch.eye(4)
-        group.head[1] = torch.tensor([[0., 0., -1., 0.], [1., 0., 0., 0.]])  # (a, b) -> (-b, a)
+            second.layers[0].wv.weight.copy_(torch.eye(4))
+        second.layers[0].wo.weight.copy_(torch.eye(4))
+        # (a, b) -> (-b, a)
+        second.head.weight.copy_(torch.tensor([[0., 0., -1., 0.], [1., 0., 0., 0.]]))
     return mocet, quantizer
 
 

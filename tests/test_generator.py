@@ -1,6 +1,7 @@
 """Promises of generator.py: what each generator may see, how it learns, what sampling keeps."""
 import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -312,13 +313,16 @@ def test_settings_out_of_range_are_refused(setting):
 
 
 @pytest.mark.parametrize("steps", range(1, L + 1))
-def test_maskgit_reveals_by_schedule_and_never_changes_a_kept_token(steps):
+def test_maskgit_reveals_along_the_arccos_and_never_changes_a_kept_token(steps):
     model, trace = loud(MaskGITGenerator), []
     ids = model.sample(LABELS, steps=steps, generator=seeded(), trace=trace)
     before = torch.full((4, L), K)
-    for after, still_masked in zip(trace, G.mask_schedule(L, steps), strict=True):
-        assert ((after == K).sum(dim=1) == still_masked).all()
-        assert (still_masked < (before == K).sum(dim=1)).all(), "every step reveals a token"
+    assert len(trace) == steps
+    for step, after in enumerate(trace, start=1):
+        masked, were = ((x == K).sum(dim=1) for x in (after, before))
+        assert (masked < were).all(), "every step reveals a token"
+        curve = L * math.acos(step / steps) / (math.pi / 2)
+        assert ((masked <= curve) & ((masked > curve - 1) | (masked == were - 1))).all()
         assert torch.equal(after[before != K], before[before != K])
         before = after
     assert torch.equal(ids, trace[-1]) and (ids < K).all()
@@ -389,3 +393,16 @@ def test_a_setting_that_this_version_does_not_know_is_named(small_run, tmp_path)
     saved["generator_config"]["generator_depht"] = 3
     checkpoint.save(tmp_path / "generator-ar.pt", saved)
     refused(Generator.load, tmp_path / "generator-ar.pt", names=["unknown setting generator_depht"])
+
+
+@KINDS
+def test_what_python_users_hand_over_is_looked_at(Kind):
+    model, labels = small(Kind), torch.arange(2)
+    for wrong in ([0, 1], "cat", labels.float(), labels + 100, labels - 1, labels[:, None], 1,
+                  labels.numpy(), labels[:0]):
+        refused(model.sample, wrong, names=["0 to"])
+    wrong = dict(temperature=-1, cfg_scale="2", generator=0)
+    wrong |= dict(steps=1.5) if Kind is MaskGITGenerator else dict(top_k=2.5)
+    for name, value in wrong.items():
+        refused(partial(model.sample, **{name: value}), labels, names=[name])
+    assert model.sample(labels.to(torch.uint8)).shape == (2, model.num_tokens)

@@ -66,12 +66,6 @@ def test_the_root_holds_at_most_sixteen_files():
     assert len([name for name in FILES if "." not in name]) <= 16
 
 
-def test_no_file_is_longer_than_420_lines():
-    paths = [*FILES.values(), *ROOT.glob("tests/**/*.py")]
-    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
-    assert lines and not {name: n for name, n in lines.items() if n > 420}
-
-
 def test_flags_need_only_the_standard_library():
     assert {name.split(".")[0] for name in imported("plumbing.flags")} <= sys.stdlib_module_names
 

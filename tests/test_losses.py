@@ -6,11 +6,9 @@ from urllib.error import URLError
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import losses
-from config import TokenizerConfig
 from helpers import ranks
 from plumbing.flags import UserError
 
@@ -309,51 +307,6 @@ dist.destroy_process_group()
 def test_lecam_anchors_are_averaged_over_ranks():
     # The last line: some versions of gloo say that they are connected, on stdout.
     assert [rank.stdout.splitlines()[-1] for rank in ranks(2, "-c", TWO_RANKS)] == ["0.75 -1.0"] * 2
-
-
-# ------------------------------------------------------------------------------------------------
-# order
-
-PRIOR = TokenizerConfig(image_size=16, patch_size=4, token_schedule=(2, 4), codebook_size=8,
-                        code_dim=4, decoder_width=32, decoder_heads=2)
-
-
-def some_tokens(batch=32, L=4):
-    """Codes and ids of which each id is the one before, plus one."""
-    codes = F.normalize(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
-    first = torch.randint(8, (batch, 1), generator=torch.Generator().manual_seed(1))
-    ids = (first + torch.arange(L)) % 8
-    return codes[ids], ids
-
-
-def test_the_prior_begins_at_log_k_and_learns_a_rule_that_reaches_one_token_back():
-    torch.manual_seed(0)
-    prior, (z_q, ids) = losses.ARPrior(PRIOR), some_tokens()
-    assert prior(z_q, ids).item() == pytest.approx(math.log(8))
-    optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3)
-    for _ in range(100):
-        optimizer.zero_grad()
-        prior(z_q, ids).backward()
-        optimizer.step()
-    first = -torch.bincount(ids[:, 0]) / 32 * torch.log(torch.bincount(ids[:, 0]) / 32)
-    # Of four tokens the first is a guess and the others are certain.
-    assert prior(z_q, ids).item() == pytest.approx(first.nansum().item() / 4, abs=0.05)
-
-
-def test_the_prior_sees_codes_before_a_token_only_at_any_length():
-    torch.manual_seed(0)
-    prior, (z_q, ids) = losses.ARPrior(PRIOR), some_tokens()
-    torch.nn.init.normal_(prior.head.weight)
-    for L in (2, 4):
-        codes = z_q[:, :L].clone().requires_grad_()
-        grad, = torch.autograd.grad(prior(codes, ids[:, :L]), codes)
-        assert grad.flatten(2).any(dim=2).all(dim=0).tolist() == [True] * (L - 1) + [False]
-    for i in range(1, 4):  # the guess of token i does not hear of code i
-        other = z_q.clone()
-        other[:, i] = other[:, i].roll(1, 0)
-        same = [torch.equal(prior(z_q[:, :n], ids[:, :n]), prior(other[:, :n], ids[:, :n]))
-                for n in range(1, 5)]
-        assert same == [n <= i + 1 for n in range(1, 5)]
 
 
 def test_the_discriminator_learns_from_all_micro_batches_of_a_step_and_of_no_other():

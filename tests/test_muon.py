@@ -219,10 +219,11 @@ def test_muon_has_the_hidden_matrices_and_adamw_everything_else():
     taken = {name for model in (tokenizer, generator) for name, p in model.named_parameters()
              if matrices_of(model).get(p)}
     assert {"mit.blocks.0.attention.qkv.weight", "mit.dimension_switcher.weight",
-            "mocet.groups.0.layers.0.wq", "mocet.groups.0.layers.0.w1",
+            "mocet.experts.0.layers.0.wq.weight", "mocet.experts.0.layers.0.w1.weight",
             "decoder.blocks.0.mlp.0.weight", "blocks.0.mlp.w13.weight"} <= taken
-    outer = {"mit.embed.weight", "mit.pos", "mocet.embed_code.weight", "mocet.groups.0.head",
-             "mocet.groups.0.query", "mocet.groups.0.layers.0.b1", "quantizer.codebook",
+    outer = {"mit.embed.weight", "mit.pos", "mocet.embed_code.weight",
+             "mocet.experts.0.head.weight", "mocet.experts.0.query",
+             "mocet.experts.0.layers.0.w1.bias", "quantizer.codebook",
              "decoder.paint.0", "decoder.to_pixels.weight", "token.weight", "label.weight",
              "head.weight", "position", "mit.norm.weight"}
     names = {name for model in (tokenizer, generator) for name, _ in model.named_parameters()}

@@ -7,11 +7,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+import config
 import loop
-from helpers import ROOT, SMALL, program, some_shapes, start_program, train_shapes
+import train
+from generator import Generator
+from config import CONFIGS
+from helpers import (
+    ROOT, SMALL, held_shapes, interrupt_at, program, some_shapes, start_program, train_shapes)
+from nativetok import NativeTok
 from plumbing import checkpoint, run
-from plumbing.flags import UserError
+from plumbing.flags import UserError, as_dict
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -43,6 +50,19 @@ def test_moved_images_are_the_same_images(finished, data, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(moved)
 
 
+def test_other_held_out_images_than_before_are_told_once(small_run, tmp_path, capsys):
+    folder = shutil.copytree(small_run, tmp_path / "run")
+    places = json.loads((folder / "config.json").read_text())
+    train_shapes(folder, places["data"], "--val_data", places["val_data"])
+    moved = str(shutil.copy(places["val_data"], tmp_path / "elsewhere.npz"))
+    train_shapes(folder, places["data"], "--val_data", moved)
+    assert "held out" not in capsys.readouterr().err
+    train_shapes(folder, places["data"], "--val_data", held_shapes(tmp_path / "others.npz", 59))
+    assert capsys.readouterr().err.count("other images were held out than the 59 of others") == 1
+    run.open_run(str(folder), CONFIGS)
+    assert capsys.readouterr().err.count("other images were held out than the 59 of others") == 1
+
+
 def test_a_folder_has_one_writer(data, tmp_path):
     """The second program is turned away at its start; what the first writes stays its own."""
     command = ["train.py", *SMALL, "--run", tmp_path / "run", "--data", data]
@@ -55,6 +75,33 @@ def test_a_folder_has_one_writer(data, tmp_path):
         assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0
     finally:
         first.kill()
+
+
+@pytest.mark.parametrize("lengths", [(2, 4, 6), (4,)])
+def test_a_tokenizer_is_unfinished_until_the_last_phase_of_its_plan(lengths, capsys):
+    words = ["--token_schedule", *map(str, lengths)]
+    args = config.parse_run("", [*SMALL, *words])
+    plan, settings = train.phases(args.tok, args.train), as_dict(args.tok, args.train)
+    for k, phase in enumerate(plan):
+        saved = {"phase": phase.name, "settings": settings, "step": 1,
+                 "results": {p.name: {} for p in plan[:k]}}
+        told = f"{phase.name}: step 1 of {phase.steps}"
+        assert run.unfinished(saved, "a/tokenizer.pt").startswith(told)
+        assert f"note: a/tokenizer.pt is unfinished, {told}" in capsys.readouterr().err
+        saved["results"][phase.name] = {}
+        assert bool(run.unfinished({**saved, "step": phase.steps}, "x")) == (k + 1 < len(plan))
+
+
+def test_what_an_interrupted_training_leaves_says_how_far_it_came(data, tmp_path, monkeypatch,
+                                                                  capsys):
+    interrupt_at(monkeypatch, "ar", 3)
+    with pytest.raises(SystemExit):
+        train_shapes(tmp_path, data)
+    device = torch.device("cpu")
+    tokenizer = NativeTok.of_run(str(tmp_path), device)
+    assert tokenizer.unfinished == "" and "note" not in capsys.readouterr().err
+    ar = Generator.of_run(str(tmp_path), "ar", tokenizer, device)
+    assert ar.unfinished == "ar: step 3 of 5" and ar.unfinished in capsys.readouterr().err
 
 
 def test_a_closed_pipe_saves_and_stops(data, tmp_path):
@@ -138,11 +185,11 @@ def test_a_run_from_before_a_setting_goes_on_with_its_default(finished, data, tm
     shutil.copytree(finished, tmp_path / "run")
     path = tmp_path / "run" / "tokenizer.pt"
     saved = checkpoint.load(path)
-    assert saved["settings"].pop("prior") == "codes"
+    assert saved["settings"].pop("expert") == "query"
     checkpoint.save(path, saved)
     train_shapes(tmp_path / "run", data)
-    with pytest.raises(UserError, match="prior: codes -> hidden"):
-        train_shapes(tmp_path / "run", data, "--prior", "hidden")
+    with pytest.raises(UserError, match="expert: query -> block"):
+        train_shapes(tmp_path / "run", data, "--expert", "block")
 
 
 def test_a_run_folder_that_cannot_be_made_is_said_before_the_first_step(data, tmp_path):

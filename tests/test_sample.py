@@ -15,7 +15,7 @@ from generator import GENERATORS
 from helpers import encoded, noise, program, put
 from losses import psnr
 from nativetok import NativeTok
-from plumbing import checkpoint
+from plumbing import checkpoint, samples
 from plumbing.flags import as_dict
 from plumbing.start import main_with_user_errors
 from plumbing.images import read_image, to_float, to_uint8
@@ -179,7 +179,8 @@ def test_npz_holds_nhwc_bytes_and_balanced_labels_and_repeats(run, tmp_path, kin
     assert str(tmp_path / "b.npz") in said and "(20, 16, 16, 3)" in said
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     with np.load(tmp_path / "a.npz", allow_pickle=False) as file:
-        images, labels = file["arr_0"], file["arr_1"]
+        images, labels, named = file["arr_0"], file["arr_1"], file["classes"].tolist()
+        assert named == CLASSES and "unfinished" not in file
     assert images.shape == (20, SIZE, SIZE, 3) and images.dtype == np.uint8
     assert labels.dtype == np.int64 and np.bincount(labels).tolist() == [7, 7, 6]
     # Two batches of the same labels must draw different numbers.
@@ -196,6 +197,22 @@ def test_npz_images_show_the_classes_of_their_labels(run, tmp_path):
     assert len(np.unique(grid.reshape(3, -1), axis=0)) == 3
     # Not equal bytes: a batch of another size may round differently.
     assert np.abs(file["arr_0"].astype(int) - grid[file["arr_1"], 0]).max() <= 1
+
+
+@KINDS
+def test_an_unfinished_training_is_told_and_goes_with_the_samples(run, tmp_path, kind):
+    run = shutil.copytree(run, tmp_path / "run")
+    path, step = run / f"generator-{kind}.pt", {"step": 10, "settings": {"generator_steps": 1000}}
+    checkpoint.save(path, {**checkpoint.load(path), "phase": kind, **step})
+    code, out, err = command(run, "--generator", kind, "--per_class", 1)
+    told = f"{kind}: step 10 of 1,000"
+    assert code == 0 and err == f"note: {path} is unfinished, {told}\n"
+    command(run, "--generator", kind, "--npz", tmp_path / "x.npz", "--num_samples", 2)
+    assert np.load(tmp_path / "x.npz")["unfinished"].item() == told
+    assert samples.unfinished_maker(str(tmp_path / "x.npz")) == told
+    checkpoint.save(path, {**checkpoint.load(path), "phase": "finished"})
+    good(run, "--generator", kind, "--npz", tmp_path / "x.npz", "--num_samples", 2)
+    assert samples.unfinished_maker(str(tmp_path / "x.npz")) == ""
 
 
 def test_npz_can_be_of_some_classes(run, tmp_path):
@@ -273,7 +290,7 @@ def test_reconstruction_needs_no_generator(run, tmp_path, photos):
     (["--reconstruct", "x.png", "--top_k", 3], ["--top_k is for samples"]),
     (["--reconstruct", "x.png", "--generator", "ar"], ["--generator"]),
     (["--reconstruct", "x.png", "--npz", "x.npz"], ["one of them"]),
-    (["--npz", ""], ["name of a file"]),
+    (["--npz", ""], ["--npz is empty"]),
     (["--npz", "."], ["name of a file"]),
     (["--class", "cat"], ["--class"]),
     (["--classes", "cta"], ["'cta' is unknown", "did you mean 'cat'"]),

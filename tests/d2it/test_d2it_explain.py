@@ -6,7 +6,7 @@ from PIL import Image
 
 from d2it import explain
 from d2it.model import D2iT
-from helpers import some_shapes
+from helpers import refused, some_shapes
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +66,29 @@ def test_the_mean_of_a_class_is_gray_where_its_maps_differ():
 def test_a_hand_painted_map_is_a_band_that_no_image_has():
     assert explain.hand_painted(4).int().tolist() == torch.eye(4).int().tolist()
     assert explain.hand_painted(16).sum() > 16
+
+
+def test_of_two_runs_of_one_policy_both_are_shown(finished, run, tmp_path):
+    explain.main(explain.parse(["--run", str(finished), "--out", str(tmp_path / "page"), "--device",
+                                "cpu", "--images", "2", "--against", str(run), str(finished)]))
+    text = (tmp_path / "page" / "index.html").read_text()
+    for folder in (run, finished):
+        assert f"entropy ({folder})" in text
+    assert Image.open(tmp_path / "page" / "reconstructions.png").size[1] == 2 + 7 * 66
+
+
+def test_a_run_that_holds_out_other_images_is_not_compared_with(finished, training, tmp_path):
+    training(tmp_path / "seven", "--seed", "7", "--stage", "1")
+    training(tmp_path / "large", "--stage", "1", "--image_size", "40")
+    for name, says in (("seven", "other images"), ("large", "40 pixels")):
+        words = ["--run", str(finished), "--against", str(tmp_path / name), "--device", "cpu"]
+        refused(explain.main, explain.parse([*words, "--out", str(tmp_path / "page")]),
+                names=[name, says])
+    assert not (tmp_path / "page").exists(), "refused before the first picture"
+
+
+def test_somebody_elses_page_is_not_overwritten(finished, tmp_path):
+    (tmp_path / "index.html").write_text("my page")
+    refused(explain.main, explain.parse(["--run", str(finished), "--out", str(tmp_path)]),
+            names=["index.html", "--out"])
+    assert (tmp_path / "index.html").read_text() == "my page"

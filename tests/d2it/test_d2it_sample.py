@@ -1,6 +1,7 @@
 """d2it.sample: maps that are obeyed, samples that repeat, and files that a judge can read."""
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ import torch
 from PIL import Image
 
 import eval_fid
-from d2it import sample
+from d2it import explain, sample
+from d2it import model as d2it_model
 from d2it.grain import spread
 from d2it.model import D2iT
 from experiments import record
-from helpers import refused, some_shapes
+from helpers import held_shapes, refused
+from plumbing import checkpoint
 from plumbing.datasets import open_images
 from plumbing.flags import UserError
 
@@ -132,11 +135,25 @@ def test_eval_fid_judges_the_npz_by_one_judge_for_both_systems(
     refused(judge, *words[:4], names=["--judge", "--data"])
     # With held-out images of their own the judge learns from all of --data.
     words[3] = tmp_path / "all.pt"
-    judge(*words, "--val_data", some_shapes(tmp_path / "held.npz", 30), "--train_features", "2")
+    judge(*words, "--val_data", held_shapes(tmp_path / "held.npz", 30), "--train_features", "2")
     assert json.loads((tmp_path / "x.json").read_text())["reference"]["n"] == 30
-    refused(judge, *words, names=["all.pt", "other images"])
+    refused(judge, *words, names=["all.pt", "--val_data"])
     refused(judge, "--images", tmp_path / "x.npz", "--data", shapes_npz, "--features", "inception",
             "--val_data", shapes_npz, names=["--val_data", "--judge"])
+
+
+def test_each_part_that_is_unfinished_is_told_and_written(run, tmp_path, capsys):
+    for name in ("dvae", "grain", "content"):
+        path = run / f"{name}.pt"
+        checkpoint.save(path, {**checkpoint.load(path), "phase": name, "step": 4})
+        command(run, "--npz", tmp_path / "x.npz", "--num_samples", 12, "--steps", 2,
+                "--json", tmp_path / "x.json")
+        kept = json.loads((tmp_path / "x.json").read_text())["unfinished"]
+        assert f"note: {path} is unfinished, {name}: step 4 of 5" in capsys.readouterr().err
+        assert np.load(tmp_path / "x.npz")["unfinished"].item() == kept
+    assert kept == "dvae: step 4 of 5; grain: step 4 of 5; content: step 4 of 5"
+    explain.main(explain.parse(["--run", str(run), "--images", "2", "--device", "cpu"]))
+    assert f"Unfinished: {kept}. " in (run / "explain" / "index.html").read_text("utf-8")
 
 
 def test_reconstructing_shows_image_entropy_map_and_image_again(run, tmp_path, capsys):
@@ -183,3 +200,70 @@ def test_maps_are_obeyed_when_detail_lies_where_they_asked_for_it(model):
     assert model.obeyed(images.to(torch.uint8)[:1], torch.zeros(1, 4, 4).bool()) == 1
     faint = torch.where(images == 90, 90 + noise % 3, images).to(torch.uint8)
     assert model.obeyed(faint, half) == 1, "faint noise is no detail"
+
+
+def test_what_python_users_hand_over_is_looked_at(model):
+    from d2it.dvae import Codes
+    pixels, labels = torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.arange(2)
+    for wrong in ([0, 1], "disc", labels.float(), labels + 10, labels[:, None], labels[:0]):
+        refused(model.sample, wrong, names=["0 to 9"])
+        refused(model.maps, wrong, names=["0 to 9"])
+        # a map of one's own does not save the labels from being looked at
+        refused(partial(model.sample, grain=torch.zeros(2, 4, 4).bool()), wrong)
+    for wrong in (torch.zeros(2, 4, 4), torch.zeros(2, 4, 4).long(), torch.zeros(1, 4, 4).bool(),
+                  np.zeros((2, 4, 4), bool)):
+        refused(partial(model.sample, grain=wrong), labels, names=["bool (2, 4, 4)"])
+    for settings in (dict(steps=0), dict(steps=2.5), dict(eta=2), dict(cfg_scale=float("nan")),
+                     dict(generator=3)):
+        refused(partial(model.sample, **settings), labels, names=[next(iter(settings))])
+    for wrong in (pixels.float(), pixels.permute(0, 3, 1, 2), pixels[0], pixels.numpy()):
+        refused(model.dvae.encode, wrong, names=["uint8"])
+        refused(model.dvae.entropy, wrong, names=["uint8"])
+        refused(model.obeyed, wrong, torch.zeros(2, 4, 4).bool(), names=["uint8"])
+    codes = model.dvae.encode(pixels)
+    for wrong in (codes.z, (codes.z[0], codes.grain), (codes.z.long(), codes.grain),
+                  Codes(codes.z, codes.grain.float())):
+        refused(model.decode, wrong)
+    refused(model.decode, Codes(codes.z / 0, codes.grain), names=["not finite"])
+    assert model.decode(codes).shape == (2, 3, 32, 32)
+
+
+def test_guidance_needs_a_row_of_no_class_that_was_learned(training, tmp_path):
+    training(tmp_path / "run", "--label_dropout", "0")
+    refused(command, tmp_path / "run", "--cfg_scale", 2, names=["label_dropout 0", "cfg_scale 1"])
+    command(tmp_path / "run", "--per_class", 1, "--steps", 2)  # plain without a word
+    assert D2iT.of_run(str(tmp_path / "run"), torch.device("cpu")).default_cfg_scale == 1
+
+
+def painted(kind: str):
+    """7 fine cells of 16, as people paint them."""
+    grain = np.zeros((4, 4), bool)
+    grain[0] = grain[:, 0] = True
+    big = grain.repeat(8, 0).repeat(8, 1)
+    rgba = np.zeros((32, 32, 4), np.uint8)
+    rgba[big] = 255
+    dark = np.where(big, 90, np.arange(32))  # all below middle gray, and more than two values
+    return {"bits": big.astype(np.uint8), "strokes": rgba, "dark": dark.astype(np.uint8),
+            "colours": np.where(big[..., None], [255, 60, 50], [40, 90, 230]).astype(np.uint8),
+            "black": 0 * big.astype(np.uint8)}[kind]
+
+
+@pytest.mark.parametrize("kind, fine, note", (
+    ("bits", 7, False), ("strokes", 7, False), ("colours", 7, False), ("dark", 0, True),
+    ("black", 0, False)))
+def test_a_map_means_what_was_painted_or_a_note_says_that_it_does_not(tmp_path, capsys, kind, fine,
+                                                                    note):
+    Image.fromarray(painted(kind)).save(tmp_path / "map.png")
+    assert sample.read_map(str(tmp_path / "map.png"), 4).sum() == fine
+    assert ("coarse" in capsys.readouterr().err) == note
+
+
+def test_how_maps_are_obeyed_does_not_depend_on_what_is_in_memory_at_a_time(model, monkeypatch):
+    images = torch.randint(0, 256, (7, 32, 32, 3), dtype=torch.uint8)
+    images[::2, :16] = 90
+    grain = torch.rand(7, 4, 4) < 0.5
+    whole = model.obeyed(images, grain)
+    most, entropy = [], model.dvae.entropy
+    monkeypatch.setattr(model.dvae, "entropy", lambda x: most.append(len(x)) or entropy(x))
+    monkeypatch.setattr(d2it_model, "PIXELS", 2 * 32 * 32)
+    assert model.obeyed(images, grain) == whole and max(most) == 2

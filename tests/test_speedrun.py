@@ -1,0 +1,76 @@
+"""experiments/speedrun.py: it removes what a speed run has left, and nothing else."""
+import json
+import shutil
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from experiments import speedrun
+from helpers import refused, some_shapes
+from plumbing import run
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def arguments(*words):
+    return speedrun.parse(list(map(str, words)))
+
+
+def everything(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory):
+    """A speed run of three steps, which misses its target."""
+    folder = tmp_path_factory.mktemp("raced")
+    data = some_shapes(folder / "shapes.npz", 40)
+    words = ["--data", data, "--val_data", data, "--steps", "3", "--out", folder / "run", "--",
+             "--continuous_steps", "1", "--batch_size", "8", "--encoder_width", "32",
+             "--decoder_width", "32", "--device", "cpu"]
+    before, handlers = run.EVAL_IMAGES, [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(SystemExit):
+        speedrun.main(arguments(*words))
+    run.EVAL_IMAGES = before
+    for number, handler in zip(SIGNALS, handlers):
+        signal.signal(number, handler)
+    return SimpleNamespace(folder=folder / "run", data=data, words=words)
+
+
+def test_a_folder_that_is_no_speed_runs_stays_as_it_is(small_run, raced, tmp_path):
+    mine = shutil.copytree(small_run, tmp_path / "mine")
+    before = everything(mine)
+    data = ("--data", raced.data, "--val_data", raced.data)
+    refused(speedrun.main, arguments(*data, "--out", mine), names=["mine", "no speed run's folder"])
+    # its mark alone proves nothing about what else is there
+    (mine / "speedrun.json").write_text(json.dumps({"command": "python -m experiments.speedrun"}))
+    refused(speedrun.main, arguments(*data, "--out", mine), names=["generator-ar.pt"])
+    (mine / "speedrun.json").write_text(json.dumps({"command": "mine"}))
+    refused(speedrun.main, arguments(*data, "--out", mine), names=["was not written by"])
+    (mine / "speedrun.json").unlink()
+    assert everything(mine) == before
+
+
+def test_nothing_is_removed_before_all_arguments_have_been_looked_at(raced):
+    before = everything(raced.folder)
+    words = raced.words[:]
+    words[1] = "typo"
+    refused(speedrun.main, arguments(*words), names=["typo"])
+    for more in (("--run", "elsewhere"), ("--seed", "3"), ("--codebook_size", "4096"),
+                 ("--beta2", "1")):
+        refused(speedrun.main, arguments(*raced.words, *more))
+    (raced.folder / "samples" / "mine.png").write_text("a picture")
+    (raced.folder / "notes").mkdir()
+    refused(speedrun.main, arguments(*raced.words), names=["notes, samples/mine.png"])
+    (raced.folder / "samples" / "mine.png").unlink()
+    (raced.folder / "notes").rmdir()
+    assert everything(raced.folder) == before
+
+
+def test_the_same_command_starts_anew_in_its_own_folder(raced, quick):
+    (raced.folder / ".tokenizer.pt.tmp-999999999").write_text("left by a kill")
+    with pytest.raises(SystemExit):
+        speedrun.main(arguments(*raced.words))
+    assert json.loads((raced.folder / "speedrun.json").read_text())["steps"] == 3
+    assert not list(raced.folder.glob(".tokenizer*"))
