@@ -214,7 +214,7 @@ def test_a_data_worker_that_is_killed_loses_no_step(whole, data, tmp_path, name,
 
 ONE_FAILS = """
 import os, sys
-import config, d2it.train, train
+import config, d2it.train, loop, train
 from d2it import presets
 from plumbing import datasets, run
 from plumbing.flags import UserError
@@ -225,7 +225,10 @@ def fail(self, *args):
     if os.environ["RANK"] == "1" and len(seen) > %d:
         raise UserError("dog/7.png: torn")
     return load(self, *args)
-datasets.ImageSet.load = fail
+def begin(self, original=loop.Loop.__iter__):
+    datasets.ImageSet.load = fail  # from now on: before, all images are looked at
+    return original(self)
+loop.Loop.__iter__ = begin
 if sys.argv[1] == "train":
     main_with_user_errors(lambda: train.main(config.parse_run("", sys.argv[2:])))
 else:
@@ -233,9 +236,9 @@ else:
 """
 
 
-@pytest.mark.parametrize("name, read, step", [("train", 12, 3), ("d2it.train", 54 + 8, 2)])
+@pytest.mark.parametrize("name, read, step", [("train", 12, 3), ("d2it.train", 8, 2)])
 def test_images_that_fail_on_one_of_two_processes_lose_no_step(data, tmp_path, name, read, step):
-    """4 images a step and process; d2it calibrates on all 54 first."""
+    """4 images a step and process."""
     flags = [*(SMALL if name == "train" else D2IT), "--run", tmp_path, "--data", data,
              "--stage", 1, "--save_every", 1000]
     for rank in ranks(2, "-c", ONE_FAILS % read, name, *flags):
