@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 import losses
-from experiments import scaling
 from helpers import PNG, ROOT, folder_of, names, refused, same, take
 from plumbing import batches, checkpoint, datasets, processes, start
 from plumbing.batches import ImageStream
@@ -342,37 +341,3 @@ def test_a_classifier_is_torchvisions_where_there_is_one(monkeypatch):
     images = torch.rand(2, 3, 32, 32)
     assert losses.Perceptual().logits(images).shape == (2, 2)
     assert losses.Perceptual()(images, images) == 0
-
-
-class Anything:
-    """Stands for matplotlib: whatever is asked of it, it has two of it. Files that it saves hold
-    one byte."""
-
-    def __getattr__(self, name):
-        return Anything()
-
-    def __call__(self, *args, **more):
-        for file in args:
-            if hasattr(file, "write"):
-                file.write(b"x")
-        return Anything()
-
-    def __getitem__(self, key):
-        return Anything()
-
-    def __iter__(self):
-        return iter((Anything(), Anything()))
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_pictures_are_drawn_where_there_is_matplotlib(tmp_path, monkeypatch, there):
-    path = str(tmp_path / "scaling.png")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: Anything() if there else None)
-    if not there:
-        refused(scaling.parse, ["--out", path], names=["pip install matplotlib", "leave out"])
-        return
-    for name in ("matplotlib", "matplotlib.pyplot"):
-        monkeypatch.setitem(sys.modules, name, Anything())
-    monkeypatch.setattr(scaling, "AXES", {})
-    scaling.draw({}, scaling.parse(["--out", path]).out)
-    assert names(tmp_path) == ["scaling.png"]
