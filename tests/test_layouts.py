@@ -465,8 +465,6 @@ TABLE = {
     "d2it.diffusion.estimates": lambda c: (
         lambda *x: [diffusion.estimates(*x, path) for path in ("noise", "flow")],
         latent(c), latent(c, seed=1), noisy(c)[1]),
-    "d2it.diffusion.loss_weights": lambda c: (
-        lambda map: [diffusion.loss_weights(map, what) for what in ("code", "slot")], c.grain()),
     "d2it.diffusion.loss": lambda c: (
         lambda z, labels, map: diffusion.loss(model("content", c), z, labels, map),
         *(noisy(c)[i] for i in (0, 2, 3))),
