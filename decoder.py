@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import TokenizerConfig
-from layers import ViTBlock, count_parameters, init_vit, sincos_2d, unpatchify
+from layers import (
+    ExactBuffers, ViTBlock, as_matrices, as_weights, at_least_float32, count_parameters, init_vit,
+    sincos_2d, unpatchify)
 
 
-class Decoder(nn.Module):
+class Decoder(ExactBuffers):
     """z_q (B, k, d) for any k up to the length so far -> images (B, 3, H, W)."""
 
     def __init__(self, cfg: TokenizerConfig):
@@ -37,7 +39,7 @@ class Decoder(nn.Module):
         self.mask_tokens = nn.Parameter(sincos_2d(cfg.image_size // P, D))
         # One table per growth step: (new tokens, D) positions, (new tokens, d, N D) maps.
         self.code_pos = nn.ParameterList()
-        self.paint = nn.ParameterList()
+        self.paint = as_matrices(nn.ParameterList(), 0)  # they read codes
         self.blocks = nn.ModuleList(
             ViTBlock(D, cfg.decoder_heads) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(D)
@@ -53,18 +55,20 @@ class Decoder(nn.Module):
 
     def grow(self, num_tokens: int) -> None:
         """Append positions and maps until there are num_tokens; the old ones stay as they are."""
-        (N, D), device = self.mask_tokens.shape, self.mask_tokens.device
+        (N, D), like = self.mask_tokens.shape, self.mask_tokens
         new = num_tokens - sum(map(len, self.code_pos if self.attends else self.paint))
         if self.paints:
-            maps = torch.randn(new, self.code_dim, N * D, device=device)
+            maps = torch.randn(new, self.code_dim, N * D, device=like.device)
             # Alone, the first maps have unit scale together. All others start silent: a grown
             # decoder begins where it stopped.
             maps *= 0 if self.attends or len(self.paint) else num_tokens ** -0.5
-            self.paint.append(nn.Parameter(maps))
+            self.paint.append(nn.Parameter(maps.to(like.dtype)))
         if self.attends:
-            self.code_pos.append(nn.Parameter(torch.randn(new, D, device=device)))
+            positions = torch.randn(new, D, device=like.device)
+            self.code_pos.append(nn.Parameter(positions.to(like.dtype)))
 
     def forward(self, z_q: Tensor) -> Tensor:
+        z_q = as_weights(z_q, self.mask_tokens)
         k, N = z_q.shape[1], len(self.mask_tokens)
         # All tables are joined before the cut, so that each of them gets a (maybe zero) gradient at
         # every step.
@@ -85,8 +89,9 @@ class Decoder(nn.Module):
             return unpatchify(pixels, self.patch_size, self.image_size)  # (B, 3, H, W)
         # fold adds up what overlaps, and leaves out what lies beyond the image's edge.
         side = self.patch_size + 2 * self.overlap
-        return F.fold(pixels.float().mT * self.window, (self.image_size, self.image_size), side,
-                      padding=self.overlap, stride=self.patch_size)
+        tiles = at_least_float32(pixels).mT * self.window
+        return F.fold(tiles, (self.image_size, self.image_size), side, padding=self.overlap,
+                      stride=self.patch_size)
 
 
 def blending_window(image_size: int, patch_size: int, overlap: int) -> Tensor:

@@ -51,7 +51,7 @@ from generator import GENERATORS, Generator, need_guidance
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
 from plumbing.archives import note
-from plumbing.datasets import ImageSet, open_images
+from plumbing.datasets import ImageSet, open_images, tell_seen
 from plumbing.flags import DEVICES, Parser, UserError, need, number
 from plumbing.outputs import JSON, NPZ, need_places
 from plumbing.processes import Processes, need_room, provenance
@@ -214,6 +214,8 @@ def open_given(args, procs: Processes) -> Given:
     else:
         size = min((images or compared).load(0).shape[:2])
     size = args.image_size or size
+    if run and args.data:
+        tell_seen(run.data, compared, args.data, f"the data of {args.run}")
     return Given(run, tokenizer, images, data, val, compared, size)
 
 

@@ -33,9 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import GeneratorConfig
-from layers import KVCache, LlamaBlock, RMSNorm, eval_mode, rotary_table
+from layers import (
+    ExactBuffers, KVCache, LlamaBlock, RMSNorm, at_least_float32, eval_mode, rotary_table)
 from plumbing import checkpoint
-from plumbing.flags import need
+from plumbing.flags import build, need
 from plumbing.given import need_generator, need_labels, need_number
 from plumbing.run import unfinished
 
@@ -100,7 +101,7 @@ def sample_from(logits: Tensor, generator: torch.Generator | None, temperature: 
 # ------------------------------------------------------------------------------------------------
 # what both generators are made of
 
-class Generator(nn.Module):
+class Generator(ExactBuffers):
     """A LlamaGen-style transformer over [class, token, token, ...] -> logits (.., K) at every row.
 
     ARGenerator and MaskGITGenerator say which way it looks, how it learns and how it samples.
@@ -160,17 +161,18 @@ class Generator(nn.Module):
 
     def guided(self, labels: Tensor, ids: Tensor, scale: float,
                forward: Callable | None = None) -> Tensor:
-        """forward() under guidance, in float32: at scale 1 as it is, else both halves as one batch.
+        """forward() under guidance, in float32 or better.
 
+        At scale 1 as it is, else both halves as one batch.
         forward   to be called in its place; see ARGenerator.newest
         """
         forward = forward or self
         if scale == 1:
-            logits = forward(labels, ids).float()
+            logits = at_least_float32(forward(labels, ids))
         else:
             no_class = torch.full_like(labels, self.num_classes)
             both = forward(torch.cat([labels, no_class]), torch.cat([ids, ids]))  # (2B, R, K)
-            logits = guide(*both.float().chunk(2), scale)
+            logits = guide(*at_least_float32(both).chunk(2), scale)
         # TRAP: the argmax of nan is a valid id.
         need(logits.isfinite().all(), f"logits at cfg_scale {scale:g} are not finite (nan or inf)")
         return logits
@@ -200,7 +202,8 @@ class Generator(nn.Module):
         saved = checkpoint.load(path)
         need(saved.get("kind") in GENERATORS,
              f"{path} holds no generator; try generator-ar.pt or generator-maskgit.pt")
-        Kind, cfg = GENERATORS[saved["kind"]], GeneratorConfig(**saved["generator_config"])
+        Kind = GENERATORS[saved["kind"]]
+        cfg, = build((GeneratorConfig,), saved["generator_config"])
         model = Kind(cfg, saved["num_tokens"], saved["codebook_size"], len(saved["classes"]))
         checkpoint.load_strict(model, saved["ema"], f"generator weights in {path}")
         model.classes, model.tokenizer_fingerprint = saved["classes"], saved["tokenizer"]
@@ -323,7 +326,8 @@ class MaskGITGenerator(Generator):
     def loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """Mean of the smoothed cross-entropy: masked tokens weigh 1, others unmasked_weight.
 
-        dict   "masked_share"; "masked_accuracy", the share of masked tokens guessed exactly
+        dict   "masked_share"; "masked_accuracy", the share of masked tokens guessed exactly;
+               "weight", that of a token on average: what this mean counts in a larger one
         """
         masked = random_masks(*ids.shape, ids.device)  # (B, L)
         hidden = ids.masked_fill(masked, self.mask_id)  # (B, L)
@@ -334,7 +338,7 @@ class MaskGITGenerator(Generator):
         loss = (weight * error).sum() / weight.sum()
         hits = (logits.detach().argmax(dim=-1) == ids) & masked
         return loss, {"masked_share": masked.float().mean(),
-                      "masked_accuracy": hits.sum() / masked.sum()}
+                      "masked_accuracy": hits.sum() / masked.sum(), "weight": weight.mean()}
 
     def sample(self, labels: Tensor, steps: int | None = None, cfg_scale: float = 1.0,
                temperature: float = 1.0, randomize_temperature: float = 4.5,

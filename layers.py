@@ -17,6 +17,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------------------
+# types
+
+def as_weights(x: Tensor, weight: Tensor) -> Tensor:
+    """x in the type of a weight: what a model does at its door, so that images may be float32
+    whatever the model is. Under autocast x stays as it is, as torch then chooses types.
+    """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x
+    return x.to(weight.dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float16 and bfloat16 become float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class ExactBuffers(nn.Module):
+    """A module whose own buffers keep their type: .bfloat16() and the like round weights alone.
+
+    TRAP: torch rounds buffers too. A threshold, or the angle of step 999, in 8 bits is another one.
+    """
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+
+# ------------------------------------------------------------------------------------------------
 # patches
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -71,11 +105,26 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     To turn a pair (a, b) by an angle is to multiply a + ib by exp(i angle). Complex numbers are at
     least float32, whatever x and the table are.
     """
-    real = torch.promote_types(x.dtype, torch.float32)
     # TRAP: view_as_complex wants the two numbers of a pair next to each other in memory.
-    pairs = x.to(real).contiguous().unflatten(-1, (-1, 2))  # (B, heads, T, head_dim/2, 2)
-    table = torch.view_as_complex(table.to(real).contiguous())  # (T, head_dim/2)
+    pairs = at_least_float32(x).contiguous().unflatten(-1, (-1, 2))  # (B, heads, T, head_dim/2, 2)
+    table = torch.view_as_complex(at_least_float32(table).contiguous())  # (T, head_dim/2)
     return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2).type_as(x)
+
+
+# ------------------------------------------------------------------------------------------------
+# which weights are matrices
+
+def as_matrices(module: nn.Module, count: int = 1) -> nn.Module:
+    """Mark the module's own weights for the optimizer (loop.new_optimizer), and return it.
+
+    count   matrices from hidden channels to hidden channels that are stored as one: Muon's.
+            0: they read or write something else, such as codes or pixels: AdamW's
+    What counts as its weights: the one called weight, and stacks (n, out, in). A Linear, a
+    convolution and an embedding without a mark are 0; a bare parameter without a mark is a position
+    or a bias, which no weight decay touches.
+    """
+    module.matrices = count
+    return module
 
 
 # ------------------------------------------------------------------------------------------------
@@ -92,8 +141,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.out = nn.Linear(width, width, bias=bias)
+        self.qkv = as_matrices(nn.Linear(width, 3 * width, bias=bias), 3)
+        self.out = as_matrices(nn.Linear(width, width, bias=bias))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False,
                 rotary: Tensor | None = None) -> Tensor:
@@ -113,7 +162,8 @@ class Attention(nn.Module):
 
 class MLP(nn.Sequential):
     def __init__(self, width: int):
-        super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        super().__init__(as_matrices(nn.Linear(width, 4 * width)), nn.GELU(),
+                         as_matrices(nn.Linear(4 * width, width)))
 
 
 class ViTBlock(nn.Module):
@@ -130,14 +180,15 @@ class ViTBlock(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in float32 [LLaMA]."""
+    """x / rms(x) * weight, computed in float32 or better [LLaMA]."""
 
     def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return (F.rms_norm(x.float(), x.shape[-1:], eps=self.eps) * self.weight).type_as(x)
+        x_hat = F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps)
+        return (x_hat * self.weight).type_as(x)
 
 
 class SwiGLU(nn.Module):
@@ -149,8 +200,8 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         hidden = -(-8 * width // 3 // 64) * 64  # rounded up to a multiple of 64; 2048 at 768
-        self.w13 = nn.Linear(width, 2 * hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w13 = as_matrices(nn.Linear(width, 2 * hidden, bias=False), 2)
+        self.w2 = as_matrices(nn.Linear(hidden, width, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)

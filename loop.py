@@ -9,14 +9,19 @@ Differs  From nanoGPT's loop only in what a long run needs: it can stop and go o
          any number of processes, and a step that is not finite on one of them is skipped by all
 
     loop = Loop(run, "base", model, ema, optimizer, stream, steps, batch_size, rates)
-    for images, labels in loop:     # one micro-batch a turn, on the device, under autocast
-        loss = mse(loop.model(images), images)
-        loop.backward(loss, {"pixels": loss})
-        if loop.stepped:            # False within an accumulation, and when a step was skipped
-            ...                     # what has to happen after each optimizer step
-        if loop.time_to_save:
-            save(loop.step)         # steps done, this one included
-    loop.leave_if_stopped(save)     # a signal has come: save, and leave with exit code 3
+    with loop.saved_by(save):           # a signal, or images that fail: save(steps done), and leave
+        for images, labels in loop:     # one micro-batch a turn, on the device
+            with loop.autocast():       # only here: backward, pictures, saving are outside of it
+                recon = loop.model(images)
+            loss = mse(recon, images)
+            loop.backward(loss, {"pixels": loss})
+            if loop.stepped:            # False within an accumulation, and when a step was skipped
+                ...                     # what has to happen after each optimizer step
+            if loop.time_to_save:
+                save(loop.step)         # steps done, this one included
+            if loop.time_to_show:       # after saving: it may read images, and these may fail
+                show(loop.step)
+        result = evaluate(ema)          # in here too, as it reads images
 
 Try      python loop.py      (prints how the learning rate rises and falls)
 """
@@ -32,7 +37,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from muon import Muon, is_hidden_matrix
+from muon import Muon, matrices_of
+from plumbing.batches import ImagesFailed
 from plumbing.flags import need
 from plumbing.processes import INTERRUPTED, Interrupted, peak_memory, reset_peak_memory
 from plumbing.run import Run
@@ -46,16 +52,13 @@ def new_optimizer(model: nn.Module, kind: str, weight_decay: float, beta2: float
     Weight decay touches matrices only: biases, norms, positions, queries and codes map nothing.
     A group's "scale" is its learning rate as a multiple of the one that Loop sets for each step.
     """
-    groups = {}
+    groups, marked = {}, matrices_of(model)
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        # Experts' matrices are stacked: (n, out, in).
-        decay = weight_decay if p.ndim >= 3 or (p.ndim == 2 and name.endswith("weight")) else 0.0
-        matrices, scale = 0, codebook_scale if name.endswith("codebook") else 1.0
-        if kind == "muon" and is_hidden_matrix(name, p):
-            matrices = 3 if "qkv" in name else 2 if "w13" in name else 1  # stored as one
-            scale = muon_scale
+        decay = weight_decay if p in marked else 0.0
+        matrices = marked.get(p, 0) if kind == "muon" else 0
+        scale = muon_scale if matrices else codebook_scale if name.endswith("codebook") else 1.0
         groups.setdefault((matrices, scale, decay), []).append(p)
     return Muon([dict(params=params, matrices=matrices, scale=scale, weight_decay=decay)
                  for (matrices, scale, decay), params in groups.items()], betas=(0.9, beta2))
@@ -111,7 +114,7 @@ class Loop:
     step       steps done
     stepped    the last backward() ended a step, and the weights were changed by it
     time_to_save   every save_every steps
-    stop       a signal has come; the loop ends after this step, and leave_if_stopped() the program
+    whole      all that this process learns from in this step; a turn's micro-batch is a part of it
 
     stream     step -> batches of this process from that step on, tuples of tensors with equal first
     dimensions batch_size   over all processes; rates: peak, end, warm-up steps of the learning rate
@@ -129,66 +132,121 @@ class Loop:
         self.bare = model
         self.model = run.procs.wrap(model, cuda_graph)
         self.learning = [p for p in model.parameters() if p.requires_grad]
-        self.stepped = self.stop = False
+        self.stepped = self.agreed = self.unread = False
         self.pieces_left = self.skipped_in_a_row = 0
+        # A step of one micro-batch is its own mean.
+        self.alone = run.procs.world == 1 and run.train.accumulate == 1
         need_equal_pieces(name, batch_size, run.procs.world, run.train.accumulate)
+        if run.train.optimizer == "muon" and not any(g["matrices"] for g in optimizer.param_groups):
+            run.say(f"{name}: no hidden matrices, only such as convolutions; so --optimizer muon "
+                    "changes nothing here, and AdamW has all of it")
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         train, procs = self.run.train, self.run.procs
-        batches = self.stream(self.step)
+        self.run.trim_log(self.name, self.step)
+        self.batches = self.stream(self.step)
         reset_peak_memory(procs.device)
         self.begin_log()
         self.bar = tqdm(total=self.steps, initial=self.step, desc=f"{self.name:10}", mininterval=1,
                         disable=not procs.main)
         self.bare.train()
-        while self.step < self.steps:
-            # 1. The learning rate of this step.
+        while True:
+            # 1. The batch, and whether all processes have one and want to go on.
+            if self.step < self.steps:
+                with procs.interruptible():
+                    batch = next(self.batches)
+            self.agree()
+            if self.step == self.steps:
+                break
+
+            # 2. The learning rate of this step.
             self.rate = learning_rate(self.step, self.steps, *self.rates)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * group.get("scale", 1.0)
 
-            # 2. The batch, cut into micro-batches of equal size. Processes exchange gradients with
-            # the last one.
-            try:
-                with procs.interruptible():
-                    batch = next(batches)
-            except Interrupted:  # while it was waited for: nothing of this step has begun
-                self.stop = True
-                break
-            batch = [part.to(procs.device, non_blocking=True) for part in batch]
+            # 3. Micro-batches of equal size. Processes exchange gradients with the last one.
+            self.whole = tuple(part.to(procs.device, non_blocking=True) for part in batch)
             size = len(batch[0]) // train.accumulate
-            self.terms, self.pieces_left = defaultdict(float), train.accumulate
+            self.terms, self.weight = defaultdict(list), 0.0
+            self.pieces_left = train.accumulate
             for first in range(0, len(batch[0]), size):
-                alone = procs.world == 1 or self.pieces_left == 1
-                with contextlib.nullcontext() if alone else self.model.no_sync():
-                    with procs.autocast(train.precision):
-                        yield tuple(part[first:first + size] for part in batch)
+                last = procs.world == 1 or self.pieces_left == 1
+                with contextlib.nullcontext() if last else self.model.no_sync():
+                    yield tuple(part[first:first + size] for part in self.whole)
+            # Whoever iterates has called backward(), and saved if it was time to.
+        self.close()
 
-            # 3. Whoever iterates has called backward(), and saved if it was time to.
-            if self.stop:
-                break
-        self.bar.close()
+    def autocast(self):
+        """For the model's forward, and nothing else: products as --precision says."""
+        return self.run.procs.autocast(self.run.train.precision)
 
-    def leave_if_stopped(self, save: Callable[[int], None]) -> None:
-        """After the loop: if a signal has ended it, save(steps done) and leave with exit code 3."""
-        if self.stop:
+    # --------------------------------------------------------------------------------------------
+    # how it may end
+
+    def agree(self, error: ImagesFailed | None = None) -> None:
+        """Go on, unless some process must not. Each asks before a step, and one whose images failed
+        asks then, in its place.
+
+        Raises on all processes alike: ImagesFailed of the first that has one; Interrupted when a
+        signal has come to any, or when nobody reads what is printed any more.
+        """
+        procs = self.run.procs
+        failed, stop = procs.any(error is not None, procs.stop or self.unread)
+        if failed:
+            self.agreed = True
+            told = [text for text in procs.gather(error and str(error)) if text]
+            raise ImagesFailed(told[0])
+        if stop:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def saved_by(self, save: Callable[[int], None]) -> Iterator[None]:
+        """Around the loop and what measures its end: what was learned is saved, whatever ends it.
+
+        A signal: save(steps done), and leave with exit code 3. Images that cannot be had (a bad
+        file, a data worker that died) harm no weights: the same, then ImagesFailed that says so.
+        """
+        try:
+            yield
+        except Interrupted:
+            self.close()
             save(self.step)
             self.run.say(f"interrupted: step {self.step} of {self.name} is saved; "
                          "repeat the command to go on")
             sys.exit(INTERRUPTED)
+        except ImagesFailed as error:
+            self.close()
+            with contextlib.suppress(ImagesFailed):
+                if not self.agreed:
+                    self.agree(error)
+            save(self.step)
+            raise ImagesFailed(f"{error}; step {self.step} of {self.name} is saved: mend that, and "
+                               "repeat the command to go on") from error
 
-    def backward(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
+    def close(self) -> None:
+        self.bar.close()  # so that what is said next has a line of its own
+        self.batches.close()  # so that data workers end
+
+    # --------------------------------------------------------------------------------------------
+    # a step
+
+    def backward(self, loss: Tensor, terms: dict[str, Tensor], weight: Tensor | float = 1.0
+                 ) -> None:
         """Add the gradients of one micro-batch; with the last one of a step, take the step.
 
-        terms   what to log beside the loss; scalars, means over the micro-batch
+        loss     a mean over the micro-batch
+        terms    what to log beside it; scalars, means over the micro-batch. One that some lack is
+                 averaged over those that have it
+        weight   what share of the micro-batch `loss` is a mean over, where that differs: a step's
+                 loss is the mean over all that its micro-batches, on all processes, have together
         """
-        accumulate = self.run.train.accumulate
-        with torch.autocast(loss.device.type, enabled=False):  # backward has its forward's types
-            (loss / accumulate).backward()
+        weight = 1.0 if self.alone else weight  # or it would only be rounded
+        (loss * weight).backward()
         # What is logged, and looked at for being finite, is the mean over the whole step. detach,
         # not float(): a number would make the CPU wait for the GPU.
-        for name, value in {"loss": loss, **terms}.items():
-            self.terms[name] += value.detach() / accumulate
+        for name, value in {"loss": loss * weight, **terms}.items():
+            self.terms[name].append(value.detach())
+        self.weight = self.weight + weight
         self.pieces_left -= 1
         self.stepped = self.pieces_left == 0 and self.take_step()
 
@@ -198,18 +256,22 @@ class Loop:
         Returns False if any process met a number that is not finite: then all skip the step.
         """
         train, procs = self.run.train, self.run.procs
+        values = {name: torch.stack(parts).mean() for name, parts in self.terms.items()}
+        if not self.alone:
+            # Gradients are sums over micro-batches of loss times weight, and the processes' mean.
+            torch._foreach_div_([p.grad for p in self.learning if p.grad is not None],
+                                procs.mean(self.weight))
+            values["loss"] = values["loss"] * train.accumulate / self.weight
         # A limit of infinity only measures.
         norm = nn.utils.clip_grad_norm_(self.learning, train.grad_clip or math.inf)
-        values = {**self.terms, "grad_norm": norm}
+        values["grad_norm"] = norm
         finite = torch.stack([value.float() for value in values.values()]).isfinite().tolist()
         wrong = [name for name, good in zip(values, finite) if not good]
-        skip, self.stop = procs.any(bool(wrong), procs.stop or output_gone())
+        skip, = procs.any(bool(wrong))
         if skip:
             self.skipped += 1
             self.skipped_in_a_row += 1
             where = ", ".join(wrong) or "a term on another process"
-            if self.skipped_in_a_row == 10:
-                self.bar.close()  # so that the message has a line of its own
             need(self.skipped_in_a_row < 10,
                  f"{self.name}, step {self.step + 1}: {where} was not finite in 10 steps in a row; "
                  "lower the learning rate or use --precision fp32")
@@ -222,6 +284,7 @@ class Loop:
         self.optimizer.zero_grad()
         self.step += 1
         self.bar.update()
+        self.unread = output_gone()
         if self.step % train.log_every == 0 or self.step == self.steps:
             self.write_log()
         return not skip

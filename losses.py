@@ -9,12 +9,14 @@ Differs  the discriminator is the 70x70 PatchGAN of pix2pix and taming-transform
 Try      python losses.py      (CPU, about a second)
 """
 import pickle
+from collections import deque
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers import ExactBuffers, as_weights
 from plumbing import checkpoint
 from plumbing.flags import UserError, need
 
@@ -61,7 +63,7 @@ def psnr(recon: Tensor, images: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 # perception
 
-class Perceptual(nn.Module):
+class Perceptual(ExactBuffers):
     """Squared error between a frozen ImageNet classifier's logits of two images [TiTok].
 
     network   normalised images (B, 3, 224, 224) -> logits (B, classes);
@@ -90,7 +92,9 @@ class Perceptual(nn.Module):
         with torch.autocast(images.device.type, enabled=False):    # float32 throughout [TiTok]
             x = (images.float() + 1) / 2  # [0, 1], as ImageNet's mean and std expect
             x = F.interpolate(x, size=(224, 224), mode="bilinear", antialias=True)
-            return self.network((x - self.mean) / self.std)        # (B, classes)
+            x = (x - self.mean) / self.std
+            x = as_weights(x, next(self.network.parameters(), x))
+            return self.network(x).float()                         # (B, classes)
 
 
 def pretrained_convnext() -> nn.Module:
@@ -152,7 +156,7 @@ class Discriminator(nn.Module):
         side = min(images.shape[-2:])
         need(side >= 24, f"the adversarial loss needs images of 24 pixels or more, not {side}; "
                          "run with --adversarial_weight 0")
-        return self.layers(images)
+        return self.layers(as_weights(images, self.layers[0].weight))
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -175,7 +179,7 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return -fake_logits.float().mean()
 
 
-class LeCam(nn.Module):
+class LeCam(ExactBuffers):
     """LeCam regularisation: holds the discriminator back where real and fake are far apart.
 
         relu(mean(real) - fake anchor)^2 + relu(real anchor - mean(fake))^2
@@ -203,7 +207,7 @@ class LeCam(nn.Module):
     def update(self, real_logits: Tensor, fake_logits: Tensor) -> None:
         """Move the anchors towards the mean logits of all ranks; every rank must call it."""
         means = torch.stack([real_logits.float().mean(), fake_logits.float().mean()])
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.all_reduce(means)
             means /= dist.get_world_size()
         self.real_anchor.lerp_(means[0], 1 - self.decay)
@@ -217,15 +221,17 @@ class Adversary:
     Hinge loss plus 0.001 x LeCam, AdamW at the tokenizer's learning rate [TiTok].
     """
 
-    def __init__(self, learning_rate: float, device: torch.device):
+    def __init__(self, learning_rate: float, device: torch.device, pieces: int = 1):
+        """pieces   micro-batches of a step"""
         self.net, self.lecam = Discriminator().to(device), LeCam().to(device)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=learning_rate,
                                            betas=(0.9, 0.999), weight_decay=1e-4)
-        self.seen = None  # (real, fake) of the step that is under way
+        # (real, fake) of each micro-batch; those of a step that was skipped are pushed out
+        self.seen = deque(maxlen=pieces)
 
     def see(self, images: Tensor, recon: Tensor) -> None:
-        """images, recon (B, 3, H, W): what the next learn() learns from."""
-        self.seen = images, recon.detach()
+        """images, recon (B, 3, H, W) of a micro-batch: the next learn() learns from all of them."""
+        self.seen.append((images, recon.detach()))
 
     def judge(self, recon: Tensor, error: Tensor) -> Tensor:
         """recon (B, 3, H, W), its pixel error -> the tokenizer's adversarial loss, a scalar.
@@ -240,19 +246,26 @@ class Adversary:
         return loss * (pixels.norm() / own.norm().clamp_min(1e-8)).clamp_max(1e4)
 
     def learn(self) -> None:
-        """One step of the discriminator on what it saw last; nothing if it has seen nothing new."""
-        if self.seen is None:
+        """One step of the discriminator on what it saw in this step; nothing if it saw nothing.
+
+        LeCam's part is the mean over micro-batches, each of which it looks at by itself.
+        """
+        if not self.seen:
             return
-        (images, recon), self.seen = self.seen, None
         self.optimizer.zero_grad(set_to_none=True)  # judge() left the tokenizer's gradients here
-        real, fake = self.net(images), self.net(recon)
-        (discriminator_loss(real, fake) + 0.001 * self.lecam(real, fake)).backward()
-        if dist.is_available() and dist.is_initialized():
+        verdicts = []
+        for images, recon in self.seen:
+            real, fake = self.net(images), self.net(recon)
+            loss = discriminator_loss(real, fake) + 0.001 * self.lecam(real, fake)
+            (loss / len(self.seen)).backward()
+            verdicts.append((real.detach(), fake.detach()))
+        self.seen.clear()
+        if dist.is_initialized():
             for p in self.net.parameters():
                 dist.all_reduce(p.grad)
                 p.grad /= dist.get_world_size()
         self.optimizer.step()
-        self.lecam.update(real.detach(), fake.detach())
+        self.lecam.update(*(torch.cat(side) for side in zip(*verdicts)))
 
     def state_dict(self) -> dict:
         return {"net": self.net.state_dict(), "lecam": self.lecam.state_dict(),

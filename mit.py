@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from config import TokenizerConfig
-from layers import ViTBlock, count_parameters, init_vit, patchify, sincos_2d
+from layers import (
+    ViTBlock, as_matrices, as_weights, count_parameters, init_vit, patchify, sincos_2d)
 
 
 class MIT(nn.Module):
@@ -30,12 +31,13 @@ class MIT(nn.Module):
         self.blocks = nn.ModuleList(
             ViTBlock(D, cfg.encoder_heads) for _ in range(cfg.encoder_depth))
         self.norm = nn.LayerNorm(D)
-        self.dimension_switcher = nn.Linear(D, cfg.expert_width)
+        self.dimension_switcher = as_matrices(nn.Linear(D, cfg.expert_width))
         # Positions at unit scale: attention can tell patches apart from the first step. With small
         # ones it starts uniform, and every token reads the mean patch, for hundreds of steps.
         self.apply(init_vit)
 
     def forward(self, images: Tensor) -> Tensor:
+        images = as_weights(images, self.pos)
         x = self.embed(patchify(images, self.patch_size)) + self.pos  # (B, N, D)
         for block in self.blocks:
             x = block(x)

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import TokenizerConfig
-from layers import count_parameters, init_vit
+from layers import as_matrices, as_weights, count_parameters, init_vit
 from quantizer import VectorQuantizer
 
 
@@ -67,6 +67,8 @@ class Layer(nn.Module):
         E = width
         self.wq, self.wk, self.wv = (nn.Linear(E, E, bias=False) for _ in range(3))
         self.wo, self.w1, self.w2 = nn.Linear(E, E), nn.Linear(E, 4 * E), nn.Linear(4 * E, E)
+        for linear in self.children():
+            as_matrices(linear)
 
     def attend(self, asking: Tensor, rows: Tensor, heads: int, trace: list | None) -> Tensor:
         """asking (B, R, E) and rows (B, T, E), both normalised -> what is read, (B, R, E)."""
@@ -164,7 +166,7 @@ class MoCET(nn.Module):
                 the expert wanted, and the experts after it read them; or {position: a function}
                 that makes the ids of what it wanted, z (B, d) normalised
         """
-        rows, emitted, force = x_latent, [], force or {}
+        rows, emitted, force = as_weights(x_latent, self.embed_code.weight), [], force or {}
         for i, expert in enumerate(self.experts):
             z_i = expert.head(norm(expert(rows, trace)))  # (B, d)
             z_q_i, id_i, z_i = quantizer.quantize(z_i, quantizer.codes())
@@ -176,6 +178,7 @@ class MoCET(nn.Module):
 
     def as_prior(self, z_q_i: Tensor, expert: Expert) -> Tensor:
         """A token z_q_i (B, d) as the experts after it read it: (B, 1, E)."""
+        z_q_i = as_weights(z_q_i, expert.pos)  # the quantizer's codes are float32
         return (self.embed_code(z_q_i) + expert.pos)[:, None]
 
     @staticmethod
@@ -217,6 +220,7 @@ class MoCET(nn.Module):
                 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         if any(type(expert) is not Expert for expert in self.experts):
             return self.forward_loop(x_latent, quantizer, force=force)
+        x_latent = as_weights(x_latent, self.embed_code.weight)
         codes, cx = quantizer.codes(), norm(x_latent)  # (K, d), (B, N, E)
         prior, emitted, force = cx[:, :0], [], force or {}  # (B, 0, E), normalised as well
         # One product per growth step, not one for all: growth must not change how old ones round.

@@ -15,14 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-# What reads or writes something other than hidden channels is AdamW's: pixels, codes, ids, classes.
-OUTER = ("embed", "head", "to_pixels", "paint", "token", "label", "codebook", "query", "pos")
 
+def matrices_of(model: nn.Module) -> dict[nn.Parameter, int]:
+    """{weight: how many hidden matrices it is}, as layers.as_matrices marks them.
 
-def is_hidden_matrix(name: str, p: Tensor) -> bool:
-    """Does Muon take this parameter? Not for embeddings, positions, output layers and vectors."""
-    inner = not any(word in part for part in name.split(".")[-2:] for word in OUTER)
-    return inner and (p.ndim == 3 or (p.ndim == 2 and name.endswith("weight")))
+    0: it is a matrix and AdamW's, since it reads or writes something other than hidden channels; so
+    are convolutions, embeddings and what has no mark. Biases, norms, positions, queries and codes
+    are no matrices and not in here.
+    """
+    found = {}
+    for module in model.modules():
+        marked = hasattr(module, "matrices")
+        for name, p in module.named_parameters(recurse=False):
+            if (name == "weight" and p.ndim >= 2) or (marked and p.ndim == 3):
+                found[p] = module.matrices if marked else 0
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -72,9 +79,14 @@ def whole_float32(device: torch.device):
     """Products inside are float32's own, whatever autocast and TF32 are outside."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    with torch.autocast(device.type, enabled=False):
-        yield
-    torch.set_float32_matmul_precision(before)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+MUON, ADAMW = ("momentum",), ("exp_avg", "exp_avg_sq", "step")  # what is kept for a parameter
 
 
 class Muon:
@@ -113,7 +125,12 @@ class Muon:
         return [[self.state[p][name] for p in params] for name in names]
 
     def state_dict(self) -> dict:
-        """In torch's form: a parameter is its number, in the order of the groups."""
+        """In torch's form: a parameter is its number, in the order of the groups.
+
+        Before its first step a parameter has moments of zero, so any state can be gone on from.
+        """
+        for group in self.param_groups:
+            self.states(group["params"], *(MUON if group["matrices"] else ADAMW))
         number = {p: i for i, p in enumerate(self.params)}
         return {"state": {number[p]: state for p, state in self.state.items()},
                 "param_groups": [{**group, "params": [number[p] for p in group["params"]]}
@@ -135,7 +152,7 @@ class Muon:
             group.update({name: value for name, value in old.items() if name != "params"})
 
     def muon(self, params: list[nn.Parameter], group: dict) -> None:
-        b, (m,) = group["momentum"], self.states(params, "momentum")
+        b, (m,) = group["momentum"], self.states(params, *MUON)
         torch._foreach_lerp_(m, [p.grad for p in params], 1 - b)
         same = {}  # (rows, columns) -> [(W, u)], as stacks
         for p, u in zip(params, torch._foreach_lerp([p.grad for p in params], m, b)):
@@ -150,7 +167,7 @@ class Muon:
                                 alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
 
     def adamw(self, params: list[nn.Parameter], group: dict) -> None:
-        first, second, steps = self.states(params, "exp_avg", "exp_avg_sq", "step")
+        first, second, steps = self.states(params, *ADAMW)
         adamw(params, [p.grad for p in params], first, second, [], steps, fused=True, amsgrad=False,
               maximize=False, eps=1e-8, lr=group["lr"], weight_decay=group["weight_decay"],
               beta1=group["betas"][0], beta2=group["betas"][1])

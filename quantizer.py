@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import TokenizerConfig
+from layers import at_least_float32
 
 TEMPERATURE = 0.1  # [ours] of the soft choice: a code 0.1 nearer in cosine counts e times as much
 
@@ -52,14 +53,14 @@ class VectorQuantizer(nn.Module):
         return z_q, ids, self.losses(z, ids)
 
     def codes(self) -> Tensor:
-        """The codebook on the unit sphere: (K, d) float32."""
-        return F.normalize(self.codebook.float(), dim=-1)
+        """The codebook on the unit sphere: (K, d) float32, or float64 if the codebook is."""
+        return F.normalize(at_least_float32(self.codebook), dim=-1)
 
     def quantize(self, z: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (..., d), codes (K, d) -> z_q (..., d), ids (...), z (..., d) normalised."""
-        # Codes lie closer together than bf16 resolves, hence float32.
+        # Codes lie closer together than bf16 resolves, hence float32 or better.
         with torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(z.float(), dim=-1)
+            z = F.normalize(z.to(codes.dtype), dim=-1)
             # Between unit vectors |z - e|^2 = 2 - 2 z.e: nearest is the largest dot product.
             ids = (z.detach() @ codes.detach().T).argmax(dim=-1)
             if self.continuous and self.training:
@@ -130,7 +131,7 @@ class VectorQuantizer(nn.Module):
         dead = self.count == 0
         # drawn in any case: all ranks must take part
         fresh = shared_sample(self.recent, len(self.codebook))
-        self.codebook[dead] = fresh[dead]
+        self.codebook[dead] = fresh[dead].to(self.codebook.dtype)
         self.count.zero_()
         return dead
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from config import TokenizerConfig
-from layers import ViTBlock, init_vit, patchify, sincos_2d
+from layers import ViTBlock, as_weights, init_vit, patchify, sincos_2d
 from quantizer import VectorQuantizer
 
 
@@ -40,6 +40,7 @@ class TiTok(nn.Module):
 
     def forward(self, images: Tensor,
                 quantizer: VectorQuantizer) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        images = as_weights(images, self.pos)
         patches = self.embed(patchify(images, self.patch_size)) + self.pos  # (B, N, D)
         latents = self.latents.expand(len(images), -1, -1).to(patches.dtype)  # (B, L, D)
         x = torch.cat([patches, latents], dim=1)  # (B, N + L, D)

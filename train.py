@@ -113,7 +113,7 @@ class Tokenizer:
         self.run, self.path = run, run.path("tokenizer.pt")
         tok, train, device = run.tok, run.train, run.procs.device
         self.fixed = settings("tokenizer", tok, train)
-        needs = ("num_tokens", "results", "tokenizer_config", "adversary")
+        needs = ("num_tokens", "results", "tokenizer_config", "adversary", "continuous")
         self.saved = run.resume(self.path, self.fixed, needs)
         self.results = self.saved["results"] if self.saved else {}
 
@@ -132,7 +132,7 @@ class Tokenizer:
         self.perceptual = Perceptual().to(device) if train.perceptual_weight else None
         self.adversary = None
         if train.adversarial_weight:
-            self.adversary = Adversary(train.learning_rate, device)
+            self.adversary = Adversary(train.learning_rate, device, train.accumulate)
             if self.saved:
                 self.adversary.load(self.saved["adversary"] or {}, self.path)
 
@@ -140,6 +140,7 @@ class Tokenizer:
         self.run.save(self.path, tokenizer_config=as_dict(self.run.tok), settings=self.fixed,
                       num_tokens=self.model.num_tokens, phase=phase, step=step,
                       results=self.results, model=self.model.state_dict(),
+                      continuous=self.model.quantizer.continuous,
                       ema=self.ema.state_dict(), optimizer=optimizer.state_dict(),
                       adversary=self.adversary and self.adversary.state_dict())
 
@@ -177,13 +178,14 @@ def train_phase(tokenizer: Tokenizer, phase: Phase, number: int, steps_before: i
     optimizer = new_optimizer(model, train.optimizer, train.weight_decay, train.beta2,
                               train.muon_learning_rate / (train.learning_rate or 1),
                               train.codebook_rate)
-    start = saved["step"] if saved and saved["phase"] == phase.name else 0
-    if start:
-        checkpoint.load_optimizer(optimizer, saved["optimizer"], f"{tokenizer.path}: optimizer")
-    run.seed(saved["random"] if start else None, number)
     # The very first steps run without quantization: a codebook of random codes would be noise to
     # the decoder. When they are over, the codebook is drawn from what the experts say by then.
-    model.quantizer.continuous = number == 0 and start < train.continuous_steps
+    start, random, model.quantizer.continuous = 0, None, number == 0 and train.continuous_steps > 0
+    if saved and saved["phase"] == phase.name:
+        start, random, model.quantizer.continuous = (
+            saved[name] for name in ("step", "random", "continuous"))
+        checkpoint.load_optimizer(optimizer, saved["optimizer"], f"{tokenizer.path}: optimizer")
+    run.seed(random, number)
     run.say(f"{phase.name}: {model.num_tokens} tokens, "
             f"{count_parameters(model, learning_only=True):,} of {count_parameters(model):,} "
             f"parameters learn, step {start} of {phase.steps}")
@@ -202,37 +204,41 @@ def train_phase(tokenizer: Tokenizer, phase: Phase, number: int, steps_before: i
     loop = Loop(run, phase.name, model, ema, optimizer, stream, phase.steps, train.batch_size,
                 (train.learning_rate, train.min_learning_rate, train.warmup_steps), start,
                 train.cuda_graph)
-    for images, _ in loop:
-        images = to_float(images)                                   # (B, 3, H, W) in [-1, 1]
-        recon, _, terms = loop.model(images)
-        terms["pixels"] = reconstruction(recon, images)
-        if perceptual:
-            terms["perceptual"] = perceptual(recon, images)
-        if adversary and train.adversary_learns(steps_before + loop.step):
-            adversary.see(images, recon)
-        if adversary and train.adversary_judges(steps_before + loop.step):
-            terms["adversarial"] = adversary.judge(recon, terms["pixels"])
-        loss = sum(weights[name] * term for name, term in terms.items())
-        loop.backward(loss, terms)
-        if loop.stepped:
-            tend_codebook(model.quantizer, ema.quantizer, loop.step, phase, train)
-            if adversary:
-                adversary.learn()
-        if loop.time_to_show:
-            show_reconstructions(run, ema, f"{phase.name}-{loop.step:07}")
-        if loop.time_to_save:
-            tokenizer.save(phase.name, loop.step, optimizer)
-    loop.leave_if_stopped(lambda step: tokenizer.save(phase.name, step, optimizer))
+    def save(step: int) -> None:
+        tokenizer.save(phase.name, step, optimizer)
+
+    with loop.saved_by(save):
+        for images, _ in loop:
+            images = to_float(images)                               # (B, 3, H, W) in [-1, 1]
+            with loop.autocast():
+                recon, _, terms = loop.model(images)
+            terms["pixels"] = reconstruction(recon, images)
+            if perceptual:
+                terms["perceptual"] = perceptual(recon, images)
+            if adversary and train.adversary_learns(steps_before + loop.step):
+                adversary.see(images, recon)
+            if adversary and train.adversary_judges(steps_before + loop.step):
+                terms["adversarial"] = adversary.judge(recon, terms["pixels"])
+            loss = sum(weights[name] * term for name, term in terms.items())
+            loop.backward(loss, terms)
+            if loop.stepped:
+                tend_codebook(model.quantizer, ema.quantizer, loop.step, phase, train)
+                if adversary:
+                    adversary.learn()
+            if loop.time_to_save:
+                save(loop.step)
+            if loop.time_to_show:
+                show_reconstructions(run, ema, f"{phase.name}-{loop.step:07}")
+        result = {"num_tokens": model.num_tokens, **evaluate(ema, run),
+                  "seconds": round(time.time() - began, 1)}
 
     # 4. The averaged weights become the weights: what is frozen from now on, and what later experts
     #    are made for, must be what will be used.
     model.load_state_dict(ema.state_dict())
-    result = {"num_tokens": model.num_tokens, **evaluate(ema, run),
-              "seconds": round(time.time() - began, 1)}
     tokenizer.results[phase.name] = result
-    tokenizer.save(phase.name, phase.steps, optimizer)
+    run.log(phase=phase.name, step=phase.steps, **result)  # before saving: lost, it is made again
+    save(phase.steps)
     show_reconstructions(run, ema, phase.name)
-    run.log(phase=phase.name, step=phase.steps, **result)
     run.say(f"{phase.name}: {model.num_tokens} tokens, held-out PSNR {result['psnr']:.2f} dB, "
             f"{result['codebook_used']:.0%} of the codebook in use")
 
@@ -322,24 +328,27 @@ def train_generator(run: Run, kind: str, change_model: Callable,
                 train.generator_batch_size,
                 (train.generator_learning_rate, train.generator_min_learning_rate,
                  train.generator_warmup_steps), start, train.cuda_graph)
-    for batch_ids, batch_labels in loop:                         # (B, L), (B,)
-        loss, terms = loop.model(batch_ids, batch_labels)
-        # nll_by_position is a vector; it is for explain.py, and no line of the log.
-        loop.backward(loss, {name: term for name, term in terms.items() if term.ndim == 0})
-        if loop.time_to_show:
-            show_samples(run, tokenizer, ema, f"{kind}-{loop.step:07}")
-        if loop.time_to_save:
-            save(loop.step)
-    loop.leave_if_stopped(save)
-
-    # 4. How good it is on images that nothing was learned from, if their classes mean the same.
     held_out = {}
-    if run.val.classes == run.data.classes:
-        held_out["held_out_loss"] = round(held_out_loss(run, ema, encode), 4)
-    save(train.generator_steps, "finished")
-    show_samples(run, tokenizer, ema, kind)
+    with loop.saved_by(save):
+        for batch_ids, batch_labels in loop:                     # (B, L), (B,)
+            with loop.autocast():
+                loss, terms = loop.model(batch_ids, batch_labels)
+            weight = terms.pop("weight", 1.0)
+            # nll_by_position is a vector; it is for explain.py, and no line of the log.
+            logged = {name: term for name, term in terms.items() if term.ndim == 0}
+            loop.backward(loss, logged, weight)
+            if loop.time_to_save:
+                save(loop.step)
+            if loop.time_to_show:
+                show_samples(run, tokenizer, ema, f"{kind}-{loop.step:07}")
+
+        # 4. How good it is on images that nothing was learned from, if their classes mean the same.
+        if run.val.classes == run.data.classes:
+            held_out["held_out_loss"] = round(held_out_loss(run, ema, encode), 4)
     run.log(phase=kind, step=train.generator_steps, **held_out,
             seconds=round(time.time() - began, 1))
+    save(train.generator_steps, "finished")
+    show_samples(run, tokenizer, ema, kind)
 
 
 # ------------------------------------------------------------------------------------------------

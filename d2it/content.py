@@ -19,24 +19,28 @@ from torch import Tensor, nn
 
 from d2it.grain import pack, unpack
 from d2it.presets import ContentConfig, load_preset
-from layers import MLP, Attention, count_parameters, init_vit, patchify, sincos_2d, unpatchify
+from layers import (
+    MLP, Attention, ExactBuffers, as_matrices, as_weights, count_parameters, init_vit, patchify,
+    sincos_2d, unpatchify)
 from plumbing import checkpoint
 from plumbing.flags import build, need
 from plumbing.run import unfinished
 
 
-class TimeEmbedding(nn.Module):
+class TimeEmbedding(ExactBuffers):
     """t (B,) -> (B, D): waves of 128 lengths, then an MLP [DiT]."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(),
+                                 as_matrices(nn.Linear(width, width)))
         omega = torch.exp(-math.log(10000) * torch.arange(128) / 128)
         self.register_buffer("omega", omega, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         angle = t.float()[:, None] * self.omega               # (B, 128)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+        waves = torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, 256)
+        return self.mlp(as_weights(waves, self.mlp[0].weight))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -46,7 +50,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def adaptive(width: int, count: int) -> nn.Sequential:
     """c (B, D) -> `count` vectors (B, D) in one, all zero at first [DiT's adaLN-zero]."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, count * width))
+    return nn.Sequential(nn.SiLU(), as_matrices(nn.Linear(width, count * width), count))
 
 
 class DiTBlock(nn.Module):
@@ -90,7 +94,7 @@ class RefineNet(nn.Module):
     def __init__(self, cfg: ContentConfig, channels: int, side: int):
         super().__init__()
         D = cfg.content_width
-        self.split = nn.Linear(D, 4 * D)                      # a cell's h -> one h for each code
+        self.split = as_matrices(nn.Linear(D, 4 * D), 4)         # a cell's h -> one h for each code
         self.embed = nn.Linear(channels, D)
         # One position for each slot, in the order of cells: (n², 4, D).
         slots = sincos_2d(2 * side, D).T.reshape(1, D, 2 * side, 2 * side)
@@ -158,6 +162,7 @@ class Content(nn.Module):
                 refine: bool = True) -> Tensor:
         """refine=False gives the rough prediction alone."""
         c = self.time(t) + self.label(self.hide_labels(labels))       # (B, D)
+        z_t = as_weights(z_t, self.position)
         cells, flat = patchify(z_t, 2), grain.flatten(1)              # (B, n², 4C), (B, n²)
 
         # 1. Rough, everywhere.

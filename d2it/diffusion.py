@@ -20,6 +20,7 @@ from torch import Tensor
 
 from d2it.grain import code_weights, grained_noise
 from generator import guide
+from layers import at_least_float32
 from plumbing.flags import need
 
 T = 1000  # steps of the path "noise" [DDPM, DiT]
@@ -82,14 +83,19 @@ def loss(content: Callable, z: Tensor, labels: Tensor, grain: Tensor, path: str 
     alpha, sigma = alpha_sigma(t, path)
     out = content(alpha * z + sigma * noise, t, labels, grain)
     error = (out.float() - target(z, noise, path)).square().mean(dim=1)   # (B, 2n, 2n)
-    weights = code_weights(grain)[:, 0]                       # (B, 2n, 2n), 1 or 1/4
-    fine = weights == 1
+    fine = code_weights(grain)[:, 0] == 1                     # (B, 2n, 2n)
+    quarter = (4 * (t.ceil() - 1).clamp_min(0) / T).long()    # (B,) 0 .. 3; T/4 is of the first
     logs = {"fine": error[fine], "coarse": error[~fine]}
-    logs |= {f"quarter_{q}": part for q, part in enumerate(error.chunk(4), start=1)}
+    logs |= {f"quarter_{q + 1}": error[quarter == q] for q in range(4)}
     logs = {name: part.detach().mean() for name, part in logs.items() if part.numel()}
-    if grain_loss == "slot":
-        weights = torch.ones_like(weights)
+    weights = loss_weights(grain, grain_loss)
     return (weights * error).sum() / weights.sum(), logs
+
+
+def loss_weights(grain: Tensor, grain_loss: str = "code") -> Tensor:
+    """How much each slot counts in the loss, (B, 2n, 2n): a code once, or a slot once."""
+    weights = code_weights(grain)[:, 0]                       # 1 or 1/4
+    return torch.ones_like(weights) if grain_loss == "slot" else weights
 
 
 # ------------------------------------------------------------------------------------------------
@@ -99,12 +105,12 @@ def guided(content: Callable, z_t: Tensor, t: Tensor, labels: Tensor, grain: Ten
            no_class: int, scale: float) -> Tensor:
     """Classifier-free guidance: scale 0 unconditional, 1 plain, above 1 guided."""
     if scale == 1:
-        return content(z_t, t, labels, grain).float()
+        return at_least_float32(content(z_t, t, labels, grain))
     none = torch.full_like(labels, no_class)
     both = content(z_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, none]),
                    grain.repeat(2, 1, 1))                     # (2B, C, 2n, 2n)
     # TRAP: DiT guides 3 of its 4 channels, a remnant of pixel code.
-    return guide(*both.float().chunk(2), scale)
+    return guide(*at_least_float32(both).chunk(2), scale)
 
 
 def times(steps: int) -> list[int]:

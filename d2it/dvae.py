@@ -13,6 +13,7 @@ Differs  - the decoder never sees the map; it has a learned vector for each corn
          - no attention in trunk and decoder, which DQ-VAE has [ours]
 Try      python -m d2it.dvae      (CPU, two seconds)
 """
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from d2it.grain import entropy, grain_map, grained_noise, merge, per_code, spread, threshold
 from d2it.presets import DVAEConfig, load_preset, norm_groups
-from layers import count_parameters
+from layers import ExactBuffers, as_weights, at_least_float32, count_parameters
 from plumbing import checkpoint
 from plumbing.flags import as_dict, build, need
 from plumbing.given import described, need_here, need_map, need_pixels
@@ -80,6 +81,7 @@ class Encoder(nn.Module):
         self.coarse = nn.Sequential(ResBlock(full, full), head(full, outputs))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        images = as_weights(images, self.trunk[0][0].weight)
         x = self.trunk(images)                                # (B, width, 2n, 2n)
         return self.fine(x), self.coarse(self.last(x))
 
@@ -102,7 +104,7 @@ class Decoder(nn.Module):
         self.body = nn.Sequential(*layers, head(inputs, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(x)                                     # (B, widest, 2n, 2n)
+        x = self.enter(as_weights(x, self.corner))            # (B, widest, 2n, 2n)
         n = x.shape[-1] // 2
         return self.body(x + self.corner.repeat(1, 1, n, n))
 
@@ -110,10 +112,11 @@ class Decoder(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # the whole
 
-class DVAE(nn.Module):
+class DVAE(ExactBuffers):
     """Keeps what belongs to its codes: the threshold of its maps, the statistics of its latents.
 
-    They are buffers, so they are saved, loaded and fingerprinted with the weights.
+    They are buffers, so they are saved, loaded and fingerprinted with the weights. They keep their
+    type: the maps are the same when the weights are bfloat16.
     TRAP: the averaged copy of the weights has buffers of its own; set them in both (train.py).
 
     own_maps   pixels -> grain, in place of the policy's: maps that an experiment hands in
@@ -156,7 +159,7 @@ class DVAE(nn.Module):
     def moments(self, images: Tensor, grain: Tensor) -> tuple[Tensor, Tensor]:
         """-> mean, logvar (B, C, 2n, 2n), each cell from the head of its grain."""
         fine, coarse = self.encoder(images)
-        mean, logvar = merge(fine, coarse, grain).float().chunk(2, dim=1)
+        mean, logvar = at_least_float32(merge(fine, coarse, grain)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)                    # [LDM]
 
     @staticmethod
@@ -212,7 +215,7 @@ class DVAE(nn.Module):
         return images
 
     @torch.no_grad()
-    def measure(self, batches) -> None:
+    def measure(self, batches: Iterable[Tensor]) -> None:
         """Batches of uint8 (B, H, W, 3) -> mean and std of their codes, kept for standardised()."""
         count = self.limit.new_zeros(2, 1)
         total, square = self.limit.new_zeros(2, 2, self.cfg.code_dim)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from d2it import diffusion
 from d2it.content import Content
 from d2it.dvae import DVAE, Codes
-from d2it.grain import grained_noise, painted
+from d2it.grain import code_weights, grained_noise, painted
 from d2it.presets import parse_run, settings
 from d2it.progress import held_out, reconstruction_quality, some_training_images
 from generator import ARGenerator, default_guidance
@@ -84,17 +84,18 @@ class Stage:
         def stream(step):
             return iter(ImageStream(run.data, run.configs[0].image_size, train.batch_size,
                                     train.seed, train.flip, train.random_crop, procs.rank,
-                                    procs.world, step, train.workers, train.skip_bad))
+                                    procs.world, step, train.workers, train.skip_bad,
+                                    train.timeout))
         rates = (self.rate, train.min_learning_rate, train.warmup_steps)
         return Loop(run, self.name, model or self.model, self.ema, self.optimizer, stream,
                     self.steps, train.batch_size, rates, self.start)
 
     def after(self, loop: Loop, show: Callable[[str], None]) -> None:
-        """At the end of a step: a picture and a checkpoint, if it is time."""
-        if loop.time_to_show and self.run.procs.main:
-            show(f"{self.name}-{loop.step:07}")
+        """At the end of a step: a checkpoint and a picture, if it is time."""
         if loop.time_to_save:
             self.save(loop.step)
+        if loop.time_to_show and self.run.procs.main:
+            show(f"{self.name}-{loop.step:07}")
 
     def save(self, step: int, phase: str | None = None) -> None:
         self.run.save(self.path, settings=self.fixed, phase=phase or self.name, step=step,
@@ -102,13 +103,14 @@ class Stage:
                       optimizer=self.optimizer.state_dict(), **self.content)
 
     def finish(self, show: Callable[[str], None], **results) -> None:
-        """The last checkpoint, picture and line of the log."""
+        """The last line of the log, checkpoint and picture."""
+        results = {name: round(float(value), 4) for name, value in results.items()}
+        # Before saving: a line whose checkpoint is never made is dropped, and made again.
+        self.run.log(phase=self.name, step=self.steps, **results,
+                     seconds=round(time.time() - self.began, 1))
         self.save(self.steps, "finished")
         if self.run.procs.main:
             show(self.name)
-        results = {name: round(float(value), 4) for name, value in results.items()}
-        self.run.log(phase=self.name, step=self.steps, **results,
-                     seconds=round(time.time() - self.began, 1))
         told = ", ".join(f"{name} {value:g}" for name, value in results.items())
         self.run.say(f"{self.name}: finished; held out: {told}")
 
@@ -139,19 +141,27 @@ def train_dvae(run: Run, change: Callable) -> None:
     # 2. Learn: squared error, and a pull towards N(0, 1) that keeps codes from growing without
     #    limit and gives each a width, so that what the diffusion misses by a little still decodes.
     loop = stage.loop()
-    for pixels, _ in loop:
-        images, grain = to_float(pixels), model.grain_of(pixels)
-        recon, divergence = loop.model(images, grain)
-        terms = {"pixels": reconstruction(recon, images), "kl": divergence}
-        loop.backward(terms["pixels"] + cfg.kl_weight * terms["kl"], terms)
-        stage.after(loop, show)
-    loop.leave_if_stopped(stage.save)
+    with loop.saved_by(stage.save):
+        for pixels, _ in loop:
+            images, grain = to_float(pixels), model.grain_of(pixels)
+            with loop.autocast():
+                recon, divergence = loop.model(images, grain)
+            if not loop.alone:
+                # A mean over the codes of this micro-batch, which has to weigh as one over those
+                # of the whole step, on all processes.
+                codes = code_weights(model.grain_of(loop.whole[0])).mean()
+                divergence = divergence * code_weights(grain).mean() / run.procs.mean(codes)
+            terms = {"pixels": reconstruction(recon, images), "kl": divergence}
+            loop.backward(terms["pixels"] + cfg.kl_weight * terms["kl"], terms)
+            stage.after(loop, show)
 
-    # 3. The averaged weights are the ones that stay; their codes are measured, for the diffusion.
-    torch.manual_seed(run.train.seed)
-    ema.measure(some_training_images(run))
+        # 3. The averaged weights are the ones that stay; their codes are measured, for the
+        #    diffusion.
+        torch.manual_seed(run.train.seed)
+        ema.measure(some_training_images(run))
+        quality = reconstruction_quality(ema, held_out(run))
     model.load_state_dict(ema.state_dict())
-    stage.finish(show, **reconstruction_quality(ema, held_out(run)))
+    stage.finish(show, **quality)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -185,14 +195,16 @@ def train_grain(run: Run) -> None:
         run.grid(name, list(maps.split(8)))
 
     loop = stage.loop(LossOf(stage.model))
-    for pixels, labels in loop:
-        loss, _ = loop.model(words(pixels), labels)           # nats per cell
-        loop.backward(loss, {})
-        stage.after(loop, show)
-    loop.leave_if_stopped(stage.save)
-    with torch.no_grad():
-        parts = [(stage.ema.loss(words(pixels), labels)[0].item(), len(pixels))
-                 for pixels, labels in held_out(run)]
+    with loop.saved_by(stage.save):
+        for pixels, labels in loop:
+            maps = words(pixels)
+            with loop.autocast():
+                loss, _ = loop.model(maps, labels)            # nats per cell
+            loop.backward(loss, {})
+            stage.after(loop, show)
+        with torch.no_grad():
+            parts = [(stage.ema.loss(words(pixels), labels)[0].item(), len(pixels))
+                     for pixels, labels in held_out(run)]
     nats = sum(loss * count for loss, count in parts) / sum(count for _, count in parts)
     stage.finish(show, bits_per_map=nats * cells / math.log(2))
 
@@ -221,21 +233,22 @@ def train_content(run: Run, change: Callable) -> None:
                         dvae.decode(Codes(z, grain))])
 
     loop = stage.loop()
-    for pixels, labels in loop:
-        # TRAP: a cache of codes would freeze one mirror image and one draw of the posterior.
-        z, grain = dvae.encode(pixels)
-        loss, terms = diffusion.loss(loop.model, z, labels, grain, cfg.path, cfg.grain_loss)
-        loop.backward(loss, terms)
-        stage.after(loop, show)
-    loop.leave_if_stopped(stage.save)
-
-    torch.manual_seed(train.seed)                             # the same times and noise every time
-    total = 0.0
-    with torch.no_grad():
-        for pixels, labels in held_out(run):
+    with loop.saved_by(stage.save):
+        for pixels, labels in loop:
+            # TRAP: a cache of codes would freeze one mirror image and one draw of the posterior.
             z, grain = dvae.encode(pixels)
-            loss, _ = diffusion.loss(stage.ema, z, labels, grain, cfg.path, cfg.grain_loss)
-            total += loss.item() * len(pixels)
+            with loop.autocast():
+                loss, terms = diffusion.loss(loop.model, z, labels, grain, cfg.path, cfg.grain_loss)
+            loop.backward(loss, terms, diffusion.loss_weights(grain, cfg.grain_loss).mean())
+            stage.after(loop, show)
+
+        torch.manual_seed(train.seed)                         # the same times and noise every time
+        total = 0.0
+        with torch.no_grad():
+            for pixels, labels in held_out(run):
+                z, grain = dvae.encode(pixels)
+                loss, _ = diffusion.loss(stage.ema, z, labels, grain, cfg.path, cfg.grain_loss)
+                total += loss.item() * len(pixels)
     stage.finish(show, loss=total / len(run.eval_indices))
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers import as_weights
 from plumbing.flags import UserError, need
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
@@ -207,6 +208,7 @@ class FIDInceptionV3(nn.Module):
              f"FIDInceptionV3 takes uint8 images, 0 to 255, not {images.dtype}")
         with torch.autocast(images.device.type, enabled=False):  # FID is defined in float32
             x = (resize(images.float()) - 128) / 128  # (B, 3, 299, 299) in [-1, 1)
+            x = as_weights(x, self.fc.weight)
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
             x = F.max_pool2d(x, 3, stride=2)                                     # (B, 64, 73, 73)
             x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
@@ -216,7 +218,8 @@ class FIDInceptionV3(nn.Module):
                           self.Mixed_7a, self.Mixed_7b, self.Mixed_7c):
                 x = block(x)
             features = x.mean(dim=(2, 3))  # (B, 2048, 8, 8) -> (B, 2048)
-            return features, features @ self.fc.weight.T  # Inception Score leaves the bias out, too
+            logits = features @ self.fc.weight.T  # Inception Score leaves the bias out, too
+            return features.float(), logits.float()
 
     @staticmethod
     def load(path: str = "") -> "FIDInceptionV3":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import TrainConfig
+from layers import as_weights
 from loop import learning_rate, new_optimizer
 from plumbing import checkpoint
 from plumbing.archives import note
@@ -45,7 +46,7 @@ class TinyCNN(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.shape[-2:] != (32, 32):
             images = F.interpolate(images, size=(32, 32), mode="bilinear", antialias=True)
-        features = self.body(images)                                          # (B, 128)
+        features = self.body(as_weights(images, self.head.weight))            # (B, 128)
         return self.head(features), features
 
 
@@ -175,6 +176,6 @@ if __name__ == "__main__":
         path = os.path.join(folder, "tinycnn.pt")
         data, val = open_images("shapes"), open_images("shapes:val")
         train_judge(path, data, val, 32, False, 35, torch.device("cpu"))
-        judge, right = load_judge(path, data)
+        judge, right = load_judge(path, data, val)
     print(f"right on {right:.1%} of held-out shapes after 35 steps; "
           f"a coin with {len(data.classes)} sides: {1 / len(data.classes):.0%}")

@@ -3,6 +3,7 @@
 In       a folder, a .tar, a .zip, or a .tar.gz .tar.xz .tar.bz2, of which a plain .tar is made once
 Out      list_folder, list_tar, list_zip   a Listing: names, places and sizes of the images
          read_from_folder, ..._tar, ..._zip   one of them, uint8 (H, W, 3)
+         peek_in_folder, ..._tar, ..._zip     some bytes of its file, by which it is known again
 Differs  the paper says nothing of files. Names are only compared, never used as paths; what an
          archive is, its first bytes say and not its name; what is passed over is counted
 """
@@ -11,15 +12,18 @@ import functools
 import glob
 import gzip
 import hashlib
+import io
 import lzma
 import math
 import os
 import re
 import sys
 import tarfile
+import tempfile
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import numpy as np
 
@@ -32,6 +36,7 @@ MEND_ARCHIVE = "is it complete? copy it again"
 # stopped at them.
 MAX_RATIO, ALWAYS_ALLOWED = 200, 1 << 30  # unpacked bytes: a GiB, and 200 for each packed one
 MAX_FILE = 1 << 28  # bytes of one image file in an archive
+BLOCKS = 8  # pieces of a large file that are looked at, where the whole of it would take too long
 # What operating systems and programs leave in any folder, compared in lower case.
 NOT_DATA = ("__macosx", "lost+found", "system volume information", "$recycle.bin", "@eadir",
             "__pycache__", "thumbs.db", "desktop.ini")
@@ -164,6 +169,26 @@ def read_from_folder(root: str, key: np.void) -> np.ndarray:
     return read_image(os.path.join(root, key["name"]), MEND_IMAGE)
 
 
+def peek_in_folder(root: str, key: np.void, most: int) -> bytes:
+    path = os.path.join(root, key["name"])
+    with explained(path, MEND_IMAGE), open(path, "rb", buffering=0) as file:
+        return peeked(file, 0, int(key["size"]), most)
+
+
+def peeked(file: BinaryIO, start: int, size: int, most: int) -> bytes:
+    """Of the `size` bytes from `start` on all, if these are at most `most`.
+
+    Of more, BLOCKS pieces with `most` bytes together: the first, the last and others between, as
+    far from each other as they can be.
+    """
+    pieces, length = (1, size) if size <= most else (BLOCKS, most // BLOCKS)
+    found = []
+    for k in range(pieces):
+        file.seek(start + k * (size - length) // max(1, pieces - 1))
+        found.append(file.read(length))
+    return b"".join(found)
+
+
 # ------------------------------------------------------------------------------------------------
 # tar
 
@@ -210,31 +235,47 @@ def read_from_tar(path: str, key: np.void) -> np.ndarray:
     return decode(data, name)
 
 
+def peek_in_tar(path: str, key: np.void, most: int) -> bytes:
+    name = f"{path}: {key['name']}"
+    with explained(name, MEND_IMAGE), open(path, "rb", buffering=0) as file:
+        return peeked(file, int(key["offset"]), int(key["size"]), most)
+
+
+def shard_of(root: str, key: np.void) -> str:
+    return os.path.join(root, key["shard"]) if key["shard"] else root
+
+
 def read_from_shard(root: str, key: np.void) -> np.ndarray:
-    return read_from_tar(os.path.join(root, key["shard"]) if key["shard"] else root, key)
+    return read_from_tar(shard_of(root, key), key)
+
+
+def peek_in_shard(root: str, key: np.void, most: int) -> bytes:
+    return peek_in_tar(shard_of(root, key), key, most)
 
 
 def decompressed(path: str, kind: str, cache: str | None) -> str:
     """A compressed tar -> path of the plain one in `cache`, made once: it has no random access.
 
-    A copy belongs to what the archive holds, not to its date. That of an older content goes.
+    A copy belongs to what the archive holds, not to its date. That of an older content goes. Where
+    nothing can be written, as on a read-only disk, it is made in the user's cache folder.
     """
-    with open(path, "rb") as file:  # the last bytes hold checksums or sizes of all that is packed
-        size = os.stat(path).st_size
-        first, _, last = file.read(1 << 20), file.seek(max(0, size - (1 << 20))), file.read()
-    content = digest(str(size), first, last)[:12]
-    folder, base = cache or os.path.dirname(path), os.path.basename(path)
+    size = os.stat(path).st_size
+    with open(path, "rb") as file:  # its last bytes hold checksums, or sizes of all that is packed
+        content = digest(str(size), peeked(file, 0, size, 1 << 24))[:12]
+    base, place = os.path.basename(path), digest(os.path.abspath(path))[:6]
+    folders = [cache or os.path.dirname(path) or ".", user_cache()]
+    for folder in folders:
+        made = glob.glob(f"{glob.escape(os.path.join(folder, base))}.*.{content}.tar")
+        if made:
+            return made[0]
+    folder = next((folder for folder in folders if writable(folder)), None)
+    need(folder, f"{path}: it has to be unpacked once, and neither {' nor '.join(folders)} can be "
+         "written; unpack it yourself and give the folder")
     start = os.path.join(glob.escape(folder), glob.escape(base))
-    made = glob.glob(f"{start}.*.{content}.tar")
-    if made:
-        return made[0]
-    place = digest(os.path.abspath(path))[:6]
     target = os.path.join(folder, f"{base}.{place}.{content}.tar")
     print(f"unpacking {path} once into {target}", file=sys.stderr)
-    repair = f"is it complete, and is there room in {folder or '.'}?"
-    with explained(path, repair):
-        os.makedirs(folder or ".", exist_ok=True)
-    checkpoint.sweep(folder or ".")  # a killed run may have left as much as it had unpacked
+    repair = f"is it complete, and is there room in {folder}?"
+    checkpoint.sweep(folder)  # a killed run may have left as much as it had unpacked
     with (checkpoint.replacing(target) as plain, explained(path, repair),
           OPENERS[kind](path) as packed):
         while chunk := packed.read(1 << 20):
@@ -246,6 +287,22 @@ def decompressed(path: str, kind: str, cache: str | None) -> str:
         if stale != target:
             os.unlink(stale)
     return target
+
+
+def user_cache() -> str:
+    """Where programs of this user keep what can be made again."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
+                        "nativetok")
+
+
+def writable(folder: str) -> bool:
+    """Make `folder` and write there: only trying tells, on every system and kind of disk."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
 
 
 def need_sane(path: str, packed: int, unpacked: int) -> None:
@@ -260,6 +317,7 @@ def need_sane(path: str, packed: int, unpacked: int) -> None:
 
 def list_zip(path: str) -> Listing:
     found = Listing()
+    zip_handle.cache_clear()  # of an archive that was there before
     with explained(path, MEND_ARCHIVE), zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
     separator = separator_of(info.filename for info in infos)
@@ -282,9 +340,16 @@ def zip_handle(path: str, pid: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def read_from_zip(path: str, key: np.void) -> np.ndarray:
-    name = f"{path}: {key['name']}"
-    with explained(name, MEND_IMAGE):
+def bytes_in_zip(path: str, key: np.void) -> bytes:
+    with explained(f"{path}: {key['name']}", MEND_IMAGE):
         # TRAP: processes that share a handle share its position, so each one opens its own.
-        data = zip_handle(path, os.getpid()).read(str(key["name"]))
-    return decode(data, name)
+        return zip_handle(path, os.getpid()).read(str(key["name"]))
+
+
+def read_from_zip(path: str, key: np.void) -> np.ndarray:
+    return decode(bytes_in_zip(path, key), f"{path}: {key['name']}")
+
+
+def peek_in_zip(path: str, key: np.void, most: int) -> bytes:
+    data = bytes_in_zip(path, key)
+    return peeked(io.BytesIO(data), 0, len(data), most)

@@ -28,15 +28,17 @@ from torch import Tensor
 from plumbing.datasets import ImageSet
 from plumbing.flags import UserError, need
 from plumbing.images import augment, resize_crop
+from plumbing.start import stop_signals
 
-# Windows has the first two.
-STOP_SIGNALS = {getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-                if hasattr(signal, name)}
 TIMEOUT = 600  # seconds to wait for a batch of the data workers
 SHARED = "/dev/shm"  # where Linux keeps what processes share
 MEND_SHARED = ("give it more (docker run --shm-size=8g), or use --workers 0 or a smaller "
                "--batch_size")
 SKIP_BAD = " (train.py --skip_bad passes over up to 1% of bad ones)"
+
+
+class ImagesFailed(UserError):
+    """Images cannot be had: a bad file, a data worker that died. All that was learned is sound."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -48,7 +50,7 @@ def stop_signals_blocked():
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     try:
         yield
     finally:
@@ -76,9 +78,50 @@ def obey_only_the_parent(worker: int) -> None:
     if not hasattr(signal, "pthread_sigmask"):  # Windows, where only Ctrl-C reaches a whole group
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     if hasattr(signal, "sigwaitinfo"):  # a Mac has none
         threading.Thread(target=listen, daemon=True).start()
+
+
+class Watch:
+    """Of data workers: one that died is told of while a batch is waited for, at no other moment.
+
+    TRAP: DataLoader raises it from a signal handler, so out of any line, in the middle of a step or
+    of saving, and nobody knows what is sound after that.
+    """
+    waiting, theirs = False, None
+
+    def begin(self) -> None:
+        """After workers have been started, no sooner: DataLoader sets its handler then, once."""
+        number = getattr(signal, "SIGCHLD", None)  # Windows has none
+        in_main = threading.current_thread() is threading.main_thread()
+        if number and in_main and signal.getsignal(number) != self.on_death:
+            self.theirs = signal.signal(number, self.on_death)
+
+    def on_death(self, number, frame) -> None:
+        if self.waiting and callable(self.theirs):
+            self.theirs(number, frame)
+
+    @contextlib.contextmanager
+    def waits(self):
+        """Inside, DataLoader may say that a worker has died, also one that did so before."""
+        self.waiting = True
+        try:
+            if callable(self.theirs):
+                self.theirs(signal.SIGCHLD, None)
+            yield
+        finally:
+            self.waiting = False
+
+
+WATCH = Watch()
+
+
+def way_to_start_workers() -> str:
+    """By fork, whatever Python's default: workers share the keys' memory and inherit the block of
+    signals. Windows cannot fork, and a Mac's libraries do not survive it.
+    """
+    return "fork" if sys.platform == "linux" else "spawn"
 
 
 def need_shared_memory(workers: int, batch_bytes: int) -> None:
@@ -150,36 +193,38 @@ class Batches:
         """Yield (images, labels) for each of `numbers`.
 
         workers   processes of one thread each that prepare them ahead
-        timeout   seconds to wait for a batch of theirs, or UserError
+        timeout   seconds to wait for a batch of theirs, or ImagesFailed
         """
         need_shared_memory(workers, self.batch_bytes)
         loader = torch.utils.data.DataLoader(
             self, batch_size=None, sampler=numbers, num_workers=workers,
             worker_init_fn=obey_only_the_parent, timeout=timeout if workers else 0,
-            # By fork, whatever Python's default: workers then share the keys' memory and inherit
-            # the block below.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            multiprocessing_context=way_to_start_workers() if workers else None,
             pin_memory=torch.cuda.is_available(),
             # or it draws from the global one and disturbs the training
             generator=torch.Generator())
         skipped = set()
         with stop_signals_blocked() if workers else contextlib.nullcontext():
             batches = iter(loader)
+            if workers:
+                WATCH.begin()
         try:
             while True:
                 batch = wait_for(batches, workers, timeout)
                 if batch is None:
                     return
                 images, labels, errors, failure = batch
-                need(not failure, failure)
+                if failure:
+                    raise ImagesFailed(failure)
                 for error in errors:
                     if self.limit and error not in skipped:
                         print(f"skipped {error}", file=sys.stderr)
                     skipped.add(error)
                 if len(skipped) > self.limit:
-                    raise UserError(errors[-1] + self.advice if not self.limit else
-                                    f"{len(skipped)} of {len(self.dataset)} images cannot be read, "
-                                    "more than 1%; mend the data")
+                    raise ImagesFailed(
+                        errors[-1] + self.advice if not self.limit else
+                        f"{len(skipped)} of {len(self.dataset)} images cannot be read, "
+                        "more than 1%; mend the data")
                 yield images, labels
         finally:
             # Now, so that its workers are told to end. An error that holds this frame would leave
@@ -188,13 +233,21 @@ class Batches:
 
 
 def wait_for(batches, workers: int, timeout: int):
-    """The next of DataLoader's batches, or None at their end; UserError when none comes in time."""
+    """The next of DataLoader's batches, or None at their end.
+
+    ImagesFailed when none comes in time, or never, since a worker has died.
+    """
     try:
-        return next(batches, None)
+        with WATCH.waits() if workers else contextlib.nullcontext():
+            return next(batches, None)
     except RuntimeError as error:
-        if "DataLoader timed out" not in str(error):
+        reason = str(error).splitlines()[0] if str(error) else ""
+        if reason.startswith("DataLoader worker"):
+            raise ImagesFailed(f"a data worker died ({reason}); is memory short? "
+                               "lower --workers") from None
+        if "DataLoader timed out" not in reason:
             raise
-        raise UserError(
+        raise ImagesFailed(
             f"no batch came from {workers} data workers in {timeout} seconds; is the disk that "
             f"slow, or {SHARED} full? {MEND_SHARED}, or raise --timeout") from None
 
@@ -219,7 +272,7 @@ class ImageStream:
     skip_bad     the next image stands in for an unreadable one; above 1% of the data set (and one)
                  it is a UserError. None: like False, where there is no such flag
     timeout      seconds to wait for a batch of the workers
-    Raises UserError with the first unreadable image's name unless skip_bad.
+    Raises ImagesFailed with the first unreadable image's name unless skip_bad.
     """
 
     def __init__(self, dataset: ImageSet, image_size: int, batch_size: int, seed: int,

@@ -59,9 +59,6 @@ def replacing(path: str | Path, keep_previous: bool = False) -> Iterator[BinaryI
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        # raised by a signal handler that happened to run here
-        if "DataLoader worker" in str(error):
-            raise
         # torch.save turns a full disk into a puzzling RuntimeError; what really happened is its
         # context.
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -262,14 +259,15 @@ def load_optimizer(optimizer, state: dict, what: str, may_be_new: bool = False) 
     """Load `state` into `optimizer`, or raise UserError when it belongs to other parameters.
 
     optimizer    of torch.optim, or used alike
-    may_be_new   it may be that of an optimizer that has not made a step
+    may_be_new   it may be one of torch.optim that has made no step, and has no moments; a Muon has
 
     TRAP: torch loads a state without the moments of a parameter as well, and that parameter then
     starts anew.
     """
     wanted = sum(len(group["params"]) for group in optimizer.param_groups)
     found = len(state.get("state", {}))
-    need("param_groups" in state and (found == wanted or (found == 0 and may_be_new)),
+    complete = found == wanted or (found == 0 and may_be_new)
+    need({"param_groups", "state"} <= state.keys() and complete,
          f"{what} does not fit: it has moments of {found} parameters, not of {wanted}")
     try:
         optimizer.load_state_dict(state)

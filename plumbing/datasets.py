@@ -17,8 +17,10 @@ Differs  the paper trains on ImageNet; any images will do here, and the shapes a
 import functools
 import operator
 import os
+import unicodedata
 import zipfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +36,10 @@ from plumbing.archives import (
     list_zip,
     need_sane,
     note,
+    peek_in_folder,
+    peek_in_shard,
+    peek_in_tar,
+    peek_in_zip,
     read_from_folder,
     read_from_shard,
     read_from_tar,
@@ -49,6 +55,12 @@ MAX_CLASSES = 100_000
 # Bytes of an image that is small, and of the small images that are kept once they have been read
 # (CIFAR-10's 60,000 make a training 0.35 GB larger).
 SMALL, KEEP = 2 ** 14, 2 ** 28
+# A fingerprint reads so many files at most, and of them so many bytes together: a second or two
+# from a disk without moving parts, whatever the size of the data set.
+FILES_READ, BYTES_READ = 10_000, 2 ** 28
+# How many held-out images are looked for among those that are learned from; among how many at most;
+# among how many where files have to be decoded; and how much of a file is compared at first.
+SOUGHT, AMONG, DECODED, GLANCE, EVERYTHING = 500, 60_000, 2_000, 2 ** 14, 2 ** 62
 WHAT_IS_READ = "a folder, .tar .tar.gz .tgz .tar.xz .tar.bz2 .zip .npz, or shapes"
 
 
@@ -58,11 +70,12 @@ class ImageSet:
     name: str
     classes: list[str]
     labels: np.ndarray   # int64 (n,)
-    fingerprint: str     # hexadecimal; follows from the content, not from where it lies
+    fingerprint: str     # hexadecimal; follows from the content, not from where it lies: below
     # What `read` asks for. Arrays, since workers share them: a list's objects are copied by being
     # looked at.
     keys: np.ndarray     # (n,)
     read: Callable       # key -> uint8 (H, W, 3)
+    peek: Callable | None = None  # key, n -> n bytes or less of its file; None: there are no files
     kept: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -86,13 +99,14 @@ class ImageSet:
     def subset(self, indices: np.ndarray) -> "ImageSet":
         fingerprint = digest(self.fingerprint, np.asarray(indices, np.int64).tobytes())
         return ImageSet(self.name, self.classes, self.labels[indices], fingerprint,
-                        self.keys[indices], self.read)
+                        self.keys[indices], self.read, self.peek)
 
 
 def open_images(path: str, cache: str | None = None) -> ImageSet:
     """Open `path` in any form that this file's first lines list; "shapes:val": held-out shapes.
 
-    cache   folder for the plain .tar made once of a compressed one; None: beside it
+    cache   folder for the plain .tar made once of a compressed one; None: beside it, or the user's
+            cache folder where nothing can be written
     Raises UserError when it is missing, torn or holds no images.
     """
     if path in ("shapes", "shapes:val"):
@@ -105,18 +119,21 @@ def open_images(path: str, cache: str | None = None) -> ImageSet:
         found = list_folder(path)
         if found.shards and not found.files:
             return from_shards(path, path, found.shards)
-        return from_files(path, found, functools.partial(read_from_folder, path))
+        return from_files(path, found, functools.partial(read_from_folder, path),
+                          functools.partial(peek_in_folder, path))
     kind = kind_of(path)
     if kind == "npz":
         return from_npz(path)
     if kind == "zip":
-        return from_files(path, list_zip(path), functools.partial(read_from_zip, path))
+        return from_files(path, list_zip(path), functools.partial(read_from_zip, path),
+                          functools.partial(peek_in_zip, path))
     if kind in ("tar", "gz", "xz", "bz2"):
         plain = path if kind == "tar" else decompressed(path, kind, cache)
         found = list_tar(plain, path)
         if found.texts:
             return from_shards(path, plain, [""])
-        return from_files(path, found, functools.partial(read_from_tar, plain))
+        return from_files(path, found, functools.partial(read_from_tar, plain),
+                          functools.partial(peek_in_tar, plain))
     what = f"a .{kind} file, and " if kind else ""
     raise UserError(f"{path}: {what}none of {WHAT_IS_READ}; put images into a folder")
 
@@ -126,6 +143,9 @@ def train_and_val(data: str, val_data: str, holdout: int, seed: int,
     """Images to train on, and held-out ones: `val_data` if given, or else some of `data`.
 
     holdout   how many at most; never more than a tenth, and at least one
+    A note says how many of the held-out images are learned from, as in a copy of `data`. It is no
+    error: to learn a few images by heart is a test of a new model. Which of them are the same,
+    seen_before() says.
     """
     train = open_images(data, cache)
     if val_data:
@@ -135,6 +155,7 @@ def train_and_val(data: str, val_data: str, holdout: int, seed: int,
              f"{val_data}: its classes are not those of {data}, in this order "
              f"(missing: {some_of(ours - theirs)}; extra: {some_of(theirs - ours)}); "
              "give both the same class folders")
+        tell_seen(train, val, val_data, data)
         return train, val
     if data == "shapes":
         return train, open_images("shapes:val")
@@ -144,7 +165,91 @@ def train_and_val(data: str, val_data: str, holdout: int, seed: int,
         return train, train
     count = max(1, min(holdout, n // 10))
     shuffled = np.random.default_rng(seed).permutation(n)
-    return train.subset(np.sort(shuffled[count:])), train.subset(np.sort(shuffled[:count]))
+    learned, val = train.subset(np.sort(shuffled[count:])), train.subset(np.sort(shuffled[:count]))
+    tell_seen(learned, val, data, "what is left of it, so it holds them twice")
+    return learned, val
+
+
+# ------------------------------------------------------------------------------------------------
+# which images are these?
+
+def content_of(keys: np.ndarray, peek: Callable) -> Iterator[bytes]:
+    """What a fingerprint sees of files beside their names and sizes: some of their bytes.
+
+    Up to FILES_READ files all are looked at, of more a fixed choice of so many; a file that is no
+    larger than its share of BYTES_READ is read whole, of a larger one some pieces (peeked). So it
+    does not see a change between the pieces of a large file. Of n > FILES_READ files, k changed
+    ones escape it with a chance of (1 - FILES_READ / n)^k: of a million, 1,000 in 1 of 23,000.
+    """
+    chosen = np.sort(np.random.default_rng(0).permutation(len(keys))[:FILES_READ])
+    for key in keys[chosen]:
+        yield print_of(key, peek, BYTES_READ // len(chosen))
+
+
+def print_of(key: np.void, peek: Callable, most: int) -> bytes:
+    """A digest of at most so many bytes of a file; b"" for one that cannot be read."""
+    try:
+        return digest(peek(key, most)).encode()
+    except UserError:  # whoever loads it will say so, or pass it over
+        return b""
+
+
+def bytes_of(images: ImageSet, i: int, most: int = GLANCE) -> bytes:
+    return print_of(images.keys[i], images.peek, most)
+
+
+def pixels_of(images: ImageSet, i: int, most: int = 0) -> bytes:
+    """A digest of all of an image's pixels; b"" for one that cannot be read."""
+    try:
+        image = images.load(i)
+    except UserError:
+        return b""
+    return digest(str(image.shape), np.ascontiguousarray(image).tobytes()).encode()
+
+
+def seen_before(learned: ImageSet, held: ImageSet) -> tuple[int, int]:
+    """-> how many of the held-out images are among those learned from, and how many were sought.
+
+    Files are the same when their bytes are, whatever they are called and wherever they lie; an
+    array and a file, or two arrays, when their pixels are. At most SOUGHT of `held`, chosen at
+    random, are sought among at most AMONG of `learned` (files of their sizes, or arrays), or
+    DECODED files: where there are more, the first number is too small, though hardly 0 for a copy
+    of them all. It does not see a picture that was saved again in another format, size or quality.
+    """
+    rng = np.random.default_rng(0)
+    sought = rng.permutation(len(held))[:SOUGHT]
+    if learned.fingerprint == held.fingerprint:
+        return len(sought), len(sought)
+    if learned.peek and held.peek:
+        sizes = held.keys["size"][sought]
+        among = np.flatnonzero(np.isin(learned.keys["size"], sizes))
+        among, looked_at = rng.permutation(among)[:AMONG], bytes_of
+    else:
+        most = DECODED if learned.peek else AMONG
+        among, looked_at = rng.permutation(len(learned))[:most], pixels_of
+    places: dict[bytes, list] = {}  # what is seen at a glance -> numbers of held-out images
+    for i in sought:
+        places.setdefault(looked_at(held, i), []).append(i)
+    places.pop(b"", None)
+    # Large files may have only their borders in common, so those that look alike are read to their
+    # end: so many of them that a whole copy is found, and not more.
+    seen, looks = 0, 2 * len(sought)
+    for j in np.sort(among):
+        alike = places.get(looked_at(learned, j), [])
+        if alike and looks:
+            content, looks = looked_at(learned, j, EVERYTHING), looks - 1
+            others = [i for i in alike if looked_at(held, i, EVERYTHING) != content]
+            seen += len(alike) - len(others)
+            alike[:] = others
+    return seen, len(sought)
+
+
+def tell_seen(learned: ImageSet, held: ImageSet, path: str, other: str) -> None:
+    """A note when images of `held`, from `path`, are learned from: they are in `other` too."""
+    seen, sought = seen_before(learned, held)
+    if seen:
+        note(f"{path}: {seen} of {sought} images that were looked for are also in {other}: they "
+             "are learned from, not held out, and what is told of them looks too good")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -155,6 +260,11 @@ def some_of(names, most: int = 5) -> str:
     names = sorted(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return (", ".join(names[:most]) or "none") + more
+
+
+def composed(name: str) -> str:
+    """A name as Linux and Windows write it: a Mac may keep é as e and an accent, one by one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def printable(name: str) -> str:
@@ -185,7 +295,7 @@ def some_of_numbers(numbers: np.ndarray) -> str:
 # ------------------------------------------------------------------------------------------------
 # files
 
-def from_files(path: str, found: Listing, read: Callable) -> ImageSet:
+def from_files(path: str, found: Listing, read: Callable, peek: Callable) -> ImageSet:
     """Names -> ImageSet. The last two levels are class/image, or the last one is images.
 
     What lies above must be shared.
@@ -196,8 +306,8 @@ def from_files(path: str, found: Listing, read: Callable) -> ImageSet:
     if passed:
         note(f"{path}: {passed}")
     separator = separator_of(found.files)
-    parts = {name: split(name, separator) for name in found.files}
-    names = sorted(found.files, key=parts.get)
+    parts = {name: split(composed(name), separator) for name in found.files}
+    names = sorted(found.files, key=lambda name: (parts[name], name))
     depth = max(len(p) for p in parts.values())
     # such as (cifar, train)
     above = os.path.commonprefix([p[:-1] for p in parts.values()])[:max(0, depth - 2)]
@@ -210,17 +320,20 @@ def from_files(path: str, found: Listing, read: Callable) -> ImageSet:
     else:
         classes = sorted({p[-2] for p in parts.values()})
         number = {c: k for k, c in enumerate(classes)}
+        twice = Counter(composed(c) for c in {split(name, separator)[-2] for name in names})
+        for name in (printable(name) for name, times in twice.items() if times > 1):
+            note(f"{path}: {name} is there twice, in two spellings of Unicode; taken as one class")
         labels = np.array([number[parts[name][-2]] for name in names], np.int64)
-        folders = [split(name, separator) for name in found.folders]
+        folders = [split(composed(name), separator) for name in found.folders]
         empty = {p[-1] for p in folders if p and p[:-1] == above} - set(classes)
         need(not empty, f"{path}: no images in class folder {some_of(empty)}"
              f"{f' ({passed})' if passed else ''}; fill or remove it")
     dtype = [("name", f"U{max(map(len, names))}"), ("offset", np.int64), ("size", np.int64)]
     keys = np.array([(name, *found.files[name]) for name in names], dtype)
     fingerprint = digest(*(f"{'/'.join(parts[name][len(above):])} {found.files[name][1]}\n"
-                           for name in names))
+                           for name in names), *content_of(keys, peek))
     return ImageSet(os.path.basename(os.path.abspath(path)), [printable(c) for c in classes],
-                    labels, fingerprint, keys, read)
+                    labels, fingerprint, keys, read, peek)
 
 
 def from_shards(path: str, root: str, shards: list[str]) -> ImageSet:
@@ -236,7 +349,7 @@ def from_shards(path: str, root: str, shards: list[str]) -> ImageSet:
              "folder named after its class, or give it alone")
         passed.passed.update(found.passed)
         keys = set()
-        for name in sorted(found.files):
+        for name in sorted(found.files, key=lambda name: (composed(name), name)):
             # WebDataset's rule: what follows the first dot tells the files of a sample apart.
             key, _, ending = os.path.basename(name).partition(".")
             key = os.path.join(os.path.dirname(name), key)
@@ -249,7 +362,7 @@ def from_shards(path: str, root: str, shards: list[str]) -> ImageSet:
             need(text, f"{where} has no class; add {key}.cls, or pack it without any .cls")
             keys.add(key)
             rows.append((shard, name, *found.files[name]))
-            texts.append(text)
+            texts.append(composed(text))
     need(rows, f"{path}: holds no images; their names end in {' '.join(ENDINGS)}")
     if passed.passed:
         note(f"{path}: {passed.passed_over()}")
@@ -261,10 +374,12 @@ def from_shards(path: str, root: str, shards: list[str]) -> ImageSet:
     width = [max(len(row[k]) for row in rows) or 1 for k in (0, 1)]
     dtype = [("shard", f"U{width[0]}"), ("name", f"U{width[1]}"),
              ("offset", np.int64), ("size", np.int64)]
-    fingerprint = digest(*(f"{name} {size} {classes[label]}\n"
-                           for (_, name, _, size), label in zip(rows, labels)))
-    return ImageSet(os.path.basename(os.path.abspath(path)), classes, labels, fingerprint,
-                    np.array(rows, dtype), functools.partial(read_from_shard, root))
+    keys, peek = np.array(rows, dtype), functools.partial(peek_in_shard, root)
+    fingerprint = digest(*(f"{composed(name)} {size} {classes[label]}\n"
+                           for (_, name, _, size), label in zip(rows, labels)),
+                         *content_of(keys, peek))
+    return ImageSet(os.path.basename(os.path.abspath(path)), classes, labels, fingerprint, keys,
+                    functools.partial(read_from_shard, root), peek)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -294,7 +409,7 @@ def from_npz(path: str) -> ImageSet:
     if names is not None:
         need(last < len(names),
              f"{path}: label {last} has no name; classes lists {len(names)}")
-        classes, labels = [str(name) for name in names], y.astype(np.int64)
+        classes, labels = [composed(str(name)) for name in names], y.astype(np.int64)
         empty = [classes[k] for k in np.setdiff1d(np.arange(len(names)), labels)]
         if empty:
             note(f"{path}: no images of {some_of(empty)}; nothing can be learned of "

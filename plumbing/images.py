@@ -12,6 +12,7 @@ Try      python -m plumbing.images      (rounds and truncates 256 values; one br
 import contextlib
 import io
 import math
+import re
 import warnings
 
 import numpy as np
@@ -35,6 +36,63 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}
+
+
+# What people find under the name of a picture: (place, what stands there, what it is).
+HEIC = (b"ftypheic", b"ftypheix", b"ftypheim", b"ftypheis", b"ftyphev", b"ftypmif1", b"ftypmsf1")
+BEGINNINGS = (
+    (0, (b"\xff\xd8\xff",), "a torn JPEG"), (0, (b"\x89PNG\r\n\x1a\n",), "a torn PNG"),
+    (0, (b"GIF8",), "a torn GIF"), (8, (b"WEBP",), "a torn WebP"), (0, (b"BM",), "a torn BMP"),
+    (4, (b"ftypavi",), "an AVIF picture, torn or beyond this Pillow"),
+    (0, (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"), "a JPEG 2000 picture, torn or beyond Pillow"),
+    (0, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "a TIFF or a camera's raw picture, torn or "
+     "beyond Pillow"),
+    (4, HEIC, "a HEIC picture"), (0, (b"\0\0\0\x0cJXL ", b"\xff\x0a"), "a JPEG XL picture"),
+    (4, (b"ftypcrx",), "a camera's raw picture"), (0, (b"FUJIFILM",), "a camera's raw picture"),
+    (4, (b"ftypqt",), "a QuickTime video"), (4, (b"ftyp",), "an MP4 video"),
+    (0, (b"II\xbc",), "a JPEG XR picture"), (0, (b"8BPS",), "a Photoshop picture (PSD)"),
+    (0, (b"gimp xcf",), "a GIMP picture (XCF)"), (0, (b"\0\0\1\0", b"icns"), "an icon"),
+    (0, (b"\x76\x2f\x31\x01",), "an OpenEXR picture"), (0, (b"#?R",), "a Radiance picture (HDR)"),
+    (0, (b"DDS ",), "a texture (DDS)"), (0, (b"SIMPLE  =",), "a FITS picture"),
+    (128, (b"DICM",), "a DICOM picture"), (0, (b"\x89HDF",), "an HDF5 file"),
+    (0, (b"AT&TFORM",), "a DjVu page"), (0, (b"%PDF",), "a PDF page"),
+    (0, (b"%!PS", b"\xc5\xd0\xd3\xc6"), "a PostScript page"), (8, (b"AVI ",), "an AVI video"),
+    (0, (b"\x1aE\xdf\xa3",), "a WebM or Matroska video"), (0, (b"\0\0\1\xba",), "an MPEG video"),
+    (8, (b"WAVE",), "a WAV sound"), (0, (b"OggS", b"ID3", b"fLaC"), "a sound"),
+    (0, (b"PK\3\4",), "a zip archive"), (0, (b"\x1f\x8b",), "a gzip archive"),
+    (0, (b"7z\xbc\xaf",), "a 7z archive"), (0, (b"Rar!",), "a RAR archive"),
+    (0, (b"\xfd7zXZ",), "an xz archive"), (0, (b"BZh",), "a bzip2 archive"),
+    (0, (b"\x28\xb5\x2f\xfd",), "a zstd archive"), (257, (b"ustar",), "a tar archive"),
+    (0, (b"\x93NUMPY",), "a NumPy array"), (0, (b"\x7fELF", b"MZ"), "a program"),
+    (0, (b"\0\5\x16\7",), "a Mac's companion of a file, without its content"),
+    (0, (b"version https://git-lfs",), "a Git LFS pointer, whose file git lfs pull would fetch"))
+# The same of texts, in lower case.
+TEXTS = (((b"<svg", b"<!doctype svg"), "an SVG drawing"),
+         ((b"<!doctype html", b"<html", b"<head", b"<body", b"<script"), "an HTML page, perhaps "
+          "the answer of a server that did not have the picture"),
+         ((b"<",), "an XML text, perhaps the answer of a server that did not have the picture"),
+         ((b"{", b"["), "a JSON text, perhaps the answer of a server that did not have the "
+          "picture"), ((b"data:image",), "a data: address, with a picture in it"))
+# What may stand before the first element: <?xml ... ?> and <!-- ... -->.
+PROLOGUE = re.compile(rb"(\xef\xbb\xbf)?(\s|<\?.*?\?>|<!--.*?-->)*", re.DOTALL)
+
+
+def kind_of_bytes(data: bytes) -> str:
+    """What a file is that Pillow does not know, by its first bytes, in words for a person."""
+    for place, beginnings, what in BEGINNINGS:
+        if data[place:].startswith(beginnings):
+            return what if "torn" in what else f"{what}, whatever its name says"
+    text = data[:4096].lower()
+    for beginnings, what in TEXTS:
+        if text[PROLOGUE.match(text).end():].startswith(beginnings):
+            return f"not an image but {what}"
+    if not data.strip(b"\0"):
+        return "not an image but zeros alone, as a copy that was broken off leaves them"
+    with contextlib.suppress(UnicodeDecodeError):
+        words = " ".join(data[:4096].decode().split())
+        if words.isprintable():
+            return f"not an image but a text that begins with {words[:30]!r}"
+    return f"not an image, or a torn one (it begins with {data[:12]!r})"
 
 
 @contextlib.contextmanager
@@ -105,8 +163,7 @@ def decode(data: bytes, name: str, repair: str = MEND_IMAGE,
         try:
             image = Image.open(io.BytesIO(pixels), formats=FORMATS)
         except UnidentifiedImageError:
-            text = f"not an image, or a torn one (it begins with {data[:12]!r})"
-            raise ValueError(text) from None
+            raise ValueError(kind_of_bytes(data)) from None
         turn = orientation(rotation) if rotation else 1
         if image.format == "TIFF":
             image.load_end = lambda: None  # where Pillow reads EXIF once more, and turns the image

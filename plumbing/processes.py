@@ -23,11 +23,12 @@ from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from plumbing.flags import UserError, need
 from plumbing.graphs import Recorded
+from plumbing.start import close_bars, stop_signals
 
 try:
     import fcntl
@@ -36,6 +37,7 @@ except ModuleNotFoundError:  # Windows
 
 INTERRUPTED = 3  # exit code after a signal, when all is saved
 PATIENCE = 5  # seconds of silence while others are waited for
+SELF = "/proc/self"  # where Linux says what a process uses
 
 
 class Interrupted(BaseException):
@@ -176,10 +178,9 @@ class Processes:
 
         SIGHUP comes when a terminal closes, mostly twice, SIGUSR1 from SLURM before time is up.
         """
-        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows has the first two
+        for number in stop_signals():
             # nohup has SIGHUP ignored, and that is what it is for.
-            if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame) -> None:
@@ -211,6 +212,14 @@ class Processes:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return flags.bool().tolist()
 
+    def mean(self, value: Tensor | float) -> Tensor | float:
+        """The mean over processes of a scalar; a float is the same on all of them already."""
+        if not dist.is_initialized() or isinstance(value, float):
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.world
+
     def gather(self, thing) -> list:
         """The `thing` of every process, in order of rank, on every process."""
         things = [thing]
@@ -230,6 +239,7 @@ class Processes:
     def leave(self, text: str) -> None:
         """Say why, and exit as after a signal."""
         if self.main:
+            close_bars()
             print(text, flush=True)
         sys.exit(INTERRUPTED)
 
@@ -267,14 +277,10 @@ class Processes:
 
 @contextlib.contextmanager
 def enough_memory(repair: str):
-    """Running out of memory inside, here or in a data worker, becomes a UserError."""
+    """Running out of memory inside becomes a UserError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # TRAP: DataLoader raises this from a signal handler, so it can come out of any line.
-        if "DataLoader worker" in str(error):
-            raise UserError(f"a data worker died ({str(error).splitlines()[0]}); is memory short? "
-                            "lower --workers, and repeat the command to go on") from None
         # A CPU without memory has no exception of its own in torch, only this text.
         out = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
         if out or "can't allocate memory" in str(error):
@@ -287,7 +293,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        with contextlib.suppress(OSError), open(f"{SELF}/clear_refs", "w") as file:
             file.write("5")  # Linux: the peak becomes what is in use now
 
 
@@ -300,8 +306,8 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     # TRAP: a child's ru_maxrss starts at what its parent had, so on Linux ask for this process's
     # own high-water mark.
-    if os.path.exists("/proc/self/status"):
-        with open("/proc/self/status") as file:
+    if os.path.exists(f"{SELF}/status"):
+        with open(f"{SELF}/status") as file:
             return int(re.search(r"VmHWM:\s*(\d+)", file.read())[1]) * 1024
     if sys.platform != "darwin":
         return 0  # unknown

@@ -38,6 +38,7 @@ class Run:
     def __init__(self, args, configs: tuple):
         self.folder, self.preset, self.train = args.run, args.preset, args.train
         self.configs = configs
+        self.told = False  # that other images are held out than before
         self.procs = Processes(args.device, self.train.timeout)
         if self.procs.main:
             self.lock = self.take_folder()
@@ -105,19 +106,17 @@ class Run:
         checkpoint.check_same(was, fixed, f"{path}: settings", "start anew in another --run "
                               f"folder, or go on with {' '.join(old) or 'the version of then'}")
         need_same_images(path, saved, self.data)
+        self.told = self.told or tell_other_held_out(path, saved, self.val)
         return saved
 
     def resume(self, path: str, fixed: dict, needs: tuple[str, ...] = ()) -> dict | None:
-        """compare(), and what it takes to go on: the log is cut where the checkpoint ends."""
+        """compare(), and all that it takes to go on must be there."""
         saved = self.compare(path, fixed)
         if saved is None:
             return None
         expected = ("settings", "data", "phase", "step", "model", "ema", "optimizer", "random")
         missing = [name for name in (*expected, *needs) if name not in saved]
         need(not missing, f"{path} has no {', '.join(missing)}")
-        if self.procs.main:  # rows after the checkpoint will be written again
-            checkpoint.trim_jsonl(self.path("log.jsonl"), lambda row: row["phase"] != saved["phase"]
-                                  or row["step"] <= saved["step"])
         return saved
 
     def seed(self, states: list | None, number: int) -> None:
@@ -131,7 +130,7 @@ class Run:
         random = self.procs.gather(checkpoint.random_state())
         if self.procs.main:
             images = {"data": self.data.fingerprint, "images": len(self.data),
-                      "classes": self.data.classes}
+                      "classes": self.data.classes, "held_out": self.val.fingerprint}
             checkpoint.save(path, {"random": random, **images, **content})
         self.procs.barrier()  # or another process would look for it too early
 
@@ -141,6 +140,15 @@ class Run:
     def say(self, text: str) -> None:
         if self.procs.main:
             print(text, flush=True)
+
+    def trim_log(self, phase: str, step: int) -> None:
+        """Before a phase goes on from `step`, 0 without a checkpoint: drop what is written again.
+
+        These are the lines of later steps, and one of results, whose checkpoint was never made.
+        """
+        if self.procs.main:
+            checkpoint.trim_jsonl(self.path("log.jsonl"), lambda row: row["phase"] != phase
+                                  or (row["step"] <= step and "learning_rate" in row))
 
     def log(self, **row) -> None:
         if self.procs.main:
@@ -162,10 +170,21 @@ class Run:
 
 def need_same_images(path: str, saved: dict, data: ImageSet) -> None:
     """Raise UserError unless the checkpoint `saved` has learned from these very images."""
+    first = os.path.join(os.path.dirname(path), SYSTEMS["-m d2it.train"])
+    program = "-m d2it.train" if checkpoint.exists(first) else "train.py"
     need(saved["data"] == data.fingerprint,
          f"{path}: data changed: it learned from {saved.get('images', 'other')} images, and "
-         f"{data.name} has {len(data)} to learn from, not the same; give train.py --data as "
-         "it was (it may lie elsewhere), or start anew in another --run folder")
+         f"{data.name} has {len(data)} to learn from, not the same; give python {program} --data "
+         "as it was (it may lie elsewhere), or start anew in another --run folder")
+
+
+def tell_other_held_out(path: str, saved: dict, val: ImageSet) -> bool:
+    """Has the checkpoint `saved` been judged by other images? They may change, with a note."""
+    changed = saved.get("held_out", val.fingerprint) != val.fingerprint
+    if changed:
+        note(f"{path}: other images were held out than the {len(val):,} of {val.name}; what is "
+             "told of those must not be compared with what is told of these")
+    return changed
 
 
 # ------------------------------------------------------------------------------------------------
@@ -234,6 +253,7 @@ def open_run(folder: str, configs: tuple[type, ...], name: str = "tokenizer.pt",
     except UserError as error:
         raise UserError(f"{error} (data and val_data of {folder}/config.json)") from error
     need_same_images(path, saved, data)
+    tell_other_held_out(path, saved, val)
     return OpenRun(folder, build(configs, values), data, val, saved)
 
 

@@ -24,6 +24,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def stop_signals() -> list[signal.Signals]:
+    """What asks a program to stop, as far as the system has it: Windows has the first two."""
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+            if hasattr(signal, name)]
+
+
 def quit_at_once(number, frame) -> None:
     os.write(2, b"\ninterrupted before anything was begun\n")
     os._exit(130)  # torch's import would swallow an exception here and there
@@ -78,6 +84,16 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def close_bars() -> None:
+    """Give each progress bar its last state and the end of its line: what is said next is alone.
+
+    A bar whose loop an error has left would be drawn once more at the end, below the error.
+    """
+    tqdm = sys.modules.get("tqdm")  # not imported here, as not every program has bars
+    for bar in list(tqdm.tqdm._instances) if tqdm else []:
+        bar.close()
+
+
 def main_with_user_errors(main: Callable[[], None]) -> None:
     """Call main(). UserError: its line and exit code 2; Ctrl-C: one line and 130."""
     if signal.getsignal(signal.SIGINT) is quit_at_once:
@@ -85,7 +101,10 @@ def main_with_user_errors(main: Callable[[], None]) -> None:
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
-        main()
+        try:
+            main()
+        finally:
+            close_bars()
     except UserError as error:
         sys.stdout.flush()  # so that the line comes last
         tell(f"error: {error}")

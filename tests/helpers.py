@@ -28,6 +28,7 @@ from plumbing.flags import UserError
 
 ROOT = Path(__file__).parent.parent
 RED = (200, 30, 60)
+THREADS = int(os.environ.get("OMP_NUM_THREADS") or 1)
 # train.py's flags for a run of seconds, with every phase in it.
 SMALL = ("--preset tiny --encoder_width 32 --encoder_heads 2 --expert_width 32 --expert_heads 2 "
          "--decoder_width 32 --decoder_heads 2 --token_schedule 2 4 6 --codebook_size 16 "
@@ -56,10 +57,10 @@ def put(path, content: bytes) -> str:
     return str(path)
 
 
-def folder_of(root, n: int, classes=("cat", "dog"), size: int = 8):
-    """n lossless images, dealt to the classes in turn."""
+def folder_of(root, n: int, classes=("cat", "dog"), size: int = 8, first: int = 0):
+    """n lossless images, dealt to the classes in turn; other ones from another `first`."""
     for k in range(n):
-        content = encoded(Image.fromarray(noise(k, size, size)), "PNG")
+        content = encoded(Image.fromarray(noise(first + k, size, size)), "PNG")
         put(root / classes[k % len(classes)] / f"{k:03}.png", content)
     return root
 
@@ -103,12 +104,17 @@ def same(a, b) -> bool:
                                     for (images, y), (others, z) in zip(a, b))
 
 
-def some_shapes(path, n: int) -> str:
+def some_shapes(path, n: int, first: int = 0) -> str:
     """n of the built-in shapes as .npz: encoding all of them takes longer than training on them."""
-    shapes = open_images("shapes")
-    np.savez(path, x=np.stack([shapes.load(i) for i in range(n)]), y=shapes.labels[:n],
+    shapes, chosen = open_images("shapes"), np.arange(first, first + n)
+    np.savez(path, x=np.stack([shapes.load(i) for i in chosen]), y=shapes.labels[chosen],
              classes=np.array(shapes.classes))
     return str(path)
+
+
+def held_shapes(path, n: int = 60) -> str:
+    """n shapes that are none of the first 60, which tests learn from."""
+    return some_shapes(path, n, first=60)
 
 
 def same_content(a, b) -> bool:
@@ -172,7 +178,7 @@ def run_as_main(words: list[str], said: str, environment: dict[str, str]) -> Non
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
     os.environ.update(environment)
     os.chdir(ROOT)
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})

@@ -131,6 +131,35 @@ def test_a_backslash_beside_true_folders_belongs_to_the_name(tmp_path):
     assert datasets.open_images(str(tmp_path / "set")).classes == ["cat", "dog"]
 
 
+def test_where_nothing_can_be_written_the_users_cache_folder_is_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
+    path = packed(folder_of(tmp_path / "set", 4), tmp_path / "x.tar.gz", "")
+    no_folder = os.path.join(put(tmp_path / "file", b""), "below")  # nobody, not even root, can
+    assert len(datasets.open_images(path, no_folder)) == 4
+    made, = (tmp_path / "home" / "cache" / "nativetok").iterdir()
+    assert str(made) in capsys.readouterr().err
+    assert datasets.open_images(path, no_folder).load(3).shape == (8, 8, 3)
+    assert len(datasets.open_images(path)) == 4 and capsys.readouterr().err == "", "made before"
+    monkeypatch.setenv("XDG_CACHE_HOME", no_folder)
+    refused(datasets.open_images, path, no_folder, names=["x.tar.gz", "unpack it yourself"])
+
+
+def test_an_archive_that_changed_in_its_middle_is_unpacked_again(tmp_path):
+    def archive(fill: bytes) -> str:  # gzip's members one after the other, each with a checksum
+        with tarfile.open(tmp_path / "plain.tar", "w") as tar:
+            for k, content in enumerate((bytes(6 << 20), fill * (6 << 20), bytes(6 << 20))):
+                member = tarfile.TarInfo(f"{k}.bmp")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        whole = (tmp_path / "plain.tar").read_bytes()
+        parts = [whole[k:k + (4 << 20)] for k in range(0, len(whole), 4 << 20)]
+        return put(tmp_path / "x.tar.gz", b"".join(gzip.compress(p, 0, mtime=0) for p in parts))
+    before = datasets.open_images(archive(b"a"), str(tmp_path / "cache")).fingerprint
+    size = os.path.getsize(tmp_path / "x.tar.gz")
+    after = datasets.open_images(archive(b"b"), str(tmp_path / "cache")).fingerprint
+    assert os.path.getsize(tmp_path / "x.tar.gz") == size and before != after
+
+
 def test_unpacking_removes_what_a_killed_run_left_and_names_a_torn_archive(tmp_path):
     root, cache = folder_of(tmp_path / "set", 4), tmp_path / "cache"
     path = packed(root, tmp_path / "x.tar.gz", "")

@@ -122,6 +122,50 @@ def test_the_fingerprint_follows_content_not_place(tmp_path):
     assert int(before, 16) >= 0
 
 
+@pytest.mark.parametrize("form", ["folder", "x.tar", "x.zip", "x.tar.gz"])
+def test_an_image_made_anew_with_the_same_name_and_size_is_another_one(tmp_path, form):
+    root = folder_of(tmp_path / "set", 6)
+
+    def fingerprint():
+        path = str(root) if form == "folder" else packed(root, tmp_path / form, "")
+        return datasets.open_images(path, str(tmp_path)).fingerprint
+    before = datasets.open_images(str(root)).fingerprint
+    assert fingerprint() == before
+    file = root / "dog" / "003.png"
+    pixels, times = file.read_bytes(), file.stat()
+    put(file, pixels[:-20] + bytes([pixels[-20] ^ 1]) + pixels[-19:])
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert fingerprint() != before
+    put(file, pixels)
+    os.utime(file, (10 ** 9, 10 ** 9))
+    assert fingerprint() == before, "only what a file holds counts, not when it was written"
+
+
+def test_of_many_and_large_files_a_fixed_choice_of_pieces_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "FILES_READ", 10)
+    monkeypatch.setattr(datasets, "BYTES_READ", 10 * 80)
+    root = tmp_path / "set"
+    for k in range(40):
+        put(root / f"{k:02}.png", bytes([k]) * 1000)
+    whole = datasets.open_images(str(root)).fingerprint
+    assert whole == datasets.open_images(packed(root, tmp_path / "x.zip", "")).fingerprint
+    noticed = 0
+    for k in range(40):
+        put(root / f"{k:02}.png", bytes([k]) * 990 + b"another end"[:10])
+        noticed += datasets.open_images(str(root)).fingerprint != whole
+        put(root / f"{k:02}.png", bytes([k]) * 1000)
+    assert noticed == 10
+
+
+def test_a_file_that_cannot_be_read_hinders_nobody_from_looking_at_the_others(tmp_path):
+    path = tmp_path / "x.zip"
+    packed(folder_of(tmp_path / "set", 4), path, "")
+    damaged = bytearray(path.read_bytes())
+    damaged[120] ^= 1  # inside the first image
+    path.write_bytes(damaged)
+    assert len(datasets.open_images(str(path))) == 4
+
+
 # ------------------------------------------------------------------------------------------------
 # arrays
 
@@ -244,7 +288,8 @@ def test_the_seed_that_sets_images_aside_is_never_negative():
 
 def test_given_held_out_images_must_have_the_same_classes_or_none(tmp_path):
     root = str(folder_of(tmp_path / "set", 4))
-    assert len(datasets.train_and_val(root, str(folder_of(tmp_path / "same", 2)), 0, 0)[1]) == 2
+    same = str(folder_of(tmp_path / "same", 2, first=4))
+    assert len(datasets.train_and_val(root, same, 0, 0)[1]) == 2
     flat = put(tmp_path / "flat" / "a.png", PNG)
     assert datasets.train_and_val(root, os.path.dirname(flat), 0, 0)[1].classes == ["all"]
     other = str(folder_of(tmp_path / "other", 2, ("cat", "emu")))
@@ -253,3 +298,113 @@ def test_given_held_out_images_must_have_the_same_classes_or_none(tmp_path):
     assert [len(part) for part in shapes] == [TOTAL - HELD_OUT, HELD_OUT]
 
 
+
+
+def as_npz(path, root) -> str:
+    images = datasets.open_images(str(root))
+    np.savez(path, x=np.stack([images.load(i) for i in range(len(images))]), y=images.labels,
+             classes=images.classes)
+    return str(path)
+
+
+def renamed(root, to) -> str:
+    for k, file in enumerate(sorted(root.rglob("*.png"))):
+        put(to / "deeper" / file.parent.name / f"other-{k}.png", file.read_bytes())
+    return str(to)
+
+
+COPIES = {
+    "the same": lambda root, tmp: str(root),
+    "a copy under other names": lambda root, tmp: renamed(root, tmp / "copy"),
+    "some of them": lambda root, tmp: str(folder_of(tmp / "some", 10)),
+    "packed": lambda root, tmp: packed(root, tmp / "x.zip", ""),
+    "as arrays": lambda root, tmp: as_npz(tmp / "x.npz", root)}
+
+
+@pytest.mark.parametrize("learned", ["folder", "npz"])
+@pytest.mark.parametrize("copy", COPIES)
+def test_held_out_images_that_are_all_learned_from_are_told(tmp_path, copy, learned, capsys):
+    root = folder_of(tmp_path / "set", 30)
+    val = COPIES[copy](root, tmp_path)
+    data = str(root) if learned == "folder" else as_npz(tmp_path / "data.npz", root)
+    n = len(datasets.train_and_val(data, val, 0, 0)[1])
+    assert capsys.readouterr().err.startswith(
+        f"note: {val}: {n} of {n} images that were looked for are also in {data}: they "
+        "are learned from, not held out")
+
+
+def test_the_built_in_shapes_are_not_held_out_of_themselves(capsys):
+    datasets.train_and_val("shapes", "shapes", 0, 0)
+    assert "500 of 500 images" in capsys.readouterr().err
+    assert len(datasets.train_and_val("shapes", "shapes:val", 0, 0)[1]) == HELD_OUT
+    assert capsys.readouterr().err == ""
+
+
+def test_held_out_images_some_of_which_are_learned_from_are_told(tmp_path, capsys):
+    root = folder_of(tmp_path / "set", 30)
+    val = folder_of(tmp_path / "val", 12, first=25)  # five of these are among the 30
+    train, held = datasets.train_and_val(str(root), str(val), 0, 0)
+    assert "5 of 12 images that were looked for are also in" in capsys.readouterr().err
+    assert datasets.seen_before(train, held) == (5, 12)
+    datasets.train_and_val(str(root), str(folder_of(tmp_path / "new", 12, first=30)), 0, 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_set_aside_from_images_that_come_twice_is_told(tmp_path, capsys):
+    root = folder_of(tmp_path / "set", 20)
+    datasets.train_and_val(str(root), "", 1000, 0)
+    assert capsys.readouterr().err == ""
+    for k, file in enumerate(sorted(root.rglob("*.png"))):
+        put(file.with_name(f"again-{k}.png"), file.read_bytes())
+    datasets.train_and_val(str(root), "", 1000, 0)
+    assert "so it holds them twice" in capsys.readouterr().err
+
+
+def test_another_split_of_the_same_images_shows(tmp_path):
+    root = str(folder_of(tmp_path / "set", 40))
+    learned, _ = datasets.train_and_val(root, "", 1000, 7)
+    again, held = datasets.train_and_val(root, "", 1000, 0)
+    paths = set(learned.keys["name"]) & set(held.keys["name"])
+    assert paths and datasets.seen_before(learned, held) == (len(paths), len(held))
+    assert datasets.seen_before(again, held) == (0, len(held))
+
+
+def test_large_files_with_the_same_borders_are_not_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "GLANCE", 80)
+    for k, part in enumerate(("set", "val", "val")):
+        put(tmp_path / part / f"{k}.png", bytes(500) + bytes([k, k]) + bytes(500))
+    train, val = (datasets.open_images(str(tmp_path / part)) for part in ("set", "val"))
+    assert datasets.seen_before(train, val) == (0, 2)
+    put(tmp_path / "set" / "copy.png", bytes(500) + bytes([2, 2]) + bytes(500))
+    assert datasets.seen_before(datasets.open_images(str(tmp_path / "set")), val) == (1, 2)
+
+
+# ------------------------------------------------------------------------------------------------
+# names that are spelled in two ways
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"  # é, and e with an accent of its own, as a Mac's disk keeps it
+
+
+def test_a_name_is_the_same_in_both_unicode_forms(tmp_path, capsys):
+    for part, name, first in (("nfc", NFC, 0), ("nfd", NFD, 0), ("val", NFD, 9)):
+        folder_of(tmp_path / part, 9, (name, "cafz", "owl"), first=first)
+    one, two = (datasets.open_images(str(tmp_path / part)) for part in ("nfc", "nfd"))
+    assert one.classes == two.classes == ["cafz", NFC, "owl"]
+    assert one.fingerprint == two.fingerprint and one.labels.tolist() == two.labels.tolist()
+    assert all(np.array_equal(one.load(i), two.load(i)) for i in range(9))
+    _, val = datasets.train_and_val(str(tmp_path / "nfc"), str(tmp_path / "val"), 0, 0)
+    assert val.classes == one.classes and val.labels.tolist() == one.labels.tolist()
+    packed_too = datasets.open_images(packed(tmp_path / "nfd", tmp_path / "x.zip", ""))
+    assert packed_too.fingerprint == one.fingerprint
+    np.savez(tmp_path / "x.npz", x=np.zeros((3, 4, 4, 3), np.uint8), y=[0, 1, 2],
+             classes=["cafz", NFD, "owl"])
+    assert datasets.open_images(str(tmp_path / "x.npz")).classes == one.classes
+
+
+def test_one_class_whose_folder_is_there_in_both_forms_is_one_class(tmp_path, capsys):
+    folder_of(tmp_path / "set", 9, (NFC, NFD, "owl"))
+    if len(os.listdir(tmp_path / "set")) < 3:
+        pytest.skip("this file system takes both for one name")
+    dataset = datasets.open_images(str(tmp_path / "set"))
+    assert dataset.classes == [NFC, "owl"] and dataset.labels.tolist() == [0] * 6 + [1] * 3
+    assert NFC in capsys.readouterr().err

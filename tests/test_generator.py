@@ -8,7 +8,7 @@ import torch
 
 import generator as G
 from config import GeneratorConfig
-from generator import ARGenerator, MaskGITGenerator
+from generator import ARGenerator, Generator, MaskGITGenerator
 from helpers import refused
 from plumbing import checkpoint
 from plumbing.flags import UserError, as_dict
@@ -386,6 +386,13 @@ def test_loading_something_else_is_refused(tmp_path):
     checkpoint.save(path, saved(model, "ar", ema=lacking))
     with pytest.raises(UserError, match="position"):
         G.Generator.load(path)
+
+
+def test_a_setting_that_this_version_does_not_know_is_named(small_run, tmp_path):
+    saved = checkpoint.load(small_run / "generator-ar.pt")
+    saved["generator_config"]["generator_depht"] = 3
+    checkpoint.save(tmp_path / "generator-ar.pt", saved)
+    refused(Generator.load, tmp_path / "generator-ar.pt", names=["unknown setting generator_depht"])
 
 
 @KINDS

@@ -12,7 +12,7 @@ import config
 import train
 from config import GeneratorConfig, TokenizerConfig
 from generator import GENERATORS
-from helpers import SMALL, ended, refused, some_shapes, start_program
+from helpers import SMALL, ended, held_shapes, refused, some_shapes, start_program
 from loop import LossOf
 from nativetok import NativeTok
 from plumbing import checkpoint, graphs
@@ -98,11 +98,11 @@ def test_a_recorded_generator_draws_new_masks_at_each_step(Kind):
 
 @on_a_gpu
 def test_a_recorded_run_resumes_to_the_same_bits(tmp_path):
-    data = some_shapes(tmp_path / "shapes.npz", 60)
+    data, val = some_shapes(tmp_path / "shapes.npz", 60), held_shapes(tmp_path / "held.npz")
 
     def run(name, *flags):
         done = ended(start_program("train.py", *SMALL, "--run", tmp_path / name, "--data", data,
-                                   "--val_data", data, "--cuda_graph", "--tail_drop", 0,
+                                   "--val_data", val, "--cuda_graph", "--tail_drop", 0,
                                    "--device", "cuda", *flags), timeout=300)
         assert done.returncode == 0, done.stderr
         return tmp_path / name

@@ -169,8 +169,8 @@ BROKEN = {
     "gray32.tif": encoded(Image.fromarray(np.full((4, 6), 70000, np.int32)), "TIFF"),
     "bomb.png": png(struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0), b""),
 }
-REASONS = {"half.jpeg": "truncated", "empty.png": "empty", "script.jpg": "not an image",
-           "page.jpg": "<!DOCTYPE", "float.tif": "floating-point", "gray32.tif": "16 bits",
+REASONS = {"half.jpeg": "truncated", "empty.png": "empty", "script.jpg": "PostScript",
+           "page.jpg": "HTML page", "float.tif": "floating-point", "gray32.tif": "16 bits",
            "bomb.png": "decompression bomb"}
 
 
@@ -183,6 +183,22 @@ def test_a_broken_image_is_refused_with_its_name_a_reason_and_a_repair(tmp_path,
     assert "skip_bad" not in message
     message = refused(read_image, path, names=[path, "give the path of an image"])
     assert "remove it" not in message and "skip_bad" not in message
+
+
+@pytest.mark.parametrize("what, content", [
+    ("HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), ("HEIC", b"\0\0\0\x1cftypmif1"),
+    ("AVIF", b"\0\0\0\x1cftypavif" + bytes(20)), ("MP4", b"\0\0\0\x20ftypisom"),
+    ("JPEG XL", b"\xff\x0a\xfa"), ("camera's raw", b"II*\0" + bytes(9)),
+    ("PDF", b"%PDF-1.7\n"), ("Photoshop", b"8BPS\0\1"), ("WebM", b"\x1aE\xdf\xa3\1"),
+    ("HTML page", b"\xef\xbb\xbf\n<!-- no -->\n<HTML><body>404"), ("zip", b"PK\3\4" + bytes(30)),
+    ("SVG", b'<?xml version="1.0"?>\n<!-- x --><svg xmlns="">'), ("JSON", b'{"error": 404}'),
+    ("XML", b'<?xml version="1.0"?><Error><Code>AccessDenied'), ("zeros alone", bytes(5000)),
+    ("'Access denied'", b"Access denied\n"), ("Git LFS", b"version https://git-lfs.github.com/spec"),
+    ("torn JPEG", b"\xff\xd8\xff\xe0"), ("begins with b'\\x01\\xfe", b"\1\xfe\2\xfd\3")])
+def test_what_is_no_picture_is_called_by_what_it_is(what, content):
+    message = refused(decode, content, "photo.jpg", names=["photo.jpg: ", what, "replace or"])
+    if what in ("HEIC", "PDF", "HTML page", "zip", "Git LFS"):
+        assert "torn" not in message, "nobody should copy it again"
 
 
 def test_a_folder_or_a_missing_file_is_no_image_and_says_so(tmp_path):

@@ -307,3 +307,26 @@ dist.destroy_process_group()
 def test_lecam_anchors_are_averaged_over_ranks():
     # The last line: some versions of gloo say that they are connected, on stdout.
     assert [rank.stdout.splitlines()[-1] for rank in ranks(2, "-c", TWO_RANKS)] == ["0.75 -1.0"] * 2
+
+
+def test_the_discriminator_learns_from_all_micro_batches_of_a_step_and_of_no_other():
+    """LeCam looks at each micro-batch by itself, so it is left out."""
+    torch.manual_seed(0)
+    images, recon = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32)
+
+    def gradients(pieces, *seen):
+        torch.manual_seed(1)
+        adversary = losses.Adversary(1e-4, torch.device("cpu"), pieces)
+        adversary.lecam.forward = lambda real, fake: 0 * real.mean()
+        for part in seen:
+            adversary.see(images[part], recon[part])
+        adversary.learn()
+        assert not adversary.seen
+        return torch.cat([p.grad.flatten() for p in adversary.net.parameters()])
+    first, second = slice(0, 2), slice(2, 4)
+    whole = gradients(1, slice(0, 4))
+    torch.testing.assert_close(gradients(2, first, second), whole, rtol=1e-3, atol=1e-6)
+    # The step before was skipped: what it saw is no part of this one.
+    torch.testing.assert_close(gradients(2, second, second, first, second), whole, rtol=1e-3,
+                               atol=1e-6)
+    assert not torch.allclose(gradients(1, second), whole, rtol=1e-2)

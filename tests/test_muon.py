@@ -9,9 +9,13 @@ import torch
 from torch import nn
 
 import config
+from d2it import presets
+from d2it.content import Content
+from d2it.dvae import DVAE
 from generator import ARGenerator
+from layers import Attention
 from loop import new_optimizer
-from muon import Muon, is_hidden_matrix, newton_schulz, newton_schulz_fast
+from muon import Muon, matrices_of, newton_schulz, newton_schulz_fast, whole_float32
 from nativetok import NativeTok
 
 
@@ -98,7 +102,7 @@ def test_the_codebook_and_nothing_else_learns_at_its_own_rate(kind):
     groups = new_optimizer(model, kind, 0.0, 0.99, 7.0, 5.0).param_groups
     scale = {id(p): group["scale"] for group in groups for p in group["params"]}
     for name, p in model.named_parameters():
-        hidden = kind == "muon" and is_hidden_matrix(name, p)
+        hidden = kind == "muon" and matrices_of(model).get(p)
         assert scale[id(p)] == (5.0 if name == "quantizer.codebook" else 7.0 if hidden else 1.0)
 
 
@@ -109,6 +113,63 @@ def test_what_is_stored_as_one_is_as_many_matrices_to_muon():
     matrices = {names[id(p)].split(".")[-2]: g["matrices"] for g in groups for p in g["params"]
                 if g["matrices"]}
     assert matrices == {"qkv": 3, "out": 1, "w13": 2, "w2": 1}
+
+
+def content_groups(weight_decay: float = 0.1) -> dict:
+    """{name: group} of the smallest content transformer of d2it, under Muon."""
+    dvae, cfg, _ = presets.load_preset("d2it-tiny")
+    model = Content(cfg, dvae.code_dim, dvae.side, 10)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = new_optimizer(model, "muon", weight_decay, 0.99, 7.0).param_groups
+    return {names[id(p)]: group for group in groups for p in group["params"]}
+
+
+def test_what_a_condition_makes_is_as_many_matrices_to_muon():
+    """adaLN's six vectors come from six matrices; a cell's split into four codes from four."""
+    groups = content_groups()
+    for name, count in (("blocks.0.condition.1", 6), ("refine.blocks.0.condition.1", 6),
+                        ("last.condition.1", 2), ("refine.last.condition.1", 2),
+                        ("refine.split", 4), ("blocks.0.attention.qkv", 3), ("time.mlp.2", 1),
+                        ("blocks.0.mlp.0", 1), ("refine.blocks.0.attention.out", 1)):
+        assert groups[f"{name}.weight"]["matrices"] == count, name
+        assert groups[f"{name}.weight"]["scale"] == 7.0
+
+
+def test_what_reads_or_writes_times_labels_codes_and_places_is_adamws():
+    groups = content_groups()
+    outer = ("time.mlp.0", "label", "embed", "grain_embed", "coarse_head", "fine_head",
+             "refine.embed", "refine.head")
+    for name in (*(f"{layer}.weight" for layer in outer), "position", "refine.position"):
+        assert (groups[name]["matrices"], groups[name]["scale"]) == (0, 1.0), name
+    assert {name for name, group in groups.items() if not group["weight_decay"]} == {
+        name for name in groups if name.endswith(("bias", "position"))}
+
+
+def test_a_network_of_convolutions_has_nothing_for_muon():
+    model = DVAE(presets.load_preset("d2it-tiny")[0])
+    groups = new_optimizer(model, "muon", 0.1, 0.99, 7.0).param_groups
+    assert {(group["matrices"], group["scale"]) for group in groups} == {(0, 1.0)}
+    names = {id(p): name for name, p in model.named_parameters()}
+    kept = {names[id(p)] for g in groups if not g["weight_decay"] for p in g["params"]}
+    assert "decoder.corner" in kept and "decoder.enter.weight" not in kept
+
+
+def test_the_name_of_a_layer_decides_nothing():
+    model = nn.ModuleDict(dict(multihead=Attention(8, 2), tokens=nn.Linear(8, 8)))
+    names = {p: name for name, p in model.named_parameters()}
+    assert {names[p]: count for p, count in matrices_of(model).items()} == {
+        "multihead.qkv.weight": 3, "multihead.out.weight": 1, "tokens.weight": 0}
+
+
+def test_the_precision_of_products_is_put_back_after_an_error_too():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.raises(RuntimeError), whole_float32(torch.device("cpu")):
+            raise RuntimeError("out of memory, say")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_adamw_is_torchs():
@@ -156,7 +217,7 @@ def test_muon_has_the_hidden_matrices_and_adamw_everything_else():
     tok, gen, _ = config.load_preset("tiny")
     tokenizer, generator = NativeTok(tok), ARGenerator(gen, 16, 256, 10)
     taken = {name for model in (tokenizer, generator) for name, p in model.named_parameters()
-             if is_hidden_matrix(name, p)}
+             if matrices_of(model).get(p)}
     assert {"mit.blocks.0.attention.qkv.weight", "mit.dimension_switcher.weight",
             "mocet.experts.0.layers.0.wq.weight", "mocet.experts.0.layers.0.w1.weight",
             "decoder.blocks.0.mlp.0.weight", "blocks.0.mlp.w13.weight"} <= taken

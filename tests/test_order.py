@@ -17,7 +17,7 @@ import config
 from config import CONFIGS
 from experiments import order, order_table
 from generator import ARGenerator
-from helpers import some_shapes
+from helpers import held_shapes, some_shapes
 from nativetok import NativeTok
 from plumbing import checkpoint
 from plumbing.datasets import open_images
@@ -45,8 +45,8 @@ def command(*flags) -> tuple[int, str, str]:
 def flags(tmp_path_factory):
     """A quick run of an arm, a changed one and a control, with hardly any steps."""
     folder = tmp_path_factory.mktemp("order")
-    data = some_shapes(folder / "shapes.npz", 60)
-    flags = ["--quick", "--data", data, "--val_data", data, "--budget", 20, "--generator_steps", 4,
+    data, val = some_shapes(folder / "shapes.npz", 60), held_shapes(folder / "held.npz")
+    flags = ["--quick", "--data", data, "--val_data", val, "--budget", 20, "--generator_steps", 4,
              "--num_samples", 20, "--out", folder / "out", "--arms", *TRIED]
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     code, _, err = command(*flags)

@@ -83,7 +83,7 @@ def test_settings_are_those_of_the_checkpoint_whatever_config_json_says_now(run)
 
 @pytest.mark.parametrize("program", ["eval_fid", "explain"])
 def test_images_that_have_changed_since_are_refused(run, tmp_path, program):
-    change_config(run, data=some_shapes(tmp_path / "more.npz", 61))
+    change_config(run, data=some_shapes(tmp_path / "more.npz", 61, first=200))
     is_refused(program, "--run", run, says=("data changed", "tokenizer.pt"))
 
 
@@ -95,8 +95,17 @@ def test_images_that_are_gone_are_looked_for_where_config_json_says(run, program
 
 def test_the_same_images_may_lie_elsewhere(run, tmp_path):
     data = some_shapes(tmp_path / "moved.npz", 60)
-    change_config(run, data=data, val_data=data)
+    change_config(run, data=data)
     assert open_run(str(run), CONFIGS).data.name == "moved.npz"
+
+
+def test_images_of_the_run_that_are_given_as_others_are_told(run, tmp_path):
+    words = ("eval_fid", "--run", run, "--num_samples", 20, "--generator", "ar", "--json",
+             tmp_path / "x.json", "--data")
+    code, _, err = command(*words, some_shapes(tmp_path / "mixed.npz", 40, first=30))
+    assert code == 0 and "30 of 40 images that were looked for are also in the data of" in err, err
+    code, _, err = command(*words, some_shapes(tmp_path / "new.npz", 40, first=200))
+    assert code == 0 and "looked for" not in err, err
 
 
 # ------------------------------------------------------------------------------------------------
@@ -106,7 +115,7 @@ def test_the_same_images_may_lie_elsewhere(run, tmp_path):
 def flat_run(run, tmp_path):
     """Its held-out images have no classes, as in a flat folder."""
     shapes = open_images("shapes")
-    np.savez(tmp_path / "flat.npz", x=np.stack([shapes.load(i) for i in range(60)]))
+    np.savez(tmp_path / "flat.npz", x=np.stack([shapes.load(i) for i in range(60, 120)]))
     change_config(run, val_data=str(tmp_path / "flat.npz"))
     return run
 
@@ -119,8 +128,8 @@ def test_no_accuracy_is_told_without_labels(flat_run, tmp_path):
     rows = {row["name"]: row for row in results["rows"]}
     assert "class_accuracy" not in rows["reconstruction"] and "class_accuracy" in rows["ar"]
     assert "classifier_on_real" not in results["class_accuracy"]
-    data = open_run(str(flat_run), CONFIGS).data
-    assert load_judge(str(flat_run / "tinycnn.pt"), data)[1] is None
+    opened = open_run(str(flat_run), CONFIGS)
+    assert load_judge(str(flat_run / "tinycnn.pt"), opened.data, opened.val)[1] is None
 
 
 def test_a_classifier_from_before_tells_no_accuracy_of_other_labels(flat_run):

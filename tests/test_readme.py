@@ -1,18 +1,10 @@
-"""The pages say what is true: links lead somewhere, quoted code is in its file, commands run.
+"""The pages say what is true: links lead somewhere, quoted code is in its file.
 
-Their tables of numbers: test_numbers.py.
+Their tables of numbers: test_numbers.py. Their commands: test_commands.py.
 """
-import multiprocessing
-import os
 import re
-import runpy
-import shlex
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +13,6 @@ import config
 import train
 from helpers import SMALL, some_shapes
 from nativetok import NativeTok
-from plumbing.flags import UserError
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("README.md", "EXERCISES.md", "experiments/README.md", "CONTRIBUTING.md", "tests/README.md")
@@ -92,6 +83,7 @@ def test_every_flag_that_is_named_exists():
     others = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max-restarts"}
     fields = {field for part in config.load_preset("tiny") for field in vars(part)}
     for name, page in PAGES.items():
+        page = re.sub(r"`[^`]+` at commit", "", page)  # what is gone
         for flag in set(re.findall(r"--([a-z][\w-]+)", page)) - others:
             known = {flag, flag.removeprefix("no-")} & fields
             assert known or f'"--{flag}"' in sources or f'"{flag}"' in sources, f"{name}: --{flag}"
@@ -169,234 +161,17 @@ def test_the_table_of_phases_is_the_plan_of_the_program():
         assert int(stage) == phase.stage and cells.split(" | ") == learns, name
 
 
-def test_the_python_of_the_front_page_runs(small_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("labels", ([0], [0, 3], [0, 3, 7], [0, 3, 7, 9], [0, 3, 7, 9, 1]), ids=len)
+def test_the_python_of_the_front_page_runs(labels, small_run, tmp_path, monkeypatch):
+    """With as many labels as one likes: small batches once took a way of their own."""
     code, = re.findall(r"```python\n(import torch.*?)```", README, flags=re.S)
+    assert "torch.tensor([0, 3, 7])" in code
+    code = code.replace("torch.tensor([0, 3, 7])", f"torch.tensor({labels})")
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code.replace("runs/demo", str(small_run)), names)
     length = names["tokenizer"].num_tokens
-    assert names["ids"].shape == (1, length) and names["new"].shape == (3, length)
+    assert names["ids"].shape == (1, length) and names["new"].shape == (len(labels), length)
     assert names["rough"].shape == names["images"].shape == (1, 3, 32, 32)
     written, = tmp_path.iterdir()
-    assert Image.open(written).width > 3 * 32
-
-
-# ------------------------------------------------------------------------------------------------
-# commands
-
-ELSEWHERE = ("python evaluator.py", "python -m pytest")  # other people's programs
-
-
-def commands() -> list[str]:
-    """Every command of the pages that starts a file of ours: indented lines and code spans."""
-    found = set()
-    for page in PAGES.values():
-        lines = re.findall(r"^    (\S.*)$", page, flags=re.M)
-        lines += re.findall(r"`((?:OMP|python|torchrun)[^`\n]*)`", page.replace("\n   ", " "))
-        for line in lines:
-            line = re.split(r"\s{2,}[#(]|\s#|\.\.\.", line.strip())[0].strip()
-            ours = re.match(r"(OMP_NUM_THREADS=1 )?(python|torchrun) (.*\.py|-m \w+\.)", line)
-            if ours and not line.startswith(ELSEWHERE):
-                found.add(line)
-    return sorted(found)
-
-
-def test_make_targets_exist():
-    targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), flags=re.M)
-    named = set()
-    for page in PAGES.values():
-        named |= set(re.findall(r"(?:^    |`)make ([\w-]+)", page, flags=re.M))
-    assert named and named <= set(targets)
-
-
-@pytest.fixture(scope="module")
-def seen():
-    """Commands that have run: two that differ only in what is replaced here need not both."""
-    return set()
-
-
-@pytest.fixture(scope="module")
-def place(small_run, tmp_path_factory):
-    """A folder in which commands find what they name: images of every name used, the small run."""
-    folder = tmp_path_factory.mktemp("reader")
-    some_shapes(folder / "shapes.npz", 60)
-    Image.fromarray(np.full((40, 30, 3), 90, np.uint8)).save(folder / "photo.jpg")
-    shutil.copytree(small_run, folder / "run")
-    # Commands may run in any order, in any of pytest's processes: none waits for another's judge.
-    start("eval_fid.py", ["--run", str(folder / "run"), "--train_features", "5",
-                          "--num_samples", "20"], folder)
-    return folder
-
-
-def program_and_flags(line: str) -> tuple[str, list[str]]:
-    """A command -> the file that it starts and its words; `python -m a.b` starts a file too."""
-    words = shlex.split(line)
-    while re.match(r"\w+=", words[0]):  # OMP_NUM_THREADS=1
-        words = words[1:]
-    words = words[words.index("--") + 1:] if words[0] == "torchrun" else words[1:]
-    if words[0] == "-m":
-        return words[1].replace(".", "/") + ".py", words[2:]
-    return words[0], words[1:]
-
-
-def arguments(line: str, place: Path) -> tuple[str, list[str]]:
-    """The same, with data and run of `place`."""
-    file, flags = program_and_flags(line)
-    for i, word in enumerate(flags):
-        before = flags[i - 1] if i else ""
-        if before in ("--data", "--val_data", "--images") and file != "train.py":
-            flags[i] = str(place / "shapes.npz")
-        elif before in ("--run", "--against"):
-            flags[i] = str(place / "run")
-        elif "--reconstruct" in flags[:i] and word.endswith(".jpg"):
-            flags[i] = str(place / "photo.jpg")
-        elif before == "--num_samples":
-            flags[i] = "20"
-        elif before == "--train_features":
-            flags[i] = "5"
-        elif before in ("--npz", "--out", "--json"):
-            flags[i] = str(place / Path(word).name)
-        elif "--prefixes" in flags[:i]:
-            flags[i] = str(min(int(word), 6))  # the small run has six tokens
-        elif word.startswith("steps="):
-            flags[i] = "steps=1,6"
-    return file, flags
-
-
-def start(file: str, flags: list[str], folder: Path) -> None:
-    """Run a file of ours as its user does, in a child that has all packages in memory already."""
-    context = multiprocessing.get_context("fork")
-    child = context.Process(target=run_as_main, args=(file, flags, folder))
-    child.start()
-    child.join(300)
-    if child.exitcode is None:
-        child.kill()
-    said = (folder / "said.txt").read_text(encoding="utf-8", errors="replace")
-    assert child.exitcode == 0, f"{file} {shlex.join(flags)}\n{said[-2000:]}"
-
-
-def run_as_main(file: str, flags: list[str], folder: Path) -> None:
-    os.chdir(folder)
-    said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    sys.argv = [file, *flags]
-    if "/" in file:
-        module = file.removesuffix(".py").replace("/", ".")
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(str(ROOT / file), run_name="__main__")
-    sys.stdout.flush()
-
-
-@pytest.mark.parametrize("line", commands())
-def test_commands_run(line, place, seen):
-    """Training commands are parsed, others run on a small run; long ones only print their help."""
-    file, flags = arguments(line, place)
-    assert (ROOT / file).exists(), line
-    if file == "train.py" and "--help" not in flags:
-        if "--run" in flags:
-            flags[flags.index("--run") + 1] = str(place / "new")
-        # raises for a flag or value that is wrong
-        assert config.parse_run("", flags).preset in config.PRESETS
-        return
-    if file.startswith("experiments/") or "inception" in flags or "VIRTUAL" in line:
-        flags = ["--help"]  # minutes or hours, or files of others
-    elif file == "eval_fid.py":
-        flags += ["5"] * (flags[-1] == "--train_features") + ["--num_samples", "20"]
-    tried = not flags and f"python {file}" in " ".join(tries().values())  # runs below
-    if not tried and (file, *flags) not in seen:
-        seen.add((file, *flags))
-        start(file, flags, place)
-
-
-@pytest.mark.parametrize("words", ("sample.py --help", "-m plumbing.images"))
-def test_a_new_python_finds_everything(words, tmp_path):
-    """The other commands run in children of this process, which knows where the project is."""
-    program = [str(ROOT / word) if word.endswith(".py") else word for word in words.split()]
-    folder = tmp_path if program[0] != "-m" else ROOT
-    done = subprocess.run([sys.executable, *program], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout, done.stderr[-2000:]
-
-
-def test_a_command_that_fails_would_be_noticed(tmp_path):
-    with pytest.raises(AssertionError, match="no_such_folder"):
-        start("explain.py", ["--run", "no_such_folder"], tmp_path)
-
-
-def test_the_list_of_commands_is_not_empty():
-    files = {program_and_flags(line)[0] for line in commands()}
-    assert {"train.py", "sample.py", "eval_fid.py", "explain.py", "mocet.py"} <= files
-    assert {"experiments/bench.py", "plumbing/images.py"} <= files and len(commands()) > 15
-
-
-def test_a_training_command_with_a_wrong_flag_would_be_noticed():
-    with pytest.raises((SystemExit, UserError)):
-        config.parse_run("", [*SMALL, "--run", "x", "--no_such_flag", "1"])
-
-
-# ------------------------------------------------------------------------------------------------
-# what the files themselves say
-
-def tries() -> dict[str, str]:
-    """{file: the command of its Try line}"""
-    found = {}
-    for file, text in HOUSE.items():
-        if match := re.search(r"^Try +(python .*?)(?:  .*)?$", text, flags=re.M):
-            found[file] = match[1]
-    return found
-
-
-def test_a_file_that_runs_says_how():
-    for file, text in HOUSE.items():
-        if 'if __name__ == "__main__":' in text:
-            head = text.split('"""')[1]
-            said = re.search(r"^(Try|Run) +(python|torchrun) ", head, flags=re.M)
-            said = said or f"python {file}" in head
-            assert said, f"{file} has a main and neither Try nor Run in its head"
-    assert len(tries()) > 12
-
-
-@pytest.mark.parametrize("file", tries())
-def test_try_lines_run(file, tmp_path):
-    named, flags = program_and_flags(tries()[file])
-    assert named == file, "a Try line starts its own file"
-    start(file, flags, tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------
-# torchrun, which takes our flags for its own without a --
-
-def torchrun_lines() -> dict[str, str]:
-    """{command: where it stands}, of all pages and docstrings; a backslash goes on."""
-    found = {}
-    for path in [*ROOT.rglob("*.md"), *ROOT.glob("*.py"), *ROOT.glob("d2it/*.py")]:
-        text = path.read_text(encoding="utf-8").replace("\\\\\n", " ").replace("\\\n", " ")
-        for line in re.findall(r"torchrun (--[^`\n]*)", text):
-            line = re.split(r"\s{2,}\(", line)[0].replace("...", "--run runs/x").strip(" .")
-            if re.search(r"\.py|-m ", line):
-                found[line] = str(path.relative_to(ROOT))
-    return found
-
-
-def program_of(line: str) -> list[str]:
-    """What torchrun would start, by its own reading of the command line."""
-    from torch.distributed.run import get_args_parser
-    args = get_args_parser().parse_args(shlex.split(line))
-    return [*["-m"] * args.module, args.training_script, *args.training_script_args]
-
-
-@pytest.mark.parametrize("line", torchrun_lines())
-def test_torchrun_leaves_our_flags_to_our_program(line, capsys):
-    words = [word for word in program_of(line) if word != "--"]
-    if words[0] == "-m":
-        assert (ROOT / (words[1].replace(".", "/") + ".py")).exists() and "--run" in words[2:]
-    else:
-        assert (ROOT / words[0]).exists() and len(words) > 1
-
-
-def test_a_torchrun_line_without_its_dashes_would_be_noticed(capsys):
-    assert {"d2it/README.md", "d2it/train.py", "train.py"} <= set(torchrun_lines().values())
-    with pytest.raises(SystemExit):
-        program_of("--nproc_per_node=8 -m d2it.train --data DIR --run runs/mine")
+    assert Image.open(written).width >= 4 * 32

@@ -13,7 +13,9 @@ import config
 import loop
 import train
 from generator import Generator
-from helpers import ROOT, SMALL, interrupt_at, program, some_shapes, start_program, train_shapes
+from config import CONFIGS
+from helpers import (
+    ROOT, SMALL, held_shapes, interrupt_at, program, some_shapes, start_program, train_shapes)
 from nativetok import NativeTok
 from plumbing import checkpoint, run
 from plumbing.flags import UserError, as_dict
@@ -46,6 +48,19 @@ def test_moved_images_are_the_same_images(finished, data, tmp_path):
     moved = shutil.copy(data, tmp_path / "elsewhere.npz")
     train_shapes(tmp_path / "run", str(moved))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(moved)
+
+
+def test_other_held_out_images_than_before_are_told_once(small_run, tmp_path, capsys):
+    folder = shutil.copytree(small_run, tmp_path / "run")
+    places = json.loads((folder / "config.json").read_text())
+    train_shapes(folder, places["data"], "--val_data", places["val_data"])
+    moved = str(shutil.copy(places["val_data"], tmp_path / "elsewhere.npz"))
+    train_shapes(folder, places["data"], "--val_data", moved)
+    assert "held out" not in capsys.readouterr().err
+    train_shapes(folder, places["data"], "--val_data", held_shapes(tmp_path / "others.npz", 59))
+    assert capsys.readouterr().err.count("other images were held out than the 59 of others") == 1
+    run.open_run(str(folder), CONFIGS)
+    assert capsys.readouterr().err.count("other images were held out than the 59 of others") == 1
 
 
 def test_a_folder_has_one_writer(data, tmp_path):

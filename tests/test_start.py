@@ -74,3 +74,29 @@ def test_a_stream_that_was_closed_before_the_start_swallows_what_is_written():
     output.write("nobody reads this")
     output.flush()
     assert not output.gone
+
+
+BAR = """
+import time
+from tqdm import tqdm
+from plumbing.flags import UserError
+from plumbing.start import main_with_user_errors
+def main():
+    bar = tqdm(total=100, mininterval=0)
+    for k in range(100):
+        time.sleep(0.01)
+        bar.update()
+        if k == 20:
+            raise {error}
+main_with_user_errors(main)
+"""
+
+
+@pytest.mark.parametrize("error, line", [("UserError('a torn picture')", "error: a torn picture"),
+                                         ("KeyboardInterrupt", "interrupted"),
+                                         ("RuntimeError('a fault')", "RuntimeError: a fault")])
+def test_an_error_in_the_middle_of_a_bar_is_the_last_line_and_one_of_its_own(error, line):
+    done = subprocess.run([sys.executable, "-c", BAR.format(error=error)], cwd=ROOT, text=True,
+                          capture_output=True)
+    lines = done.stderr.replace("\r", "\n").splitlines()
+    assert lines[-1] == line and "21/100" in "".join(lines), done.stderr

@@ -12,7 +12,7 @@ def judged(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("judge") / "tinycnn.pt")
     data, val = open_images("shapes"), open_images("shapes:val")
     train_judge(path, data, val, 32, False, 35, torch.device("cpu"))
-    return path, data
+    return path, data, val
 
 
 def test_a_minute_of_shapes_is_enough_to_tell_them_apart(judged):
@@ -27,8 +27,14 @@ def test_loading_gives_the_same_net_again(judged):
 
 
 def test_it_is_refused_for_other_images(judged):
-    path, data = judged
-    refused(load_judge, path, data.subset(range(100)), names=("other images", "--train_features"))
+    path, data, val = judged
+    refused(load_judge, path, data.subset(range(100)), val,
+            names=("other images", "--train_features"))
+
+
+def test_its_accuracy_is_told_of_those_held_out_images_only(judged):
+    path, data, val = judged
+    assert load_judge(path, data, val.subset(range(400)))[1] is None
 
 
 def test_one_class_is_nothing_to_learn(tmp_path):

@@ -38,9 +38,3 @@ def test_no_six_lines_of_d2it_stand_anywhere_else():
     shared = [(path.name, other.name, *sorted(own[path] & rest[other])[0])
               for path in OWN for other in REST if own[path] & rest[other]]
     assert not shared
-
-
-def test_files_are_short_and_diffusion_fits_a_page():
-    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in OWN}
-    assert not {name: n for name, n in lines.items() if n > 300}
-    assert lines["diffusion.py"] <= 150

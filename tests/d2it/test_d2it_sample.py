@@ -14,7 +14,7 @@ from d2it import model as d2it_model
 from d2it.grain import spread
 from d2it.model import D2iT
 from experiments import record
-from helpers import refused, some_shapes
+from helpers import held_shapes, refused
 from plumbing import checkpoint
 from plumbing.datasets import open_images
 from plumbing.flags import UserError
@@ -135,7 +135,7 @@ def test_eval_fid_judges_the_npz_by_one_judge_for_both_systems(
     refused(judge, *words[:4], names=["--judge", "--data"])
     # With held-out images of their own the judge learns from all of --data.
     words[3] = tmp_path / "all.pt"
-    judge(*words, "--val_data", some_shapes(tmp_path / "held.npz", 30), "--train_features", "2")
+    judge(*words, "--val_data", held_shapes(tmp_path / "held.npz", 30), "--train_features", "2")
     assert json.loads((tmp_path / "x.json").read_text())["reference"]["n"] == 30
     refused(judge, *words, names=["all.pt", "--val_data"])
     refused(judge, "--images", tmp_path / "x.npz", "--data", shapes_npz, "--features", "inception",

@@ -141,6 +141,24 @@ def test_the_loss_logs_only_what_there_is():
     assert all(math.isfinite(value) for value in logs.values())
 
 
+@pytest.mark.parametrize("path", ["noise", "flow"])
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 6])
+def test_an_error_is_logged_under_the_quarter_of_its_time_whatever_the_batch(batch, path):
+    """The network is off by 1 in the first quarter of T, by 2 in the second, and so on."""
+    grain, times_seen = torch.ones(batch, 2, 2, dtype=torch.bool), []
+    z = torch.randn(batch, 4, 4, 4)
+
+    def content(z_t, t, labels, grain):
+        times_seen.extend(t.tolist())
+        off = torch.tensor([math.ceil(4 * time / T) for time in t.tolist()])
+        return oracle(z, path)(z_t.double(), t, labels, grain) + off.view(-1, 1, 1, 1)
+    for _ in range(20):
+        _, logs = loss(content, z.double(), torch.zeros(batch).long(), grain, path)
+        found = {name: value.sqrt().item() for name, value in logs.items() if "quarter" in name}
+        assert found == pytest.approx({name: float(name[-1]) for name in found}, rel=0.05)
+    assert min(times_seen) < 250 and max(times_seen) > 750
+
+
 def test_the_network_sees_z_mixed_with_grained_noise_at_its_time():
     seen = {}
 

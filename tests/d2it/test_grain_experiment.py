@@ -17,7 +17,7 @@ from d2it.model import D2iT
 from d2it.presets import ContentConfig, DVAEConfig, load_preset, parse_run
 from experiments import grain, grain_arms, grain_measure, grain_table
 from experiments.grain_arms import ARMS, CODES, EXTRA, IMAGES, PLANS, SWEEP
-from helpers import interrupt_at, refused, same_content
+from helpers import held_shapes, interrupt_at, refused, same_content
 from plumbing import checkpoint
 from plumbing import run as run_folder
 from plumbing.datasets import open_images
@@ -33,9 +33,9 @@ def command(*words) -> None:
 @pytest.fixture(scope="module")
 def words(tmp_path_factory, shapes_npz):
     """A quick run of three arms on 60 shapes, broken off once: bad, but complete."""
-    out = tmp_path_factory.mktemp("grain") / "out"
-    words = ["--quick", "--data", shapes_npz, "--val_data", shapes_npz, "--out", out, "--arms",
-             *TRIED]
+    folder = tmp_path_factory.mktemp("grain")
+    out, val = folder / "out", held_shapes(folder / "held.npz")
+    words = ["--quick", "--data", shapes_npz, "--val_data", val, "--out", out, "--arms", *TRIED]
     patch = pytest.MonkeyPatch()
     patch.setattr(run_folder, "EVAL_IMAGES", 20)
     with pytest.MonkeyPatch.context() as broken:
@@ -220,9 +220,8 @@ def test_an_image_costs_what_the_blocks_are_given(results, out):
         assert grain_measure.tokens_times_blocks(model, codes) == sum(seen), arm
 
 
-def test_true_maps_belong_to_their_labels_and_random_ones_have_as_many_fine_cells(out, shapes_npz):
-    args = grain.parse(["--quick", "--data", shapes_npz, "--val_data", shapes_npz, "--out",
-                        str(out), "--device", "cpu"])
+def test_true_maps_belong_to_their_labels_and_random_ones_have_as_many_fine_cells(words, out):
+    args = grain.parse([*map(str, words), "--device", "cpu"])
     shared = grain.Shared(args)
     model = D2iT.of_run(str(out / "runs" / "d2it-4+2-0"), torch.device("cpu"))
     labels, true = grain_measure.asked("true", model, shared.judge, 20)

@@ -1,0 +1,582 @@
+"""Every public function that takes a tensor takes it in any layout, with any number of rows.
+
+The values are the same and lie otherwise in memory: transposed, cut out of a larger tensor, every
+second one of a longer row, one row for all. Results equal those of contiguous tensors up to the
+rounding of another kernel, 1e-5 of their largest number in float32 and 2% in bfloat16; and at most
+one id in ten may be another one, where a choice was that close.
+"""
+import functools
+import importlib
+import inspect
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import decoder
+import generator
+import layers
+import losses
+import mocet
+import quantizer
+from config import GeneratorConfig, TokenizerConfig
+from d2it import content, diffusion, dvae, grain
+from d2it.model import D2iT
+from d2it.presets import ContentConfig, DVAEConfig
+from mit import MIT
+from nativetok import NativeTok, sample_batch
+from titok import TiTok
+
+FILES = ("layers", "mit", "mocet", "titok", "quantizer", "decoder", "nativetok", "generator",
+         "losses", "d2it.grain", "d2it.dvae", "d2it.diffusion", "d2it.content", "d2it.model")
+D, HEADS, K, d, C, P = 8, 2, 8, 4, 3, 4  # width, heads, codes, channels of one, classes, patch
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+
+
+# ------------------------------------------------------------------------------------------------
+# inputs
+
+@dataclass(frozen=True)
+class Case:
+    """Rows B, tokens T (1 or 4, a square for images), and the type of models and numbers."""
+    B: int
+    T: int
+    dtype: torch.dtype
+
+    @property
+    def side(self) -> int:
+        return round(self.T ** 0.5)
+
+    def x(self, *shape, seed: int = 0) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
+
+    def images(self, size: int = 0) -> Tensor:
+        size = size or P * self.side
+        return self.x(self.B, 3, size, size).clamp(-1, 1)
+
+    def ids(self, count: int, *shape) -> Tensor:
+        draw = torch.Generator().manual_seed(1)
+        return torch.randint(count, shape, generator=draw)
+
+    def pixels(self) -> Tensor:
+        return self.ids(256, self.B, 4 * self.side, 4 * self.side, 3).to(torch.uint8)
+
+    def grain(self) -> Tensor:
+        return self.ids(2, self.B, self.side, self.side).bool()
+
+
+@functools.cache
+def model(kind: str, case: Case):
+    """One of the small models below, for so many tokens; the same one at every call."""
+    T, side = case.T, case.side
+    cfg = TokenizerConfig(
+        image_size=P * side, patch_size=P, token_schedule=(T,), codebook_size=K, code_dim=d,
+        encoder_width=D, encoder_depth=1, encoder_heads=HEADS, expert_width=D, expert_heads=HEADS,
+        expert="block" if kind == "block" else "query", decoder_width=D, decoder_depth=1,
+        decoder_heads=HEADS, decoder_reads="both", decoder_overlap=1, tail_drop=0.5,
+        tokenizer="titok-causal" if kind == "titok" else "nativetok")
+    gen = GeneratorConfig(generator_width=D, generator_depth=1, generator_heads=HEADS)
+    dv = DVAEConfig(image_size=4 * side, cell_size=4, code_dim=d, dvae_width=8, dvae_blocks=1,
+                    dvae_mults=(1, 1, 1))
+    con = ContentConfig(content_width=D, content_depth=1, refine_depth=1, content_heads=HEADS)
+    make = {
+        "attention": lambda: layers.Attention(D, HEADS),
+        "mlp": lambda: layers.MLP(D),
+        "vit": lambda: layers.ViTBlock(D, HEADS),
+        "rms": lambda: layers.RMSNorm(D),
+        "swiglu": lambda: layers.SwiGLU(D),
+        "llama": lambda: layers.LlamaBlock(D, HEADS),
+        "mit": lambda: MIT(cfg), "titok": lambda: TiTok(cfg),
+        "query": lambda: mocet.MoCET(cfg), "block": lambda: mocet.MoCET(cfg),
+        "codes": lambda: quantizer.VectorQuantizer(cfg),
+        "decoder": lambda: decoder.Decoder(cfg),
+        "nativetok": lambda: NativeTok(cfg),
+        "ar": lambda: generator.ARGenerator(gen, T, K, C),
+        "maskgit": lambda: generator.MaskGITGenerator(gen, T, K, C),
+        "maps": lambda: generator.ARGenerator(gen, T, 2, C),
+        "res": lambda: dvae.ResBlock(D, 4), "dvae": lambda: dvae.DVAE(dv),
+        "time": lambda: content.TimeEmbedding(D), "dit": lambda: content.DiTBlock(D, HEADS),
+        "last": lambda: content.LastNorm(D),
+        "refine": lambda: content.RefineNet(con, d, side),
+        "content": lambda: content.Content(con, d, side, C),
+        "perceptual": lambda: losses.Perceptual(nn.Sequential(nn.Conv2d(3, 4, 32, 32),
+                                                              nn.Flatten())),
+        "discriminator": lambda: losses.Discriminator(32),
+        "d2it": lambda: D2iT(dvae.DVAE(dv), generator.ARGenerator(gen, T, 2, C),
+                             content.Content(con, d, side, C), ["a", "b", "c"]),
+    }
+    with torch.random.fork_rng():  # a model may be made in the middle of what it is used for
+        torch.manual_seed(0)
+        made = make[kind]()
+        for p in made.parameters():
+            if p.ndim > 1 and not p.any():  # as after training: at first some parts say nothing
+                nn.init.normal_(p, std=0.1)
+    return made.to(case.dtype).eval()
+
+
+def expert(c: Case, form: str = "query"):
+    """-> MoCET, its first expert and that one's first layer."""
+    net = model(form, c)
+    return net, net.experts[0], net.experts[0].layers[0]
+
+
+def copied(net: nn.Module) -> nn.Module:
+    """For what changes the model that it belongs to."""
+    other = type(net).__new__(type(net))
+    other.__dict__.update(net.__dict__)
+    other._parameters = {k: nn.Parameter(v.detach().clone()) for k, v in net._parameters.items()}
+    other._buffers = {k: v.clone() for k, v in net._buffers.items()}
+    return other
+
+
+def draw():
+    return torch.Generator().manual_seed(0)
+
+
+# ------------------------------------------------------------------------------------------------
+# each function once: case -> (what to call, its tensors)
+
+def rotated(c):
+    table = layers.rotary_table(c.T, D // HEADS).to(c.dtype)
+    return layers.rotate, c.x(c.B, HEADS, c.T, D // HEADS), table
+
+
+def attended(c):
+    def call(x, mask, rotary):
+        net = model("attention", c)
+        return net(x), net(x, mask), net(x, causal=True, rotary=rotary)
+    mask = torch.ones(c.T, c.T, dtype=torch.bool).tril()
+    return call, c.x(c.B, c.T, D), mask, layers.rotary_table(c.T, D // HEADS)
+
+
+def newest_row(c):
+    def call(x, angles):
+        block = model("llama", c)
+        cache = layers.KVCache(c.B, HEADS, c.T, D // HEADS, x)
+        return block.newest(x, angles, cache, c.T - 1)
+    return call, c.x(c.B, D), layers.rotary_table(c.T, D // HEADS)[-1:]
+
+
+def kept_rows(c):
+    def call(q, k, v):
+        cache = layers.KVCache(c.B, HEADS, c.T, D // HEADS, q)
+        return cache.attend(q, k, v, c.T - 1), cache.k, cache.v
+    return call, *(c.x(c.B, HEADS, D // HEADS, seed=seed) for seed in range(3))
+
+
+def mocet_forward(c, name: str = "forward"):
+    def call(x):
+        return [getattr(model(form, c), name)(x, model("codes", c)) for form in ("query", "block")]
+    return call, c.x(c.B, c.T, D)
+
+
+def attend(c):
+    def call(asking, rows):
+        seen = []
+        return expert(c)[2].attend(asking, rows, HEADS, seen), seen
+    return call, c.x(c.B, 2, D), c.x(c.B, c.T, D, seed=1)
+
+
+def joined(c):
+    """Of one expert: z_q_i, id_i, z_i, and the rows that the next one would read."""
+    def call(z_q, ids, z, rows):
+        return mocet.MoCET.joined([(z_q, ids, z)], rows, model("codes", c))
+    return call, c.x(c.B, d), c.ids(K, c.B), c.x(c.B, d).float(), c.x(c.B, c.T, D)
+
+
+def fast_layer(c):
+    def call(h, cx, prior):
+        return mocet.query_layer_fast(expert(c)[2], h, cx, prior, HEADS)
+    return call, c.x(c.B, D), c.x(c.B, c.T, D, seed=1), c.x(c.B, c.T, D, seed=2)
+
+
+def drawn_codebook(c):
+    def call(z):
+        net = copied(model("codes", c))
+        net.draw_codebook(z)
+        return net.codebook
+    return call, c.x(c.B * c.T, d)
+
+
+def guided_logits(c):
+    def call(labels, ids):
+        return [model("ar", c).guided(labels, ids, scale) for scale in (1, 2)]
+    return call, c.ids(C, c.B), c.ids(K, c.B, c.T - 1)
+
+
+def newest_logits(c):
+    def call(labels, ids):
+        net = model("ar", c)
+        _, newest = net.begin(labels, 1)
+        return [newest(labels, ids[:, :t]) for t in range(c.T)]
+    return call, c.ids(C, c.B), c.ids(K, c.B, c.T)
+
+
+def calibrated(c):
+    def call(scores):
+        net = copied(model("dvae", c))
+        net.calibrate(scores)
+        return net.limit, net.places
+    return call, c.x(c.B, c.side, c.side).float()
+
+
+def measured(c):
+    def call(pixels):
+        net = copied(model("dvae", c))
+        net.measure([pixels])
+        return net.latent_mean, net.latent_std
+    return call, c.pixels()
+
+
+def policies(c):
+    def call(pixels, places):
+        return [grain.grain_map(pixels, 4, 2.5, policy, places) for policy in grain.POLICIES]
+    return call, c.pixels(), c.x(c.side, c.side).float()
+
+
+def noisy(c):
+    """z, time, labels, map: what a content transformer reads."""
+    return (c.x(c.B, d, 2 * c.side, 2 * c.side), c.ids(1000, c.B) + 1, c.ids(C, c.B), c.grain())
+
+
+def diffused(c):
+    def call(z, labels, grain):
+        paths = (("noise", 1.0), ("flow", 0.0))
+        net = model("content", c)
+        return [diffusion.sample(net, z, labels, grain, C, path, 3, 2.0, eta, draw())
+                for path, eta in paths]
+    z, _, labels, grain = noisy(c)
+    return call, z.float(), labels, grain
+
+
+def refined(c):
+    tensors = c.x(c.B, c.T, D), c.x(c.B, c.T, 4 * d, seed=1), c.x(c.B, D, seed=2), c.grain()
+    return model("refine", c), *tensors
+
+
+def unpacked(c):
+    packed, keep, index = grain.pack(c.x(c.B, c.T, D), c.grain())
+    return lambda *x: grain.unpack(*x, c.T), packed, keep, index
+
+
+def adversary(c):
+    """-> an Adversary with a narrow discriminator."""
+    made = losses.Adversary.__new__(losses.Adversary)
+    made.net, made.seen = model("discriminator", Case(1, 1, c.dtype)), None
+    return made
+
+
+def seen_by_the_adversary(c):
+    def call(images, recon):
+        made = adversary(c)
+        made.see(images, recon)
+        return made.seen
+    return call, c.images(32), c.images(32).neg()
+
+
+def judged(c):
+    def call(images, recon):
+        with torch.enable_grad():
+            recon = recon.requires_grad_() if recon.is_leaf else recon
+            return adversary(c).judge(recon, losses.reconstruction(recon, images)).detach()
+    return call, c.images(32), c.images(32).neg()
+
+
+def moved_anchors(c):
+    def call(real, fake):
+        lecam = losses.LeCam(0.5)
+        lecam.update(real, fake)
+        return lecam.real_anchor, lecam.fake_anchor, lecam(real, fake)
+    return call, c.x(c.B, 1, 2, 2), c.x(c.B, 1, 2, 2, seed=1)
+
+
+def sampled_pictures(c):
+    def call(labels):
+        return sample_batch(model("ar", c), model("nativetok", c), labels, {}, 0, 0)
+    return call, c.ids(C, c.B)
+
+
+def hidden_labels(c, function):
+    """In training, with a chance of a half."""
+    net = SimpleNamespace(training=True, cfg=SimpleNamespace(label_dropout=0.5), num_classes=C,
+                          classes=C)
+    return functools.partial(function, net), c.ids(C, c.B)
+
+
+def two(c, *shape):
+    return c.x(*shape), c.x(*shape, seed=1)
+
+
+def latent(c, seed: int = 0):
+    return c.x(c.B, d, 2 * c.side, 2 * c.side, seed=seed)
+
+
+def scaled(c):
+    return c.x(c.B, c.T, D), c.x(c.B, D, seed=1), c.x(c.B, D, seed=2)
+
+
+TABLE = {
+    "layers.as_weights": lambda c: (layers.as_weights, *two(c, c.B, c.T)),
+    "layers.at_least_float32": lambda c: (layers.at_least_float32, c.x(c.B, c.T)),
+    "layers.patchify": lambda c: (lambda x: layers.patchify(x, P), c.images()),
+    "layers.unpatchify": lambda c: (
+        lambda x: layers.unpatchify(x, P, P * c.side), c.x(c.B, c.T, 3 * P * P)),
+    "layers.rotate": rotated,
+    "layers.Attention.forward": attended,
+    "layers.MLP.forward": lambda c: (model("mlp", c), c.x(c.B, c.T, D)),
+    "layers.ViTBlock.forward": lambda c: (model("vit", c), c.x(c.B, c.T, D)),
+    "layers.RMSNorm.forward": lambda c: (model("rms", c), c.x(c.B, c.T, D)),
+    "layers.SwiGLU.forward": lambda c: (model("swiglu", c), c.x(c.B, c.T, D)),
+    "layers.LlamaBlock.forward": lambda c: (
+        lambda x, table: model("llama", c)(x, table, True),
+        c.x(c.B, c.T, D), layers.rotary_table(c.T, D // HEADS)),
+    "layers.LlamaBlock.newest": newest_row,
+    "layers.KVCache.attend": kept_rows,
+    "mit.MIT.forward": lambda c: (model("mit", c), c.images()),
+    "mocet.norm": lambda c: (mocet.norm, c.x(c.B, c.T, D)),
+    "mocet.split_heads": lambda c: (lambda x: mocet.split_heads(x, HEADS), c.x(c.B, c.T, D)),
+    "mocet.Layer.attend": attend,
+    "mocet.Layer.mlp": lambda c: (expert(c)[2].mlp, c.x(c.B, c.T, D)),
+    "mocet.Expert.forward": lambda c: (expert(c)[1], c.x(c.B, c.T, D)),
+    "mocet.BlockExpert.forward": lambda c: (expert(c, "block")[1], c.x(c.B, c.T, D)),
+    "mocet.MoCET.forward_loop": lambda c: mocet_forward(c, "forward_loop"),
+    "mocet.MoCET.forward": mocet_forward,
+    "mocet.MoCET.as_prior": lambda c: (
+        lambda z: expert(c)[0].as_prior(z, expert(c)[1]), c.x(c.B, d)),
+    "mocet.MoCET.joined": joined,
+    "mocet.first_scores": lambda c: (
+        lambda cx: mocet.first_scores([*model("query", c).experts], cx), c.x(c.B, c.T, D)),
+    "mocet.query_in_context_space": lambda c: (
+        lambda *x: mocet.query_in_context_space(*x, HEADS),
+        *two(c, c.B, D, D), c.x(c.B, D, seed=2)),
+    "mocet.query_layer_fast": fast_layer,
+    "titok.TiTok.forward": lambda c: (
+        lambda x: model("titok", c)(x, model("codes", c)), c.images()),
+    "quantizer.VectorQuantizer.forward": lambda c: (model("codes", c), c.x(c.B, c.T, d)),
+    "quantizer.VectorQuantizer.quantize": lambda c: (
+        model("codes", c).quantize, c.x(c.B, c.T, d), model("codes", c).codes().detach()),
+    "quantizer.VectorQuantizer.say": lambda c: (
+        model("codes", c).say, c.x(c.B, c.T, d), c.ids(K, c.B, c.T)),
+    "quantizer.VectorQuantizer.losses": lambda c: (
+        model("codes", c).losses, c.x(c.B, c.T, d).float(), c.ids(K, c.B, c.T)),
+    "quantizer.VectorQuantizer.entropy_loss": lambda c: (
+        model("codes", c).entropy_loss, c.x(c.B, c.T, d).float()),
+    "quantizer.VectorQuantizer.lookup": lambda c: (model("codes", c).lookup, c.ids(K, c.B, c.T)),
+    "quantizer.VectorQuantizer.draw_codebook": drawn_codebook,
+    "quantizer.shared_sample": lambda c: (
+        lambda z: quantizer.shared_sample(z, K), c.x(c.B * c.T, d)),
+    "quantizer.usage": lambda c: (lambda ids: quantizer.usage(ids, K), c.ids(K, c.B, c.T)),
+    "decoder.Decoder.forward": lambda c: (model("decoder", c), c.x(c.B, c.T, d)),
+    "nativetok.NativeTok.forward": lambda c: (model("nativetok", c), c.images()),
+    "nativetok.NativeTok.drop_tails": lambda c: (
+        model("nativetok", c).drop_tails, c.x(c.B, c.T, d)),
+    "nativetok.NativeTok.tokenize": lambda c: (model("nativetok", c).tokenize, c.images()),
+    "nativetok.NativeTok.encode": lambda c: (
+        lambda images, said: model("nativetok", c).encode(images, {0: said}),
+        c.images(), c.ids(K, c.B)),
+    "nativetok.NativeTok.decode": lambda c: (model("nativetok", c).decode, c.ids(K, c.B, c.T)),
+    "nativetok.sample_batch": sampled_pictures,
+    "generator.guide": lambda c: (lambda *x: generator.guide(*x, 2.0), *two(c, c.B, c.T, K)),
+    "generator.top_k_top_p": lambda c: (
+        lambda x: [generator.top_k_top_p(x, *how) for how in ((0, 1.0), (3, 1.0), (3, 0.7))],
+        c.x(c.B, c.T, K)),
+    "generator.sample_from": lambda c: (
+        lambda x: [generator.sample_from(x, draw(), heat, 3, 0.9) for heat in (0, 1)],
+        c.x(c.B, c.T, K)),
+    "generator.Generator.forward": lambda c: (
+        model("maskgit", c), c.ids(C, c.B), c.ids(K, c.B, c.T)),
+    "generator.Generator.guided": guided_logits,
+    "generator.Generator.hide_labels": lambda c: hidden_labels(c, generator.Generator.hide_labels),
+    "generator.Generator.check": lambda c: (model("ar", c).check, c.ids(C, c.B)),
+    "generator.ARGenerator.loss": lambda c: (
+        model("ar", c).loss, c.ids(K, c.B, c.T), c.ids(C, c.B)),
+    "generator.ARGenerator.sample": lambda c: (
+        lambda labels: [model("ar", c).sample(labels, scale, generator=draw(), use_cache=cache)
+                        for scale in (1, 2) for cache in (True, False)], c.ids(C, c.B)),
+    "generator.ARGenerator.begin": lambda c: (
+        lambda labels: model("ar", c).begin(labels, 2)[0], c.ids(C, c.B)),
+    "generator.ARGenerator.newest": newest_logits,
+    "generator.MaskGITGenerator.loss": lambda c: (
+        model("maskgit", c).loss, c.ids(K, c.B, c.T), c.ids(C, c.B)),
+    "generator.MaskGITGenerator.sample": lambda c: (
+        lambda labels: [model("maskgit", c).sample(labels, cfg_scale=scale, generator=draw())
+                        for scale in (1, 2)], c.ids(C, c.B)),
+    "losses.reconstruction": lambda c: (losses.reconstruction, c.images(), c.images().neg()),
+    "losses.mse": lambda c: (losses.mse, c.images(), c.images().neg()),
+    "losses.to_db": lambda c: (losses.to_db, c.x(c.B, c.T).square()),
+    "losses.psnr": lambda c: (losses.psnr, c.images(), c.images().neg()),
+    "losses.Perceptual.forward": lambda c: (
+        model("perceptual", Case(1, 1, c.dtype)), c.images(), c.images().neg()),
+    "losses.Perceptual.logits": lambda c: (
+        model("perceptual", Case(1, 1, c.dtype)).logits, c.images()),
+    "losses.Discriminator.forward": lambda c: (
+        model("discriminator", Case(1, 1, c.dtype)), c.images(32)),
+    "losses.discriminator_loss": lambda c: (losses.discriminator_loss, *two(c, c.B, 1, 2, 2)),
+    "losses.generator_loss": lambda c: (losses.generator_loss, c.x(c.B, 1, 2, 2)),
+    "losses.LeCam.forward": lambda c: (losses.LeCam(), *two(c, c.B, 1, 2, 2)),
+    "losses.LeCam.update": moved_anchors,
+    "losses.Adversary.see": seen_by_the_adversary,
+    "losses.Adversary.judge": judged,
+    "d2it.grain.gray": lambda c: (grain.gray, c.pixels()),
+    "d2it.grain.entropy": lambda c: (lambda x: grain.entropy(x, 4), c.pixels()),
+    "d2it.grain.threshold": lambda c: (
+        lambda x: grain.threshold(x, 0.5), c.x(c.B, c.side, c.side)),
+    "d2it.grain.grain_map": policies,
+    "d2it.grain.hashed_noise": lambda c: (
+        lambda image: grain.hashed_noise(image, (2, 2)), c.pixels()[0]),
+    "d2it.grain.take_top": lambda c: (
+        grain.take_top, c.x(c.B, c.side, c.side), c.ids(c.T + 1, c.B)),
+    "d2it.grain.count_codes": lambda c: (grain.count_codes, c.grain()),
+    "d2it.grain.spread": lambda c: (grain.spread, c.x(c.B, d, c.side, c.side)),
+    "d2it.grain.merge": lambda c: (
+        grain.merge, latent(c), c.x(c.B, d, c.side, c.side, seed=1), c.grain()),
+    "d2it.grain.code_weights": lambda c: (grain.code_weights, c.grain()),
+    "d2it.grain.per_code": lambda c: (grain.per_code, latent(c), c.grain()),
+    "d2it.grain.grained_noise": lambda c: (
+        lambda x: grain.grained_noise(x, d, draw()), c.grain()),
+    "d2it.grain.pack": lambda c: (grain.pack, c.x(c.B, c.T, D), c.grain()),
+    "d2it.grain.unpack": unpacked,
+    "d2it.grain.painted": lambda c: (grain.painted, c.pixels(), c.grain()),
+    "d2it.grain.heat": lambda c: (
+        lambda x: grain.heat(x, 4 * c.side), c.x(c.B, c.side, c.side).float()),
+    "d2it.dvae.ResBlock.forward": lambda c: (model("res", c), c.x(c.B, D, 3, 3)),
+    "d2it.dvae.Encoder.forward": lambda c: (model("dvae", c).encoder, c.images()),
+    "d2it.dvae.Decoder.forward": lambda c: (model("dvae", c).decoder, latent(c)),
+    "d2it.dvae.DVAE.calibrate": calibrated,
+    "d2it.dvae.DVAE.entropy": lambda c: (model("dvae", c).entropy, c.pixels()),
+    "d2it.dvae.DVAE.grain_of": lambda c: (model("dvae", c).grain_of, c.pixels()),
+    "d2it.dvae.DVAE.moments": lambda c: (model("dvae", c).moments, c.images(), c.grain()),
+    "d2it.dvae.DVAE.draw": lambda c: (
+        dvae.DVAE.draw, latent(c), latent(c, seed=1), c.grain()),
+    "d2it.dvae.DVAE.forward": lambda c: (model("dvae", c), c.images(), c.grain()),
+    "d2it.dvae.DVAE.standardised": lambda c: (
+        lambda z, map: model("dvae", c).standardised(z, map, back=True), latent(c), c.grain()),
+    "d2it.dvae.DVAE.encode": lambda c: (model("dvae", c).encode, c.pixels()),
+    "d2it.dvae.DVAE.decode": lambda c: (
+        lambda z, map: model("dvae", c).decode(dvae.Codes(z, map)), latent(c), c.grain()),
+    "d2it.dvae.DVAE.measure": measured,
+    "d2it.dvae.kl": lambda c: (dvae.kl, *two(c, c.B, d, 2, 2)),
+    "d2it.diffusion.alpha_sigma": lambda c: (
+        lambda t: [diffusion.alpha_sigma(t, path) for path in ("noise", "flow")], noisy(c)[1]),
+    "d2it.diffusion.target": lambda c: (
+        lambda *x: [diffusion.target(*x, path) for path in ("noise", "flow")],
+        latent(c), latent(c, seed=1)),
+    "d2it.diffusion.estimates": lambda c: (
+        lambda *x: [diffusion.estimates(*x, path) for path in ("noise", "flow")],
+        latent(c), latent(c, seed=1), noisy(c)[1]),
+    "d2it.diffusion.loss": lambda c: (
+        lambda z, labels, map: diffusion.loss(model("content", c), z, labels, map),
+        *(noisy(c)[i] for i in (0, 2, 3))),
+    "d2it.diffusion.guided": lambda c: (
+        lambda *x: diffusion.guided(model("content", c), *x, C, 2.0), *noisy(c)),
+    "d2it.diffusion.sample": diffused,
+    "d2it.content.TimeEmbedding.forward": lambda c: (model("time", c), noisy(c)[1]),
+    "d2it.content.modulate": lambda c: (content.modulate, *scaled(c)),
+    "d2it.content.DiTBlock.forward": lambda c: (model("dit", c), *scaled(c)[:2]),
+    "d2it.content.LastNorm.forward": lambda c: (model("last", c), *scaled(c)[:2]),
+    "d2it.content.RefineNet.forward": refined,
+    "d2it.content.Content.hide_labels": lambda c: hidden_labels(c, content.Content.hide_labels),
+    "d2it.content.Content.forward": lambda c: (model("content", c), *noisy(c)),
+    "d2it.model.D2iT.maps": lambda c: (
+        lambda labels: model("d2it", c).maps(labels, draw()), c.ids(C, c.B)),
+    "d2it.model.D2iT.sample": lambda c: (
+        lambda labels, map: model("d2it", c).sample(labels, steps=2, generator=draw(), grain=map),
+        c.ids(C, c.B), c.grain()),
+    "d2it.model.D2iT.decode": lambda c: (
+        lambda z, map: model("d2it", c).decode(dvae.Codes(z, map)), latent(c), c.grain()),
+    "d2it.model.D2iT.draw": lambda c: (
+        lambda labels, map: model("d2it", c).draw(labels, {"steps": 2}, 0, 0, map),
+        c.ids(C, c.B), c.grain()),
+    "d2it.model.D2iT.obeyed": lambda c: (model("d2it", c).obeyed, c.pixels(), c.grain()),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# the same values, lying otherwise in memory
+
+def transposed(x: Tensor) -> Tensor:
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def cut_out(x: Tensor) -> Tensor:
+    larger = torch.cat([x[..., :1], x, x[..., :1]], dim=-1)
+    return larger[1:-1] if x.ndim == 1 else torch.cat([larger, larger])[len(x):, ..., 1:-1]
+
+
+def every_second(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def first_row_for_all(x: Tensor) -> Tensor:
+    return x[:1].expand_as(x)
+
+
+def first_column_for_all(x: Tensor) -> Tensor:
+    return x[..., :1].expand_as(x)
+
+
+LAYOUTS = (transposed, cut_out, every_second, first_row_for_all, first_column_for_all)
+
+
+def leaves(result) -> list:
+    """The tensors and numbers in a result, one after the other."""
+    if isinstance(result, dict):
+        result = list(result.values())
+    if isinstance(result, (list, tuple)):
+        return [leaf for part in result for leaf in leaves(part)]
+    return [] if result is None else [torch.as_tensor(result)]
+
+
+def answers(call, tensors) -> list[Tensor]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return leaves(call(*tensors))
+
+
+CASES = [(Case(B, T, dtype), layout) for B, T in ((1, 1), (1, 4), (2, 4), (3, 4), (5, 4))
+         for dtype in ROUNDING for layout in LAYOUTS]
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_any_layout_and_number_of_rows_gives_the_same(name):
+    for case, layout in CASES:
+        call, *tensors = TABLE[name](case)
+        laid = [layout(x) if x.numel() else x for x in tensors]
+        expected = answers(call, [x.contiguous() for x in laid])
+        for told, wanted in zip(answers(call, laid), expected, strict=True):
+            where = f"{case}, {layout.__name__}"
+            assert told.shape == wanted.shape and told.dtype == wanted.dtype, where
+            if not wanted.is_floating_point():
+                assert (told != wanted).sum() <= wanted.numel() / 10, where
+            elif wanted.numel():
+                finite = wanted.isfinite()
+                assert torch.equal(told[~finite].nan_to_num(), wanted[~finite].nan_to_num()), where
+                off, largest = (told - wanted)[finite].abs(), wanted[finite].abs()
+                assert not len(off) or off.max() <= ROUNDING[case.dtype] * largest.max(), where
+
+
+def takes_a_tensor(function) -> bool:
+    return any("Tensor" in str(p.annotation) or "Codes" in str(p.annotation)
+               for p in inspect.signature(function).parameters.values())
+
+
+def test_each_public_function_that_takes_a_tensor_is_in_the_table():
+    found = set()
+    for file in FILES:
+        module = importlib.import_module(file)
+        own = {name: thing for name, thing in vars(module).items()
+               if not name.startswith("_") and getattr(thing, "__module__", "") == file}
+        for name, thing in own.items():
+            if inspect.isfunction(thing) and takes_a_tensor(thing):
+                found.add(f"{file}.{name}")
+            if inspect.isclass(thing):
+                for method, function in vars(thing).items():
+                    function = getattr(function, "__func__", function)
+                    if (inspect.isfunction(function) and not method.startswith("_")
+                            and function.__qualname__ == f"{name}.{method}"
+                            and takes_a_tensor(function)):
+                        found.add(f"{file}.{name}.{method}")
+    found |= {"layers.MLP.forward"}  # torch's own forward
+    assert found == set(TABLE)
