@@ -19,19 +19,16 @@ PROGRAMS = {
     "d2it.explain": [(D2IT, "--out")],
     "experiments.search": [(RUN, "--json")],
     "experiments.bench": [([], "--json")],
-    "experiments.gpu": [([], "--json")],
-    "experiments.scaling": [([], "--json"), ([], "--out")],
-    "experiments.sampler": [([], "--json"), ([], "--out")],
     "experiments.order": [([], "--out")],
     "experiments.grain": [([], "--out")],
     "experiments.record": [([*RUN, "--by", "me"], "--out")],
     "experiments.speedrun": [(["--data", "DATA", "--val_data", "DATA"], "--out")],
 }
 CASES = [(program, words, flag) for program, uses in PROGRAMS.items() for words, flag in uses]
-FILES = ("experiments.scaling", "experiments.sampler", "experiments.record")  # where --out is one
+FILES = ("experiments.record",)  # where --out is one
 WORK = ("sample.draw_samples", "d2it.sample.draw_samples", "plumbing.page.Page.grid",
         "eval_fid.judge", "eval_fid.extract", "experiments.search.search",
-        "experiments.timing.Bench.seconds", "experiments.gpu.measure", "train.main",
+        "experiments.bench.Bench.seconds", "train.main",
         "d2it.train.main", "experiments.record.phases",
         "d2it.train.train_dvae")
 
@@ -93,7 +90,7 @@ def test_one_file_for_two_outputs_and_an_output_that_is_read(here, tmp_path, mon
     for program, words in (
             ("d2it.sample", [*D2IT, "--npz", "x", "--json", "./x"]),
             ("eval_fid", [*RUN, "--json", "x", "--save_stats", "x"]),
-            ("experiments.scaling", ["--json", "x", "--out", "x"]),
+
             ("d2it.sample", [*D2IT, "--grain", "seen.npz", "--npz", "seen.npz"]),
             ("eval_fid", ["--features", "inception", "--images", "seen.npz", "--data", "DATA",
                           "--save_stats", "seen.npz"])):
