@@ -222,7 +222,13 @@ def open_given(args, procs: Processes) -> Given:
 def output_places(args) -> str | None:
     """Where the results go, if anywhere. Raises UserError unless that can be written: now."""
     path = args.json
-    need_places({"--json": (path, JSON), "--save_stats": (args.save_stats, NPZ)},
+    stats = args.save_stats
+    if stats and (args.run or args.images) and not os.path.isdir(os.path.dirname(stats) or "."):
+        # A missing folder costs the statistics and not the rows, and may be made meanwhile.
+        print(f"warning: --save_stats {stats}: there is no folder {os.path.dirname(stats)}; make "
+              "it before the reference is known", file=sys.stderr)
+        stats = None
+    need_places({"--json": (path, JSON), "--save_stats": (stats, NPZ)},
                 reads={"--images": args.images, "--data": args.data, "--judge": args.judge,
                        "--reference": args.reference, "--inception": args.inception})
     if not path and args.run and not args.images:

@@ -184,7 +184,8 @@ class Generator(ExactBuffers):
         hidden = torch.rand(labels.shape, device=labels.device) < self.cfg.label_dropout
         return labels.masked_fill(hidden, self.num_classes)
 
-    def check(self, labels: Tensor, generator, **settings: float) -> None:
+    def check(self, labels: Tensor, generator: torch.Generator | None = None,
+              **settings: float) -> None:
         """Raise UserError for what sample() cannot work with."""
         need_labels(labels, self.num_classes, self.position)
         need_generator(generator)

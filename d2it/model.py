@@ -38,7 +38,7 @@ class D2iT(nn.Module):
     def __init__(self, dvae: DVAE, grain: ARGenerator, content: Content, classes: list[str]):
         super().__init__()
         self.dvae, self.grain, self.content, self.classes = dvae, grain, content, classes
-        parts = (dvae.unfinished, grain.unfinished, content.unfinished)
+        parts = (getattr(part, "unfinished", "") for part in (dvae, grain, content))
         self.unfinished = "; ".join(filter(None, parts))  # how far training had come
 
     @staticmethod

@@ -20,8 +20,9 @@ import os
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,6 +65,13 @@ SOUGHT, AMONG, DECODED, GLANCE, EVERYTHING = 500, 60_000, 2_000, 2 ** 14, 2 ** 6
 WHAT_IS_READ = "a folder, .tar .tar.gz .tgz .tar.xz .tar.bz2 .zip .npz, or shapes"
 
 
+class Prints(NamedTuple):
+    """What the fingerprint of files was made of."""
+    listing: str          # a digest of their names, sizes and classes, and of what was cut away
+    keys: np.ndarray      # (m,) of the files whose content was looked at
+    content: np.ndarray   # (m,) int64, a digest of each
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Labelled images, wherever they lie. Holds no open file, so any process may use a copy."""
@@ -76,6 +84,7 @@ class ImageSet:
     keys: np.ndarray     # (n,)
     read: Callable       # key -> uint8 (H, W, 3)
     peek: Callable | None = None  # key, n -> n bytes or less of its file; None: there are no files
+    prints: Prints | None = None
     kept: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -97,9 +106,27 @@ class ImageSet:
         return image
 
     def subset(self, indices: np.ndarray) -> "ImageSet":
-        fingerprint = digest(self.fingerprint, np.asarray(indices, np.int64).tobytes())
-        return ImageSet(self.name, self.classes, self.labels[indices], fingerprint,
-                        self.keys[indices], self.read, self.peek)
+        cut, prints = np.asarray(indices, np.int64).tobytes(), self.prints
+        if prints:
+            prints = prints._replace(listing=digest(prints.listing, cut))
+        return ImageSet(self.name, self.classes, self.labels[indices],
+                        digest(self.fingerprint, cut), self.keys[indices], self.read, self.peek,
+                        prints)
+
+    def broken_since(self, listing: str, content: np.ndarray) -> list[str]:
+        """What a set with these prints must be for both to be the same: names of its files that
+        have turned bad since. [] where anything else has changed."""
+        if self.prints is None or (listing, len(content)) != (self.prints.listing,
+                                                              len(self.prints.content)):
+            return []
+        broken = []
+        for key in self.prints.keys[self.prints.content != content]:
+            try:
+                self.read(key)
+                return []  # another picture
+            except UserError:
+                broken.append(str(key["name"]))
+        return broken
 
 
 def open_images(path: str, cache: str | None = None) -> ImageSet:
@@ -173,17 +200,21 @@ def train_and_val(data: str, val_data: str, holdout: int, seed: int,
 # ------------------------------------------------------------------------------------------------
 # which images are these?
 
-def content_of(keys: np.ndarray, peek: Callable) -> Iterator[bytes]:
-    """What a fingerprint sees of files beside their names and sizes: some of their bytes.
+def prints_of(listing: Iterable[str], keys: np.ndarray, peek: Callable) -> tuple[str, Prints]:
+    """Lines with names, sizes and classes, and the files -> a fingerprint, what it was made of.
+
+    Of files beside their names and sizes it sees some of their bytes.
 
     Up to FILES_READ files all are looked at, of more a fixed choice of so many; a file that is no
     larger than its share of BYTES_READ is read whole, of a larger one some pieces (peeked). So it
     does not see a change between the pieces of a large file. Of n > FILES_READ files, k changed
     ones escape it with a chance of (1 - FILES_READ / n)^k: of a million, 1,000 in 1 of 23,000.
     """
-    chosen = np.sort(np.random.default_rng(0).permutation(len(keys))[:FILES_READ])
-    for key in keys[chosen]:
-        yield print_of(key, peek, BYTES_READ // len(chosen))
+    chosen = keys[np.sort(np.random.default_rng(0).permutation(len(keys))[:FILES_READ])]
+    content = [print_of(key, peek, BYTES_READ // len(chosen)) for key in chosen]
+    listed = digest(*listing)
+    digests = np.array([int(text[:15] or b"0", 16) for text in content], np.int64)
+    return digest(listed, *content), Prints(listed, chosen, digests)
 
 
 def print_of(key: np.void, peek: Callable, most: int) -> bytes:
@@ -330,10 +361,10 @@ def from_files(path: str, found: Listing, read: Callable, peek: Callable) -> Ima
              f"{f' ({passed})' if passed else ''}; fill or remove it")
     dtype = [("name", f"U{max(map(len, names))}"), ("offset", np.int64), ("size", np.int64)]
     keys = np.array([(name, *found.files[name]) for name in names], dtype)
-    fingerprint = digest(*(f"{'/'.join(parts[name][len(above):])} {found.files[name][1]}\n"
-                           for name in names), *content_of(keys, peek))
+    listing = (f"{'/'.join(parts[name][len(above):])} {found.files[name][1]}\n" for name in names)
+    fingerprint, prints = prints_of(listing, keys, peek)
     return ImageSet(os.path.basename(os.path.abspath(path)), [printable(c) for c in classes],
-                    labels, fingerprint, keys, read, peek)
+                    labels, fingerprint, keys, read, peek, prints)
 
 
 def from_shards(path: str, root: str, shards: list[str]) -> ImageSet:
@@ -375,11 +406,11 @@ def from_shards(path: str, root: str, shards: list[str]) -> ImageSet:
     dtype = [("shard", f"U{width[0]}"), ("name", f"U{width[1]}"),
              ("offset", np.int64), ("size", np.int64)]
     keys, peek = np.array(rows, dtype), functools.partial(peek_in_shard, root)
-    fingerprint = digest(*(f"{composed(name)} {size} {classes[label]}\n"
-                           for (_, name, _, size), label in zip(rows, labels)),
-                         *content_of(keys, peek))
+    listing = (f"{composed(name)} {size} {classes[label]}\n"
+               for (_, name, _, size), label in zip(rows, labels))
+    fingerprint, prints = prints_of(listing, keys, peek)
     return ImageSet(os.path.basename(os.path.abspath(path)), classes, labels, fingerprint, keys,
-                    functools.partial(read_from_shard, root), peek)
+                    functools.partial(read_from_shard, root), peek, prints)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Differs  A checkpoint says what it learned from, config.json only repeats it for
          command is compared with the checkpoints first, and config.json is written afterwards
 """
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from plumbing import checkpoint
 from plumbing.archives import note
 from plumbing.batches import ImageStream, eval_batches
-from plumbing.datasets import ImageSet, train_and_val
+from plumbing.datasets import ImageSet, some_of, train_and_val
 from plumbing.flags import UserError, as_dict, as_flags, build, need, read_run
 from plumbing.images import save_grid, to_uint8
 from plumbing.processes import Processes, forget_holder, lock_folder
@@ -105,7 +105,7 @@ class Run:
                         for name, value in was.items() if fixed.get(name) != value})
         checkpoint.check_same(was, fixed, f"{path}: settings", "start anew in another --run "
                               f"folder, or go on with {' '.join(old) or 'the version of then'}")
-        need_same_images(path, saved, self.data)
+        self.data = same_images(path, saved, self.data)
         self.told = self.told or tell_other_held_out(path, saved, self.val)
         return saved
 
@@ -139,6 +139,9 @@ class Run:
         if self.procs.main:
             images = {"data": self.data.fingerprint, "images": len(self.data),
                       "classes": self.data.classes, "held_out": self.val.fingerprint}
+            if self.data.prints:  # to tell files that have turned bad from other images
+                images |= {"listing": self.data.prints.listing,
+                           "content": torch.from_numpy(self.data.prints.content)}
             checkpoint.save(path, {"random": random, **images, **content})
         self.procs.barrier()  # or another process would look for it too early
 
@@ -176,14 +179,24 @@ class Run:
                   scale=max(1, 64 // images.shape[1]))
 
 
-def need_same_images(path: str, saved: dict, data: ImageSet) -> None:
-    """Raise UserError unless the checkpoint `saved` has learned from these very images."""
+def same_images(path: str, saved: dict, data: ImageSet) -> ImageSet:
+    """-> the images, under the fingerprint by which the checkpoint `saved` knows them.
+
+    Raises UserError unless it has learned from these very images. Files that have turned bad since
+    then are told and let pass: whoever reads them will stop, and what was learned is kept.
+    """
+    if saved["data"] == data.fingerprint:
+        return data
     first = os.path.join(os.path.dirname(path), SYSTEMS["-m d2it.train"])
     program = "-m d2it.train" if checkpoint.exists(first) else "train.py"
-    need(saved["data"] == data.fingerprint,
+    content = np.asarray(saved.get("content", torch.zeros(0)), np.int64)
+    broken = data.broken_since(saved.get("listing", ""), content)
+    need(broken,
          f"{path}: data changed: it learned from {saved.get('images', 'other')} images, and "
          f"{data.name} has {len(data)} to learn from, not the same; give python {program} --data "
          "as it was (it may lie elsewhere), or start anew in another --run folder")
+    note(f"{path}: {some_of(broken)} cannot be read any more; the other images are as they were")
+    return replace(data, fingerprint=saved["data"], prints=data.prints._replace(content=content))
 
 
 def tell_other_held_out(path: str, saved: dict, val: ImageSet) -> bool:
@@ -260,7 +273,7 @@ def open_run(folder: str, configs: tuple[type, ...], name: str = "tokenizer.pt",
                                   values["seed"], folder)
     except UserError as error:
         raise UserError(f"{error} (data and val_data of {folder}/config.json)") from error
-    need_same_images(path, saved, data)
+    data = same_images(path, saved, data)
     tell_other_held_out(path, saved, val)
     return OpenRun(folder, build(configs, values), data, val, saved)
 

@@ -15,7 +15,8 @@ import train
 from generator import Generator
 from config import CONFIGS
 from helpers import (
-    ROOT, SMALL, held_shapes, interrupt_at, program, some_shapes, start_program, train_shapes)
+    ROOT, SMALL, folder_of, held_shapes, interrupt_at, program, some_shapes, start_program,
+    train_shapes)
 from nativetok import NativeTok
 from plumbing import checkpoint, run
 from plumbing.flags import UserError, as_dict
@@ -208,3 +209,25 @@ def test_a_run_of_the_other_system_is_called_one(tmp_path, program, makes, other
         run.need_parts(str(tmp_path), (makes,), program)
     (tmp_path / makes).touch()
     run.need_parts(str(tmp_path), (makes,), program)
+
+
+def test_a_file_that_turned_bad_between_two_commands_is_told_and_loses_nothing(tmp_path, capsys):
+    """The other images are the same, so what was learned goes on; another picture is refused."""
+    pictures, folder = folder_of(tmp_path / "pictures", 40, size=32), tmp_path / "run"
+    train_shapes(folder, str(pictures), "--stage", "1")
+    path = next(pictures.rglob("*.png"))
+    good, others = path.read_bytes(), [p for p in pictures.rglob("*.png") if p != path]
+    try:
+        path.write_bytes(b"x" * len(good))
+        with pytest.raises(UserError, match="is saved"):
+            train_shapes(folder, str(pictures), "--stage", "2", "--log_every", "1")
+        assert f"{path.name} cannot be read any more" in capsys.readouterr().err
+    finally:
+        path.write_bytes(good)
+    train_shapes(folder, str(pictures), "--stage", "2")
+    assert set(checkpoint.load(folder / "tokenizer.pt")["results"]) > {"base"}
+    same_size = next((p for p in others if p.stat().st_size == len(good)), None)
+    replaced = same_size.read_bytes() if same_size else bytes([*good[:-1], good[-1] ^ 1])
+    path.write_bytes(replaced)
+    with pytest.raises(UserError, match="data changed"):
+        train_shapes(folder, str(pictures), "--stage", "3")

@@ -14,7 +14,7 @@ RUN, D2IT = ["--run", "RUN"], ["--run", "D2IT"]
 PROGRAMS = {
     "sample": [(RUN, "--npz"), (RUN, "--out")],
     "explain": [(RUN, "--out")],
-    "eval_fid": [(RUN, "--json"), (RUN, "--save_stats")],
+    "eval_fid": [(RUN, "--json"), (["--data", "DATA", "--features", "inception"], "--save_stats")],
     "d2it.sample": [(D2IT, "--npz"), ([*D2IT, "--npz", "x.npz"], "--json"), (D2IT, "--out")],
     "d2it.explain": [(D2IT, "--out")],
     "experiments.search": [(RUN, "--json")],
