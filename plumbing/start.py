@@ -109,6 +109,12 @@ def main_with_user_errors(main: Callable[[], None]) -> None:
         sys.stdout.flush()  # so that the line comes last
         tell(f"error: {error}")
         sys.exit(2)
+    except RuntimeError as error:
+        # What gloo says of a connection whose other end is gone; that process has said why.
+        if not any(text in str(error) for text in ("closed by peer", "reset by peer")):
+            raise
+        tell("error: another process has ended; its own line says why")
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -219,16 +219,16 @@ from d2it import presets
 from plumbing import datasets, run
 from plumbing.flags import UserError
 from plumbing.start import main_with_user_errors
-run.EVAL_IMAGES, seen, load, begin = 20, [], datasets.ImageSet.load, run.Run.begin
-def from_now_on(self):  # images are read before, to know them again
-    begin(self)
-    seen.clear()
+run.EVAL_IMAGES, seen, load, over = 20, [], datasets.ImageSet.load, loop.Loop.over
+def from_now_on(self, batches):  # images are read before, to know them again and to calibrate
+    datasets.ImageSet.load = fail
+    return over(self, batches)
 def fail(self, *args):
     seen.append(1)
     if os.environ["RANK"] == "1" and len(seen) > %d:
         raise UserError("dog/7.png: torn")
     return load(self, *args)
-datasets.ImageSet.load, run.Run.begin = fail, from_now_on
+loop.Loop.over = from_now_on
 if sys.argv[1] == "train":
     main_with_user_errors(lambda: train.main(config.parse_run("", sys.argv[2:])))
 else:
