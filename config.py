@@ -48,7 +48,7 @@ class TokenizerConfig:
     # how patches read codes: attention [TiTok], linear, one map of its own for each code [ours], or
     # both
     decoder_reads: str = "attention"
-    # pixels that a patch paints of its neighbours, faded in and out, so that no seam shows [ours]
+    # pixels of its neighbours that a patch predicts too, blended, so that no seam shows [ours]
     decoder_overlap: int = 0
     # fraction of training steps that keep the first k ~ U{1..L} tokens only [One-D-Piece]
     tail_drop: float = 0.0

@@ -9,10 +9,10 @@ Differs  pixels straight from a linear layer, where TiTok's first stage predicts
          another VQGAN; code positions can grow [ours]. Two options for small images [ours]:
          decoder_reads "linear": code i adds a linear map of its own to all patches at once, and the
          ViT runs on patches alone: fewer rows, and no attention has to be learned before a code
-         paints; "both": these maps, silent at first, beside TiTok's attention. Maps take L d N D
-         numbers, so they are for short sequences of few patches.
-         decoder_overlap m: a patch paints m pixels of its neighbours too, and the paintings are
-         blended, so that no seam shows
+         reaches pixels; "both": these maps, zero at first, beside TiTok's attention. Maps take
+         L d N D numbers, so they are for short sequences of few patches.
+         decoder_overlap m: a patch predicts m pixels of its neighbours too, and overlapping
+         predictions are blended, so that no seam shows
 Try      python decoder.py      (CPU, a few seconds)
 """
 import torch
@@ -33,13 +33,13 @@ class Decoder(ExactBuffers):
         P, D = cfg.patch_size, cfg.decoder_width
         self.patch_size, self.image_size, self.overlap = P, cfg.image_size, cfg.decoder_overlap
         self.code_dim, reads = cfg.code_dim, cfg.decoder_reads
-        self.attends, self.paints = reads != "linear", reads != "attention"
-        self.embed = nn.Linear(cfg.code_dim, D) if self.attends else None
+        self.by_attention, self.by_maps = reads != "linear", reads != "attention"
+        self.embed = nn.Linear(cfg.code_dim, D) if self.by_attention else None
         # (N, D) a mask token is its position
         self.mask_tokens = nn.Parameter(sincos_2d(cfg.image_size // P, D))
         # One table per growth step: (new tokens, D) positions, (new tokens, d, N D) maps.
         self.code_pos = nn.ParameterList()
-        self.paint = as_matrices(nn.ParameterList(), 0)  # they read codes
+        self.code_to_patch = as_matrices(nn.ParameterList(), 0)  # they read codes
         self.blocks = nn.ModuleList(
             ViTBlock(D, cfg.decoder_heads) for _ in range(cfg.decoder_depth))
         self.norm = nn.LayerNorm(D)
@@ -47,7 +47,7 @@ class Decoder(ExactBuffers):
         self.register_buffer("window", blending_window(cfg.image_size, P, self.overlap),
                              persistent=False)  # (3 (P+2m)^2, N)
         self.apply(init_vit)
-        if self.attends:
+        if self.by_attention:
             # Codes have norm 1, so the embedding gets the gain that brings it to the mask tokens'
             # scale.
             nn.init.normal_(self.embed.weight)
@@ -56,14 +56,14 @@ class Decoder(ExactBuffers):
     def grow(self, num_tokens: int) -> None:
         """Append positions and maps until there are num_tokens; the old ones stay as they are."""
         (N, D), like = self.mask_tokens.shape, self.mask_tokens
-        new = num_tokens - sum(map(len, self.code_pos if self.attends else self.paint))
-        if self.paints:
+        new = num_tokens - sum(map(len, self.code_pos if self.by_attention else self.code_to_patch))
+        if self.by_maps:
             maps = torch.randn(new, self.code_dim, N * D, device=like.device)
-            # Alone, the first maps have unit scale together. All others start silent: a grown
-            # decoder begins where it stopped.
-            maps *= 0 if self.attends or len(self.paint) else num_tokens ** -0.5
-            self.paint.append(nn.Parameter(maps.to(like.dtype)))
-        if self.attends:
+            # Without attention the sum of the first maps has unit variance. All others start at
+            # zero: a grown decoder begins where it stopped.
+            maps *= 0 if self.by_attention or len(self.code_to_patch) else num_tokens ** -0.5
+            self.code_to_patch.append(nn.Parameter(maps.to(like.dtype)))
+        if self.by_attention:
             positions = torch.randn(new, D, device=like.device)
             self.code_pos.append(nn.Parameter(positions.to(like.dtype)))
 
@@ -73,11 +73,11 @@ class Decoder(ExactBuffers):
         # All tables are joined before the cut, so that each of them gets a (maybe zero) gradient at
         # every step.
         x = self.mask_tokens
-        if self.paints:
-            maps = torch.cat(list(self.paint))[:k]
-            painted = z_q.flatten(1) @ maps.flatten(0, 1).to(z_q.dtype)  # (B, N*D)
-            x = x + painted.unflatten(1, (N, -1))  # (B, N, D)
-        if self.attends:
+        if self.by_maps:
+            maps = torch.cat(list(self.code_to_patch))[:k]
+            added = z_q.flatten(1) @ maps.flatten(0, 1).to(z_q.dtype)  # (B, N*D)
+            x = x + added.unflatten(1, (N, -1))  # (B, N, D)
+        if self.by_attention:
             table = torch.cat(list(self.code_pos))[:k]
             codes = self.embed(z_q) + table  # (B, k, D)
             masks = x.expand(len(z_q), -1, -1).to(codes.dtype)  # (B, N, D)

@@ -401,7 +401,7 @@ def main(args) -> None:
     # 3. All processes judge every source together; each row is on the disk before the next one.
     made = {**provenance(args.command, procs.device), "seed": args.seed,
             "reference": {"name": reference.name, "n": reference.n},
-            "eyes": {net.key: net.title for net in nets}}
+            "nets": {net.key: net.title for net in nets}}
     rows = []
     for source in sources:
         rows.append(judge(source, nets, reference, how, procs))

@@ -171,7 +171,7 @@ class MoCET(nn.Module):
             z_i = expert.head(norm(expert(rows, trace)))  # (B, d)
             z_q_i, id_i, z_i = quantizer.quantize(z_i, quantizer.codes())
             if i in force:  # an intervention: whatever it wanted to emit, it emits this
-                z_q_i, id_i = quantizer.say(z_i, force[i])
+                z_q_i, id_i = quantizer.emit(z_i, force[i])
             rows = torch.cat([rows, self.as_prior(z_q_i, expert)], dim=1)  # (B, N+i+1, E)
             emitted.append((z_q_i, id_i, z_i))
         return self.joined(emitted, rows, quantizer)
@@ -234,7 +234,7 @@ class MoCET(nn.Module):
                 z_i = expert.head(norm(h))  # (B, d)
                 z_q_i, id_i, z_i = quantizer.quantize(z_i, codes)
                 if len(emitted) in force:
-                    z_q_i, id_i = quantizer.say(z_i, force[len(emitted)])
+                    z_q_i, id_i = quantizer.emit(z_i, force[len(emitted)])
                 prior = torch.cat([prior, norm(self.as_prior(z_q_i, expert))], dim=1)
                 emitted.append((z_q_i, id_i, z_i))
         return self.joined(emitted, prior, quantizer)

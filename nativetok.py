@@ -82,7 +82,7 @@ class NativeTok(nn.Module):
     def encode(self, images: Tensor, force: dict[int, Tensor] | None = None) -> Tensor:
         """images (B, 3, H, W) -> ids (B, L).
 
-        force   {position from 0: ids (B,)}, an intervention: these tokens are said, whatever the
+        force   {position from 0: ids (B,)}, an intervention: these tokens are emitted, whatever the
                 image is. Later experts read them and answer; a baseline's tokens come all at
                 once, so only the forced ones change.
         Raises UserError for what are no images of this size from -1 to 1, and for a position or an
@@ -90,18 +90,18 @@ class NativeTok(nn.Module):
         """
         K, force, here = self.cfg.codebook_size, force or {}, self.quantizer.codebook
         need_images(images, self.cfg.image_size, here)
-        for i, said in force.items():
+        for i, forced in force.items():
             takes = f"ids ({len(images)},), one for each image, from 0 to {K - 1}"
-            need_whole_numbers(f"ids to force at position {i}", said, here, takes)
-            need(said.shape == (len(images),), f"ids to force at position {i} are "
-                 f"{described(said)}; give {takes}")
-            need(0 <= i < self.num_tokens and bool(((0 <= said) & (said < K)).all()),
+            need_whole_numbers(f"ids to force at position {i}", forced, here, takes)
+            need(forced.shape == (len(images),), f"ids to force at position {i} are "
+                 f"{described(forced)}; give {takes}")
+            need(0 <= i < self.num_tokens and bool(((0 <= forced) & (forced < K)).all()),
                  f"cannot force position {i}: positions are 0 to {self.num_tokens - 1}, "
                  f"ids 0 to {K - 1}")
         with eval_mode(self):
             ids = self.tokenize(images, force)[1]
-        for i, said in force.items():
-            ids[:, i] = said  # for a baseline: experts have said so already
+        for i, forced in force.items():
+            ids[:, i] = forced  # for a baseline: experts have emitted them
         return ids
 
     def decode(self, ids: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ Paper    Its details are not known to us. The first author's earlier public expe
          TiTok's: 4096 l2-normalised codes of 12 channels, commitment weight 0.25. Losses and the
          straight-through estimator are VQ-VAE's (arXiv 1711.00937), normalised codes of few
          channels ViT-VQGAN's (2110.04627).
-In       z (B, L, d)                    what the experts want to say, any length
+In       z (B, L, d)                    what the experts put out, any length
 Out      z_q (B, L, d), ids (B, L), losses {"codebook", "commitment", "entropy"}
 Differs  The first steps of training run without quantization and the codebook is then drawn from
-         what the encoder says [ours]; codes that nothing chooses move to where vectors are [ours,
+         what the encoder puts out [ours]; codes that nothing chooses move to where vectors are [ours,
          as in Jukebox, 2005.00341]; an entropy loss keeps each position from using few codes, as
          in lookup-free quantizers (MAGVIT-v2, 2310.05737). Trained at full length without it,
          one seed, positions used a third as many codes and pictures were 0.3 dB worse:
@@ -31,9 +31,9 @@ TEMPERATURE = 0.1  # [ours] of the soft choice: a code 0.1 nearer in cosine coun
 class VectorQuantizer(nn.Module):
     """K codes of d channels; a vector takes the one with the largest cosine similarity.
 
-    continuous   while True, z_q is in training z itself (normalised) and the codebook only runs
+    bypass       while True, z_q is in training z itself (normalised) and the codebook only runs
                  after it; in eval mode vectors become codes all the same
-    count        (K,) int64: how often each code was chosen since the last reseed(), here
+    count        (K,) int64: how often each code was chosen since the last restart_dead_codes()
     recent       (M, d): the vectors of the last training step, from which dead codes are re-drawn
     """
 
@@ -43,7 +43,7 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(
             F.normalize(torch.randn(cfg.codebook_size, cfg.code_dim), dim=-1))
         self.entropy_weight = cfg.entropy_weight  # train.py weighs; 0 saves computing the term
-        self.continuous = False
+        self.bypass = False
         self.register_buffer("count", torch.zeros(cfg.codebook_size, dtype=torch.int64))
         self.recent = None
 
@@ -63,14 +63,14 @@ class VectorQuantizer(nn.Module):
             z = F.normalize(z.to(codes.dtype), dim=-1)
             # Between unit vectors |z - e|^2 = 2 - 2 z.e: nearest is the largest dot product.
             ids = (z.detach() @ codes.detach().T).argmax(dim=-1)
-            if self.continuous and self.training:
+            if self.bypass and self.training:
                 return z, ids, z
             e = F.embedding(ids, codes.detach())
             # Straight-through: argmax has no gradient, so that at z_q is handed to z unchanged.
             return z + (e - z).detach(), ids, z
 
-    def say(self, z: Tensor, ids: Tensor | Callable) -> tuple[Tensor, Tensor]:
-        """Normalised z (..., d), ids (...) to say in the nearest ones' place -> z_q (..., d), ids.
+    def emit(self, z: Tensor, ids: Tensor | Callable) -> tuple[Tensor, Tensor]:
+        """Normalised z (..., d), ids (...) to emit in place of the nearest -> z_q (..., d), ids.
 
         ids may also be a function that chooses them: z -> ids. With the nearest ones it is to the
         bit what quantize() returns.
@@ -87,13 +87,13 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             e = F.embedding(ids, self.codes())
             if self.training:
-                said = ids.flatten()  # bincount would make the CPU wait for a GPU
-                self.count.scatter_add_(0, said, torch.ones_like(said))
+                chosen = ids.flatten()  # bincount would make the CPU wait for a GPU
+                self.count.scatter_add_(0, chosen, torch.ones_like(chosen))
                 self.recent = z.detach().flatten(0, -2)
             losses = {
                 "codebook": F.mse_loss(e, z.detach()),  # codes move to the vectors
                 # vectors stay near their codes
-                "commitment": F.mse_loss(z, e.detach()) * (not self.continuous),
+                "commitment": F.mse_loss(z, e.detach()) * (not self.bypass),
             }
             if self.entropy_weight and self.training:
                 losses["entropy"] = self.entropy_loss(z)
@@ -102,7 +102,7 @@ class VectorQuantizer(nn.Module):
     def entropy_loss(self, z: Tensor) -> Tensor:
         """Normalised z (B, L, d) -> scalar.
 
-        Over the batch: 0 if each position uses all codes alike, 1 if it always says the same one.
+        Over the batch: 0 if each position uses all codes alike, 1 if it always chooses the same.
         1 - entropy / log K of the mean over the batch of softmax(z . e / temperature), a soft
         choice that has a gradient where the hard one has none. It moves the vectors, not the codes.
         """
@@ -121,7 +121,7 @@ class VectorQuantizer(nn.Module):
         self.count.zero_()
 
     @torch.no_grad()
-    def reseed(self) -> Tensor:
+    def restart_dead_codes(self) -> Tensor:
         """Move the codes that no process chose since the last call onto recent vectors.
 
         -> (K,) bool, which moved

@@ -122,7 +122,7 @@ def train_phase(run: Run, phase: Phase, number: int, steps_before: int, change: 
 
     def content() -> dict:
         return {"tokenizer_config": as_dict(tok), "num_tokens": model.num_tokens,
-                "results": results, "continuous": model.quantizer.continuous,
+                "results": results, "bypass": model.quantizer.bypass,
                 "adversary": adversary and adversary.state_dict()}
 
     # 1. The tokenizer as the phase before has left it, or as far as this one has come. It grows if
@@ -130,7 +130,7 @@ def train_phase(run: Run, phase: Phase, number: int, steps_before: int, change: 
     #    have no past to be averaged with. Each phase has a seed of its own, so that one that starts
     #    from a checkpoint draws the same new experts as one that runs through.
     stage = Stage(run, "tokenizer.pt", phase.name, new, settings("tokenizer", tok, train), content,
-                  needs=("num_tokens", "results", "continuous", "adversary"))
+                  needs=("num_tokens", "results", "bypass", "adversary"))
     model, saved = stage.raw_model, stage.saved
     results = saved["results"] if saved else {}
     if model.num_tokens < phase.num_tokens:
@@ -144,7 +144,7 @@ def train_phase(run: Run, phase: Phase, number: int, steps_before: int, change: 
     #    emit by then. Momentum says nothing about a phase in which other parts learn, so every
     #    phase begins with a new optimizer.
     freeze(model, phase.learns)
-    model.quantizer.continuous = (saved["continuous"] if stage.goes_on
+    model.quantizer.bypass = (saved["bypass"] if stage.goes_on
                                   else number == 0 and train.continuous_steps > 0)
     # Two optional judges of sharpness. Squared error alone prefers a blur to a wrong edge.
     perceptual = Perceptual().to(run.procs.device) if train.perceptual_weight else None
@@ -182,7 +182,7 @@ def train_phase(run: Run, phase: Phase, number: int, steps_before: int, change: 
                     terms["adversarial"] = adversary.judge(recon, terms["pixels"])
             stage.backward(sum(weights[name] * term for name, term in terms.items()), terms)
             if stage.stepped:
-                tend_codebook(model.quantizer, ema.quantizer, stage.step, phase, train)
+                update_codebook(model.quantizer, ema.quantizer, stage.step, phase, train)
                 if adversary:
                     adversary.learn()
             stage.save_or_show(show)
@@ -199,16 +199,16 @@ def train_phase(run: Run, phase: Phase, number: int, steps_before: int, change: 
 
 
 @torch.no_grad()
-def tend_codebook(quantizer: nn.Module, ema: nn.Module, step: int, phase: Phase,
+def update_codebook(quantizer: nn.Module, ema: nn.Module, step: int, phase: Phase,
                   train: TrainConfig) -> None:
     """After `step` steps: begin to quantize when it is time, and move codes that nobody chose."""
-    moved, reseed = None, train.reseed_every and step % train.reseed_every == 0
+    moved, restart = None, train.reseed_every and step % train.reseed_every == 0
     # At or after, not exactly at: the step in question may have been skipped.
-    if quantizer.continuous and step >= train.continuous_steps:
+    if quantizer.bypass and step >= train.continuous_steps:
         quantizer.draw_codebook(quantizer.recent)
-        quantizer.continuous, moved = False, slice(None)
-    elif reseed and not quantizer.continuous and "codebook" in phase.learns:
-        moved = quantizer.reseed()
+        quantizer.bypass, moved = False, slice(None)
+    elif restart and not quantizer.bypass and "codebook" in phase.learns:
+        moved = quantizer.restart_dead_codes()
     if moved is not None:  # a code that was moved has no past: an average of two places is no code
         ema.codebook[moved] = quantizer.codebook[moved]
 

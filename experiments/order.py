@@ -127,7 +127,7 @@ class HiddenMoCET(MoCET):
             h = expert(rows)  # (B, E)
             z_q_i, id_i, z_i = quantizer.quantize(expert.head(norm(h)), quantizer.codes())
             if i in force:
-                z_q_i, id_i = quantizer.say(z_i, force[i])
+                z_q_i, id_i = quantizer.emit(z_i, force[i])
             rows = torch.cat([rows, h[:, None]], dim=1)
             emitted.append((z_q_i, id_i, z_i))
         return self.joined(emitted, rows, quantizer)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Recorded:
-    """model(*inputs) in training, from a recording; a new one when shapes or `continuous` change.
+    """model(*inputs) in training, from a recording; a new one when shapes or `bypass` change.
 
     Learned parameters, what learns, and training mode have to stay as they are at the first call.
     TRAP: outputs, and gradients, lie in the recording's own memory and hold until the next call.
@@ -25,10 +25,10 @@ class Recorded:
     def __init__(self, model: nn.Module):
         self.model, self.key, self.replay = model, None, None
         # A recording has no branches: what the quantizer does by this switch is recorded again.
-        self.switched = [part for part in model.modules() if hasattr(part, "continuous")]
+        self.switched = [part for part in model.modules() if hasattr(part, "bypass")]
 
     def __call__(self, *inputs: Tensor):
-        key = [x.shape for x in inputs], [part.continuous for part in self.switched]
+        key = [x.shape for x in inputs], [part.bypass for part in self.switched]
         if key != self.key:
             self.replay = None  # first, so that its memory is free
             self.replay, self.key = record(self.model, inputs), key

@@ -80,8 +80,8 @@ def test_maps_beside_attention_start_silent():
     both.load_state_dict(plain.state_dict(), strict=False)
     assert torch.equal(both(some_codes()), plain(some_codes()))
     both.grow(7)
-    assert [tuple(maps.shape) for maps in both.paint] == [(3, 4, 16 * 32), (4, 4, 16 * 32)]
-    assert not any(maps.any() for maps in both.paint)
+    assert [tuple(maps.shape) for maps in both.code_to_patch] == [(3, 4, 16 * 32), (4, 4, 16 * 32)]
+    assert not any(maps.any() for maps in both.code_to_patch)
 
 
 @torch.no_grad()

@@ -285,7 +285,7 @@ def test_a_killed_data_worker_is_one_line_and_the_run_goes_on_later(whole, data,
 # a state that lacks something
 
 KEYS = ["settings", "data", "phase", "step", "model", "ema", "optimizer", "random", "results",
-        "num_tokens", "adversary", "continuous"]
+        "num_tokens", "adversary", "bypass"]
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def test_a_recording_is_made_anew_when_a_shape_or_the_quantizers_switch_changes(
     call(images), call(images.clone())
     assert made == [4]
     call(images[:2]), call(images[:2])
-    model.quantizer.continuous = True
+    model.quantizer.bypass = True
     call(images[:2]), call(images[:2])
     assert made == [4, 2, 2]
 
@@ -68,7 +68,7 @@ def test_a_recorded_step_of_the_tokenizer_is_the_step(tokenizer):
     recorded = copy.deepcopy(plain)
     replay, batches = Recorded(recorded), torch.rand(4, 3, 3, 16, 16, device="cuda") * 2 - 1
     for images, continuous in zip(batches, (True, True, False, False)):
-        plain.quantizer.continuous = recorded.quantizer.continuous = continuous
+        plain.quantizer.bypass = recorded.quantizer.bypass = continuous
         for ours, theirs in zip(gradients(recorded, replay, images),
                                 gradients(plain, plain, images)):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)

@@ -323,7 +323,7 @@ def test_only_the_forward_of_the_model_runs_under_autocast(data, tmp_path, monke
     watch(NativeTok, "forward")
     for owner, name in ((train, "show_reconstructions"), (train, "evaluate"),
                         (checkpoint, "save"), (losses.Adversary, "learn"),
-                        (losses.Adversary, "judge"), (train, "tend_codebook"),
+                        (losses.Adversary, "judge"), (train, "update_codebook"),
                         (loop.Loop, "backward"), (run_folder.Run, "grid")):
         watch(owner, name)
     train_shapes(tmp_path / "a", data, "--stage", "1", "--precision", "bf16", "--save_every", "2",
@@ -353,7 +353,7 @@ def test_the_quantizer_begins_on_time_when_the_step_in_question_was_skipped_and_
                     train_shapes(folder, data, "--stage", "1")
             else:
                 train_shapes(folder, data, "--stage", "1")
-    assert checkpoint.load(tmp_path / "parts" / "tokenizer.pt")["continuous"]
+    assert checkpoint.load(tmp_path / "parts" / "tokenizer.pt")["bypass"]
     train_shapes(tmp_path / "parts", data, "--stage", "1")
     saved = [without_times(checkpoint.load(tmp_path / f / "tokenizer.pt")) for f in
              ("whole", "parts")]

@@ -78,7 +78,7 @@ def parameters_of(mocet, i):
 def test_no_token_depends_on_later_experts_and_all_later_tokens_depend_on_each(form, depth):
     mocet, quantizer = small(form, depth, grown=True)
     for continuous in (False, True):  # unquantized, so that every influence can be seen
-        quantizer.train(continuous).continuous = continuous
+        quantizer.train(continuous).bypass = continuous
         z_q, ids, _, z = look(mocet, quantizer)
         for j in range(LONG):
             kept = {name: p.clone() for name, p in parameters_of(mocet, j).items()}

@@ -224,7 +224,7 @@ def test_muon_has_the_hidden_matrices_and_adamw_everything_else():
     outer = {"mit.embed.weight", "mit.pos", "mocet.embed_code.weight",
              "mocet.experts.0.head.weight", "mocet.experts.0.query",
              "mocet.experts.0.layers.0.w1.bias", "quantizer.codebook",
-             "decoder.paint.0", "decoder.to_pixels.weight", "token.weight", "label.weight",
+             "decoder.code_to_patch.0", "decoder.to_pixels.weight", "token.weight", "label.weight",
              "head.weight", "position", "mit.norm.weight"}
     names = {name for model in (tokenizer, generator) for name, _ in model.named_parameters()}
     assert outer <= names and not outer & taken

@@ -44,11 +44,11 @@ def some_images(batch=8):
 def test_one_batch_overfits_through_its_ids(kind):
     model, images = small(kind, token_schedule=(3,), patch_size=8), some_images()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99))
-    model.train().quantizer.continuous = True
+    model.train().quantizer.bypass = True
     for step in range(200):
         if step == 50:
             model.quantizer.draw_codebook(model.quantizer.recent)
-            model.quantizer.continuous = False
+            model.quantizer.bypass = False
         recon, _, losses = model(images)
         loss = (recon - images).square().mean() + losses["codebook"] + 0.25 * losses["commitment"]
         optimizer.zero_grad()
@@ -67,7 +67,7 @@ def test_every_parameter_gets_a_gradient_at_every_step(kind):
     """DistributedDataParallel waits for each, with continuous codes and with dropped tails too."""
     model = small(kind, tail_drop=1.0).train()
     for continuous in (True, False):
-        model.quantizer.continuous = continuous
+        model.quantizer.bypass = continuous
         model.zero_grad()
         recon, _, losses = model(some_images())
         (recon.square().mean() + losses["codebook"] + losses["commitment"]).backward()
@@ -101,27 +101,27 @@ def test_images_are_float32_under_bf16_autocast(kind):
 def test_encode_and_decode_ignore_the_mode_and_leave_it_and_all_else_as_it_was(kind):
     model, images = small(kind, tail_drop=1.0), some_images()
     ids, pictures = model.encode(images), model.decode(model.encode(images))
-    model.train().quantizer.continuous = True
+    model.train().quantizer.bypass = True
     state = {name: t.clone() for name, t in model.state_dict().items()}
     random = torch.get_rng_state()
     assert torch.equal(model.encode(images), ids) and torch.equal(model.decode(ids), pictures)
-    assert all(module.training for module in model.modules()) and model.quantizer.continuous
+    assert all(module.training for module in model.modules()) and model.quantizer.bypass
     assert all(torch.equal(model.state_dict()[name], t) for name, t in state.items()), (
         "nothing was counted"
     )
     assert torch.equal(torch.get_rng_state(), random)
-    model.eval().quantizer.continuous = False
+    model.eval().quantizer.bypass = False
     model.encode(images)
-    assert not any(module.training for module in model.modules()) and not model.quantizer.continuous
+    assert not any(module.training for module in model.modules()) and not model.quantizer.bypass
 
 
 def test_an_error_while_encoding_leaves_the_mode_as_it_was():
     model = small().train()
-    model.quantizer.continuous = True
+    model.quantizer.bypass = True
     model.mocet = None
     with pytest.raises(TypeError):
         model.encode(torch.zeros(1, 3, 16, 16))
-    assert model.training and model.quantizer.continuous
+    assert model.training and model.quantizer.bypass
 
 
 def kept(model, times):

@@ -120,7 +120,7 @@ def test_both_losses_are_the_mean_squared_distance_to_the_code():
 def test_continuous_codes_pass_z_through_while_the_codebook_runs_after_it():
     quantizer, z, weights = small(), some_z(6, d).requires_grad_(), some_z(6, d, seed=2)
     expected = quantizer(z)[1]
-    quantizer.continuous = True
+    quantizer.bypass = True
     z_q, ids, losses = quantizer(z)
     assert torch.equal(z_q, F.normalize(z, dim=-1)) and torch.equal(ids, expected)
     _, passed = gradients(quantizer, (z_q * weights).sum(), z)
@@ -204,7 +204,7 @@ def test_reseed_moves_exactly_the_unused_codes_and_onto_recent_vectors():
     quantizer(some_z(100, d).abs() + quantizer.codebook.detach()[2])
     used, before = quantizer.count > 0, quantizer.codebook.detach().clone()
     assert used[[2, 3, 5]].all() and not used.all()
-    moved = quantizer.reseed()
+    moved = quantizer.restart_dead_codes()
     after = quantizer.codebook.detach()
     assert torch.equal(moved, ~used)
     assert torch.equal(after[used], before[used]), "bit for bit"
@@ -215,7 +215,7 @@ def test_reseed_moves_exactly_the_unused_codes_and_onto_recent_vectors():
     assert torch.pdist(after).min() > 0, "no two of them equal"
     assert not quantizer.count.any(), "counting starts anew"
     quantizer(after[moved])
-    assert torch.equal(quantizer.reseed(), ~moved), "where they are now they are chosen"
+    assert torch.equal(quantizer.restart_dead_codes(), ~moved), "where they are now they are chosen"
 
 
 def test_a_drawn_codebook_consists_of_different_vectors():
@@ -259,7 +259,7 @@ torch.manual_seed(100 + rank)  # other random numbers on each rank
 quantizer(before[[0, 1]] if rank == 0 else before[[1, 2]])  # 0 is used on one rank, 2 on the other
 near_codes = before[[2 * rank] * 4]
 quantizer(near_codes + 0.01 * torch.randn(4, 4))
-moved = quantizer.reseed()
+moved = quantizer.restart_dead_codes()
 torch.save({"before": before, "moved": moved, "after": quantizer.codebook.detach(),
             "recent": quantizer.recent}, f"{sys.argv[1]}-{rank}")
 dist.destroy_process_group()

@@ -30,10 +30,10 @@ def look_inside(titok, quantizer, images):
     hook = titok.blocks[-1].register_forward_hook(
         lambda module, args, out: patches.append(out[:, :N])
     )
-    quantizer.train().continuous = True
+    quantizer.train().bypass = True
     z = titok(images, quantizer)[0]
     hook.remove()
-    quantizer.eval().continuous = False
+    quantizer.eval().bypass = False
     return z, patches[0]
 
 

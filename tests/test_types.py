@@ -233,7 +233,7 @@ def test_a_model_of_another_type_can_learn_grow_and_revive_codes(dtype):
     recon, _, losses = model.train()(IMAGES)
     (recon.square().mean() + sum(losses.values())).backward()
     model.quantizer.count.zero_()
-    model.quantizer.reseed()
+    model.quantizer.restart_dead_codes()
     ids = torch.randint(8, (B, 4))
     for net, loss in [(net, net.loss(ids, LABELS)[0]) for kind in GENERATORS
                       for net in [generator(kind).to(dtype)]]:
