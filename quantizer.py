@@ -7,7 +7,7 @@ Paper    Its details are not known to us. The first author's earlier public expe
 In       z (B, L, d)                    what the experts put out, any length
 Out      z_q (B, L, d), ids (B, L), losses {"codebook", "commitment", "entropy"}
 Differs  The first steps of training run without quantization and the codebook is then drawn from
-         what the encoder puts out [ours]; codes that nothing chooses move to where vectors are [ours,
+         the encoder's vectors [ours]; codes that nothing chooses move to where vectors are [ours,
          as in Jukebox, 2005.00341]; an entropy loss keeps each position from using few codes, as
          in lookup-free quantizers (MAGVIT-v2, 2310.05737). Trained at full length without it,
          one seed, positions used a third as many codes and pictures were 0.3 dB worse:
