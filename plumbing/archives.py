@@ -2,8 +2,7 @@
 
 In       a folder, a .tar, a .zip, or a .tar.gz .tar.xz .tar.bz2, of which a plain .tar is made once
 Out      list_folder, list_tar, list_zip   a Listing: names, places and sizes of the images
-         read_from_folder, ..._tar, ..._zip   one of them, uint8 (H, W, 3)
-         peek_in_folder, ..._tar, ..._zip     some bytes of its file, by which it is known again
+         Source   .read(key) one of them, uint8 (H, W, 3); .peek(key, n) some bytes of its file
 Differs  the paper says nothing of files. Names are only compared, never used as paths; what an
          archive is, its first bytes say and not its name; what is passed over is counted
 """
@@ -29,7 +28,7 @@ import numpy as np
 
 from plumbing import checkpoint
 from plumbing.flags import need
-from plumbing.images import ENDINGS, MEND_IMAGE, decode, explained, read_image
+from plumbing.images import ENDINGS, MEND_IMAGE, decode, explained
 
 MEND_ARCHIVE = "is it complete? copy it again"
 # No archive of photographs comes near these; a bomb, kilobytes that unpack to terabytes, is
@@ -165,30 +164,6 @@ def list_folder(root: str) -> Listing:
     return found
 
 
-def read_from_folder(root: str, key: np.void) -> np.ndarray:
-    return read_image(os.path.join(root, key["name"]), MEND_IMAGE)
-
-
-def peek_in_folder(root: str, key: np.void, most: int) -> bytes:
-    path = os.path.join(root, key["name"])
-    with explained(path, MEND_IMAGE), open(path, "rb", buffering=0) as file:
-        return peeked(file, 0, int(key["size"]), most)
-
-
-def peeked(file: BinaryIO, start: int, size: int, most: int) -> bytes:
-    """Of the `size` bytes from `start` on all, if these are at most `most`.
-
-    Of more, BLOCKS pieces with `most` bytes together: the first, the last and others between, as
-    far from each other as they can be.
-    """
-    pieces, length = (1, size) if size <= most else (BLOCKS, most // BLOCKS)
-    found = []
-    for k in range(pieces):
-        file.seek(start + k * (size - length) // max(1, pieces - 1))
-        found.append(file.read(length))
-    return b"".join(found)
-
-
 # ------------------------------------------------------------------------------------------------
 # tar
 
@@ -225,32 +200,6 @@ def list_tar(path: str, shown: str) -> Listing:
 def need_small(path: str, name: str, size: int) -> None:
     need(size <= MAX_FILE, f"{path}: {name} has {size:,} bytes, and an image may have "
          f"{MAX_FILE:,}; remove it")
-
-
-def read_from_tar(path: str, key: np.void) -> np.ndarray:
-    name = f"{path}: {key['name']}"
-    with explained(name, MEND_IMAGE), open(path, "rb") as file:
-        file.seek(key["offset"])
-        data = file.read(key["size"])
-    return decode(data, name)
-
-
-def peek_in_tar(path: str, key: np.void, most: int) -> bytes:
-    name = f"{path}: {key['name']}"
-    with explained(name, MEND_IMAGE), open(path, "rb", buffering=0) as file:
-        return peeked(file, int(key["offset"]), int(key["size"]), most)
-
-
-def shard_of(root: str, key: np.void) -> str:
-    return os.path.join(root, key["shard"]) if key["shard"] else root
-
-
-def read_from_shard(root: str, key: np.void) -> np.ndarray:
-    return read_from_tar(shard_of(root, key), key)
-
-
-def peek_in_shard(root: str, key: np.void, most: int) -> bytes:
-    return peek_in_tar(shard_of(root, key), key, most)
 
 
 def decompressed(path: str, kind: str, cache: str | None) -> str:
@@ -335,21 +284,53 @@ def list_zip(path: str) -> Listing:
     return found
 
 
+# ------------------------------------------------------------------------------------------------
+# one file of many
+
+@dataclass(frozen=True)
+class Source:
+    """What files are read from. Holds none of them open, so any process may use a copy."""
+    kind: str  # folder, tar or zip
+    root: str  # its path; of shards that of their folder
+
+    def read(self, key: np.void) -> np.ndarray:
+        """An image, uint8 (H, W, 3). Raises UserError that names it."""
+        return decode(self.peek(key), self.names(key)[1])
+
+    def names(self, key: np.void) -> tuple[str, str]:
+        """Path of the file that is opened, and what the one inside is called in messages."""
+        below = str(key["name" if self.kind == "folder" else "shard"])
+        path = os.path.join(self.root, below) if below else self.root
+        return path, path if self.kind == "folder" else f"{path}: {key['name']}"
+
+    def peek(self, key: np.void, most: int = sys.maxsize) -> bytes:
+        """Its bytes, or of more than `most` some pieces."""
+        path, name = self.names(key)
+        with explained(name, MEND_IMAGE):
+            if self.kind == "zip":
+                # TRAP: processes that share a handle share its position, so each opens its own.
+                data = zip_handle(path, os.getpid()).read(str(key["name"]))
+                return peeked(io.BytesIO(data), 0, len(data), most)
+            with open(path, "rb", buffering=0) as file:
+                if self.kind == "folder":
+                    return peeked(file, 0, os.fstat(file.fileno()).st_size, most)
+                return peeked(file, int(key["offset"]), int(key["size"]), most)
+
+
 @functools.lru_cache(maxsize=8)
 def zip_handle(path: str, pid: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def bytes_in_zip(path: str, key: np.void) -> bytes:
-    with explained(f"{path}: {key['name']}", MEND_IMAGE):
-        # TRAP: processes that share a handle share its position, so each one opens its own.
-        return zip_handle(path, os.getpid()).read(str(key["name"]))
+def peeked(file: BinaryIO, start: int, size: int, most: int) -> bytes:
+    """Of the `size` bytes from `start` on all, if these are at most `most`.
 
-
-def read_from_zip(path: str, key: np.void) -> np.ndarray:
-    return decode(bytes_in_zip(path, key), f"{path}: {key['name']}")
-
-
-def peek_in_zip(path: str, key: np.void, most: int) -> bytes:
-    data = bytes_in_zip(path, key)
-    return peeked(io.BytesIO(data), 0, len(data), most)
+    Of more, BLOCKS pieces with `most` bytes together: the first, the last and others between, as
+    far from each other as they can be.
+    """
+    pieces, length = (1, size) if size <= most else (BLOCKS, most // BLOCKS)
+    found = []
+    for k in range(pieces):
+        file.seek(start + k * (size - length) // max(1, pieces - 1))
+        found.append(file.read(length))
+    return b"".join(found)
