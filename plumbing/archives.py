@@ -86,27 +86,22 @@ def is_image(name: str) -> bool:
 
 
 def kind_of(path: str) -> str:
-    """zip, npz, tar, gz or another name of KINDS, by the first bytes, or else by the ending; or "".
-    """
+    """zip, npz, tar, gz or another of KINDS, by the first bytes, or else by the ending; or ""."""
     with explained(path, "make it readable"), open(path, "rb") as file:
         head = file.read(512)
-    kind = next((kind for start, kind in KINDS.items() if head.startswith(start)), "")
     if head[257:262] == b"ustar":
-        kind = "tar"
-    if kind == "zip" and is_npz(path):
-        kind = "npz"
-    ending = re.search(r"(\.tar)?\.\w+$", path.lower())
-    return kind or (KINDS_BY_ENDING.get(ending[0], "") if ending else "")
-
-
-def is_npz(path: str) -> bool:
-    """NumPy's .npz is a zip of .npy files."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except Exception:  # torn, and whoever reads it will say so
-        return path.lower().endswith(".npz")
-    return bool(names) and all(name.endswith(".npy") for name in names)
+        return "tar"
+    name = path.lower()
+    by_name = next((kind for ending, kind in KINDS_BY_ENDING.items() if name.endswith(ending)), "")
+    kind = next((kind for start, kind in KINDS.items() if head.startswith(start)), by_name)
+    if kind == "zip":  # NumPy's .npz is a zip of .npy files
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except Exception:  # torn, and whoever reads it will say so
+            return by_name if by_name == "npz" else "zip"
+        return "npz" if names and all(name.endswith(".npy") for name in names) else "zip"
+    return kind
 
 
 @dataclass
@@ -212,7 +207,8 @@ def decompressed(path: str, kind: str, cache: str | None) -> str:
     with open(path, "rb") as file:  # its last bytes hold checksums, or sizes of all that is packed
         content = digest(str(size), peeked(file, 0, size, 1 << 24))[:12]
     base, place = os.path.basename(path), digest(os.path.abspath(path))[:6]
-    folders = [cache or os.path.dirname(path) or ".", user_cache()]
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folders = [cache or os.path.dirname(path) or ".", os.path.join(user_cache, "nativetok")]
     for folder in folders:
         made = glob.glob(f"{glob.escape(os.path.join(folder, base))}.*.{content}.tar")
         if made:
@@ -220,8 +216,8 @@ def decompressed(path: str, kind: str, cache: str | None) -> str:
     folder = next((folder for folder in folders if writable(folder)), None)
     need(folder, f"{path}: it has to be unpacked once, and neither {' nor '.join(folders)} can be "
          "written; unpack it yourself and give the folder")
-    start = os.path.join(glob.escape(folder), glob.escape(base))
-    target = os.path.join(folder, f"{base}.{place}.{content}.tar")
+    start = os.path.join(folder, f"{base}.{place}.")
+    target = f"{start}{content}.tar"
     print(f"unpacking {path} once into {target}", file=sys.stderr)
     repair = f"is it complete, and is there room in {folder}?"
     checkpoint.sweep(folder)  # a killed run may have left as much as it had unpacked
@@ -232,16 +228,9 @@ def decompressed(path: str, kind: str, cache: str | None) -> str:
             need_sane(path, size, plain.tell())
         plain.flush()
         list_tar(plain.name, path)  # only what can be read to its end gets the lasting name
-    for stale in glob.glob(f"{start}.{place}.*.tar"):
-        if stale != target:
-            os.unlink(stale)
+    for stale in set(glob.glob(f"{glob.escape(start)}*.tar")) - {target}:
+        os.unlink(stale)
     return target
-
-
-def user_cache() -> str:
-    """Where programs of this user keep what can be made again."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
-                        "nativetok")
 
 
 def writable(folder: str) -> bool:

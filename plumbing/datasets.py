@@ -267,7 +267,7 @@ def some_of(names, most: int = 5) -> str:
     """a, b, c, d, e and 7 more"""
     names = sorted(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more
+    return (", ".join(map(str, names[:most])) or "none") + more
 
 
 def composed(name: str) -> str:
@@ -292,12 +292,8 @@ def numbered_classes(path: str, numbers: np.ndarray) -> tuple[list[str], np.ndar
     empty = last - first + 1 - len(present)
     if first not in (0, 1) or empty:
         note(f"{path}: labels go from {first} to {last}, {empty:,} numbers between are without "
-             f"images; its {len(present):,} classes are {some_of_numbers(present)}")
+             f"images; its {len(present):,} classes are {some_of(present.tolist())}")
     return [str(k) for k in present.tolist()], labels.reshape(-1).astype(np.int64)
-
-
-def some_of_numbers(numbers: np.ndarray) -> str:
-    return ", ".join(map(str, numbers[:5].tolist())) + (" ..." if len(numbers) > 5 else "")
 
 
 # ------------------------------------------------------------------------------------------------
