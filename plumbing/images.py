@@ -48,7 +48,7 @@ BEGINNINGS = (
     (0, (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "a TIFF or a camera's raw picture, torn or "
      "beyond Pillow"),
     (4, HEIC, "a HEIC picture"), (0, (b"\0\0\0\x0cJXL ", b"\xff\x0a"), "a JPEG XL picture"),
-    (0, (b"FUJIFILM", b"\0\0\0\x18ftypcrx"), "a camera's raw picture"),
+    (4, (b"ftypcrx",), "a camera's raw picture"), (0, (b"FUJIFILM",), "a camera's raw picture"),
     (0, (b"8BPS",), "a Photoshop picture (PSD)"), (0, (b"\0\0\1\0", b"icns"), "an icon"),
     (0, (b"\x76\x2f\x31\x01", b"#?R"), "a picture of high dynamic range (OpenEXR or Radiance)"),
     (128, (b"DICM",), "a DICOM picture"), (0, (b"SIMPLE  =",), "a FITS picture"),
