@@ -222,7 +222,6 @@ def test_growth_appends_tokens_and_leaves_the_old_ones_identical_to_the_bit(form
     mocet, quantizer = small(form, depth)
     before, old = look(mocet, quantizer), dict(mocet.named_parameters())
     mocet.grow(5)
-    mocet.eval()
     mocet.grow(LONG)
     mocet.eval()
     after, now = look(mocet, quantizer), dict(mocet.named_parameters())
