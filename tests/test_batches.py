@@ -230,11 +230,8 @@ def test_evaluation_shows_every_image_once_in_order(small, workers):
     images = np.stack([small.load(i) for i in range(23)])
     assert np.array_equal(torch.cat([b[0] for b in batches]).numpy(), images)
     assert torch.cat([b[1] for b in batches]).tolist() == small.labels.tolist()
-
-
-def test_evaluation_of_chosen_images_keeps_their_order(small):
-    (images, labels), = eval_batches(small, 8, 10, indices=[7, 2, 2])
-    assert labels.tolist() == small.labels[[7, 2, 2]].tolist()
+    (images, labels), = eval_batches(small, 8, 10, indices=[7, 2, 2], workers=workers)
+    assert labels.tolist() == small.labels[[7, 2, 2]].tolist(), "chosen ones keep their order"
     assert np.array_equal(images[0].numpy(), resize_crop(small.load(7), 8))
     assert torch.equal(images[1], images[2])
 

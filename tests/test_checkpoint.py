@@ -2,7 +2,6 @@
 import os
 import random
 import shutil
-import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -214,6 +213,7 @@ for number, delay in enumerate((0.03, 0.08, 0.17)):
 """
 
 
+@pytest.mark.faults
 def test_kill_9_in_the_middle_of_saving_leaves_a_good_checkpoint(tmp_path):
     killer = program("-c", SAVE_AND_KILL, tmp_path)
     assert killer.returncode == 0 and len(names(tmp_path)) == 3, killer.stderr
@@ -279,16 +279,6 @@ def test_sweep_removes_leftovers_of_dead_processes_and_nothing_else(path):
     checkpoint.sweep(path.parent)
     assert names(path.parent) == sorted(good + ["tokenizer.pt", "tokenizer.prev.pt"])
     checkpoint.sweep(path.parent / "absent")  # the first start has no folder yet
-
-
-def test_on_windows_no_process_is_asked_whether_it_lives(path, monkeypatch):
-    monkeypatch.setattr(sys, "platform", "win32")
-    def kill(*_):
-        raise AssertionError("that would be Ctrl-C for the whole group")
-    monkeypatch.setattr(os, "kill", kill)
-    (path.parent / f".tokenizer.pt.tmp-{os.getppid()}").touch()
-    checkpoint.sweep(path.parent)
-    assert names(path.parent) == ["tokenizer.prev.pt", "tokenizer.pt"]
 
 
 # ------------------------------------------------------------------------------------------------

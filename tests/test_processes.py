@@ -173,13 +173,6 @@ def test_each_process_takes_its_own_gpu_and_says_when_there_is_none(launcher, mo
     refused(processes.local_gpu, 4, names=["LOCAL_RANK"])
 
 
-def test_a_device_that_is_not_there_is_one_line():
-    for device in ("cuda", "mps"):
-        module = torch.cuda if device == "cuda" else torch.backends.mps
-        if not module.is_available():
-            refused(Processes, device, names=["--device cpu"])
-
-
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_torchrun_finds_the_line_and_one_process_prints_it(tmp_path, monkeypatch, capsys, rank):
     path = tmp_path / "error.json"

@@ -7,18 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 import config
 import loop
 import train
-from generator import Generator
 from config import CONFIGS
 from helpers import (
-    ROOT, SMALL, encoded, folder_of, held_shapes, interrupt_at, noise, program, refused,
+    ROOT, SMALL, encoded, folder_of, held_shapes, noise, program, refused,
     some_shapes, start_program, train_shapes)
-from nativetok import NativeTok
 from plumbing import checkpoint, run
 from plumbing.flags import as_dict
 
@@ -77,7 +74,7 @@ def test_a_folder_has_one_writer(data, tmp_path):
     command = ["train.py", *SMALL, "--run", tmp_path / "run", "--data", data]
     first = start_program(*command, "--base_steps", 2000)
     try:
-        while not (tmp_path / "run" / "log.jsonl").exists() and first.is_alive():
+        while not (tmp_path / "run" / "config.json").exists() and first.is_alive():
             time.sleep(0.05)
         second = program(*command, "--seed", 1)
         assert second.returncode == 2 and str(first.pid) in second.stderr, second.stderr
@@ -99,22 +96,6 @@ def test_a_tokenizer_is_unfinished_until_the_last_phase_of_its_plan(lengths, cap
         assert f"note: a/tokenizer.pt is unfinished, {told}" in capsys.readouterr().err
         saved["results"][phase.name] = {}
         assert bool(run.unfinished({**saved, "step": phase.steps}, "x")) == (k + 1 < len(plan))
-
-
-def test_what_an_interrupted_training_leaves_says_how_far_it_came(
-        finished, data, tmp_path, monkeypatch, capsys):
-    folder = shutil.copytree(finished, tmp_path / "run")
-    for file in folder.glob("generator*.pt"):
-        file.unlink()
-    interrupt_at(monkeypatch, "ar", 3)
-    with pytest.raises(SystemExit):
-        train_shapes(folder, data)
-    capsys.readouterr()
-    device = torch.device("cpu")
-    tokenizer = NativeTok.of_run(str(folder), device)
-    assert tokenizer.unfinished == "" and "note" not in capsys.readouterr().err
-    ar = Generator.of_run(str(folder), "ar", tokenizer, device)
-    assert ar.unfinished == "ar: step 3 of 5" and ar.unfinished in capsys.readouterr().err
 
 
 def test_a_closed_pipe_saves_and_stops(data, tmp_path):

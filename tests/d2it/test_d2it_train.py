@@ -18,7 +18,7 @@ from d2it import diffusion, presets, train
 from d2it.content import Content
 from d2it.dvae import DVAE
 from d2it.model import D2iT
-from d2it.presets import CONFIGS, PRESETS, load_preset, parse_run, settings
+from d2it.presets import CONFIGS, PRESETS, load_preset, parse_run
 from d2it.progress import held_out
 from generator import ARGenerator, Generator
 from helpers import SMALL_D2IT, interrupt_at, refused, rows, same_content
@@ -156,16 +156,6 @@ def test_each_part_can_be_loaded_by_itself(finished):
     assert content.fingerprint == grain.tokenizer_fingerprint == DVAE.load(
         finished / "dvae.pt").fingerprint
     assert content.classes == len(grain.classes) == 10
-
-
-def test_settings_of_a_stage_name_what_it_depends_on_and_nothing_else():
-    dvae, content, cfg = load_preset("d2it-tiny")
-    stages = [settings(stage, dvae, content, cfg) for stage in (1, 2, 3)]
-    assert "dvae_steps" in stages[0] and "content_steps" not in stages[0]
-    assert "grain_width" in stages[1] and "content_width" not in stages[1]
-    assert "content_width" in stages[2] and "path" in stages[2]
-    assert "grain_width" not in stages[2] and "dvae_steps" not in stages[2]
-    assert all("batch_size" in s and "workers" not in s for s in stages)
 
 
 @pytest.mark.parametrize("name", PRESETS)
