@@ -11,7 +11,6 @@ from plumbing.flags import UserError
 from plumbing.start import Output, main_with_user_errors
 
 
-
 def test_ctrl_c_while_torch_is_being_imported_is_one_line():
     process = subprocess.Popen([sys.executable, "train.py", "--help"], cwd=ROOT, text=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -43,15 +42,17 @@ def test_another_programs_ctrl_c_is_left_alone():
 
 
 def test_a_reader_that_goes_away_does_not_end_the_program():
-    code = ("import sys, time; from plumbing.start import main_with_user_errors as m, output_gone\n"
+    code = ("import sys; from plumbing.start import main_with_user_errors as m, output_gone\n"
             "def main():\n"
-            "    print('first', flush=True); time.sleep(0.3); print('second', flush=True)\n"
+            "    print('first', flush=True); sys.stdin.read(); print('second', flush=True)\n"
             "    print('gone', output_gone(), file=sys.stderr)\n"
             "m(main)")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     assert process.stdout.readline() == "first\n"
     process.stdout.close()
+    process.stdin.close()
     assert process.stderr.read().strip() == "gone True" and process.wait(timeout=60) == 0
 
 
