@@ -36,6 +36,12 @@ SMALL = ("--preset tiny --encoder_width 32 --encoder_heads 2 --expert_width 32 -
          "--generator_width 32 --generator_depth 1 --generator_heads 2 --generator_batch_size 8 "
          "--generator_steps 5 --tail_drop 0.5 "
          "--reseed_every 2 --log_every 1 --save_every 2 --sample_every 3 --device cpu").split()
+# d2it.train's, with all stages in it.
+SMALL_D2IT = (
+    "--preset d2it-tiny --dvae_width 8 --content_width 32 --content_depth 1 --refine_depth 1 "
+    "--content_heads 2 --grain_width 32 --grain_depth 1 --grain_heads 2 --batch_size 8 "
+    "--dvae_steps 5 --grain_steps 5 --content_steps 5 --save_every 2 --log_every 1 "
+    "--sample_every 4 --device cpu").split()
 
 
 def noise(seed: int, height: int = 20, width: int = 30) -> np.ndarray:
