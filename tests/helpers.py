@@ -1,5 +1,6 @@
 """What several test files need: images to feed in, programs to start, what a UserError is like."""
 import copy
+import fcntl
 import io
 import itertools
 import json
@@ -115,6 +116,24 @@ def some_shapes(path, n: int, first: int = 0) -> str:
 def held_shapes(path, n: int = 60) -> str:
     """n shapes that are none of the first 60, which tests learn from."""
     return some_shapes(path, n, first=60)
+
+
+def made_once(tmp_path_factory, name: str, make) -> Path:
+    """A folder that make(folder) fills, for all of pytest's processes; never change it.
+
+    The first process that asks makes it, and the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, each with a folder of its own in this
+        base = base.parent
+    folder, finished = base / name, base / f"{name}.finished"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            finished.touch()
+    return folder
 
 
 def same_content(a, b) -> bool:
