@@ -184,10 +184,11 @@ def interrupt_at(monkeypatch, phase: str, step: int) -> None:
 # ------------------------------------------------------------------------------------------------
 # programs, as their users start them
 
-# A server imports torch once and forks for each program: that saves 3 s of every start. A process
-# that has run tests is no good to fork: it has threads, patches and settings.
+# A server imports torch once and forks for each program: that saves 3 s of every start, 1 s of it
+# by torch._dynamo, which every optimizer imports. A process that has run tests is no good to fork:
+# it has threads, patches and settings.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "numpy", "PIL.Image", "tqdm"])
+SERVER.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "PIL.Image", "tqdm"])
 
 
 def run_as_main(words: list[str], said: str, environment: dict[str, str]) -> None:

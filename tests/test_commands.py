@@ -231,6 +231,7 @@ def fill(folder: Path) -> None:
 def place(tmp_path_factory):
     """A folder in which commands find what they name. Commands may run in any order, in any of
     pytest's processes: each process has a copy of its own, and none waits for another's run."""
+    importlib.import_module("torch._dynamo")  # as every optimizer does: once, not in each child
     patch = pytest.MonkeyPatch()
     patch.setattr(run, "EVAL_IMAGES", 20)  # the children that start() makes have it too
     made = made_once(tmp_path_factory, "commands", fill)
