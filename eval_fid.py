@@ -158,7 +158,11 @@ def values_to_try(text: str) -> tuple[str, list]:
     if name not in SAMPLING:
         raise argparse.ArgumentTypeError(f"cannot sweep {name!r}; choose from "
                                          f"{', '.join(SAMPLING)}, as in cfg_scale=1,1.5,2")
-    return name, [SAMPLING[name].read(value) for value in values.split(",")]
+    try:
+        return name, [SAMPLING[name].read(value) for value in values.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{values!r} are not numbers with commas between "
+                                         "them") from None
 
 
 def generator_kinds(args) -> list[str]:

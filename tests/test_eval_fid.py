@@ -424,7 +424,7 @@ def test_a_sweep_tries_every_combination_that_a_generator_reads(run, tmp_path):
     (("--run", "RUN", "--seed", "99999999999999999999"), ("--seed",)),
     (("--run", "RUN", "--image_size", "0"), ("--image_size",)),
     (("--run", "RUN", "--sweep", "seed=1,2"), ("seed", "cfg_scale")),
-    (("--run", "RUN", "--sweep", "cfg_scale=1;2"), ("1;2",)),
+    (("--run", "RUN", "--sweep", "cfg_scale=1;2"), ("1;2", "not numbers")),
     (("--run", "RUN", "--sweep", "cfg_scale=1,nan"), ("nan",)),
     # given twice
     (("--run", "RUN", "--sweep", "cfg_scale=1", "cfg_scale=2"), ("twice",)),
