@@ -1,4 +1,5 @@
 """What several test files need: images to feed in, programs to start, what a UserError is like."""
+import contextlib
 import copy
 import fcntl
 import io
@@ -26,6 +27,7 @@ import train
 from plumbing import checkpoint
 from plumbing.datasets import open_images
 from plumbing.flags import UserError
+from plumbing.start import main_with_user_errors
 
 ROOT = Path(__file__).parent.parent
 RED = (200, 30, 60)
@@ -250,6 +252,35 @@ def ranks(n: int, *words) -> list[SimpleNamespace]:
     children = [start_program(*words, RANK=str(rank), LOCAL_RANK=str(rank), **place)
                 for rank in range(n)]
     return [ended(child) for child in children]
+
+
+def called(program, *words) -> tuple[int, str, str]:
+    """A program's module, in this process and on the CPU -> exit code, stdout, stderr."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    words = [*map(str, words), *([] if "--device" in words else ["--device", "cpu"])]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main_with_user_errors(lambda: program.main(program.parse(words)))
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def good(program, *words) -> str:
+    """The same, which must end well -> stdout."""
+    code, out, err = called(program, *words)
+    assert code == 0, err
+    return out
+
+
+def turned_away(program, *words, says=()) -> None:
+    """The same, which must end with exit code 2 and one line, perhaps behind notes."""
+    code, out, err = called(program, *words)
+    *notes, last = err.splitlines()
+    assert (code, out) == (2, "") and last.startswith("error: "), err
+    assert all(line.startswith("note: ") for line in notes), err
+    for text in says:
+        assert text in last, err
 
 
 def free_port() -> int:
