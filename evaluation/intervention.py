@@ -9,8 +9,7 @@ Out      for i = 1, 2, 4, ... L: dB of both, and how many of the later ids chang
 Differs  from bits, which cannot show an order: a perfect predictor pays the same from left to right
          as from right to left (the chain rule). Here the later tokens either know of token i or
          they do not. titok chooses all of its tokens at once, so its two pictures are equal to the
-         bit: 0 dB repaired, no id changed; likewise with prior hidden, where no expert reads tokens
-         [ours]
+         bit: 0 dB repaired, no id changed [ours]
 """
 import torch
 from torch import Tensor

@@ -142,8 +142,6 @@ def test_results_are_written_before_they_are_told(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (("--json", "PLACE/none/x.json"), ("no folder", "none")),
-    (("--json", "PLACE"), ("is a folder",)),
     (("--save_stats", "PLACE"), ("is a folder",)),
     (("--steps", "99"), ("steps 99", "1 to 6")),
     (("--sweep", "steps=2,99"), ("steps 99",)),
@@ -233,15 +231,7 @@ def test_both_programs_take_skip_bad_from_the_run(run, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# several processes, and numbers that are none
-
-@pytest.mark.parametrize("program", [sample, explain])
-def test_programs_of_one_process_refuse_several(judged_run, monkeypatch, program):
-    launcher = dict(RANK="1", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29999")
-    for name, value in launcher.items():
-        monkeypatch.setenv(name, value)
-    turned_away(program, "--run", judged_run, says=("without torchrun",))
-
+# numbers that are none, and pictures
 
 def test_statistics_that_are_no_numbers_are_refused(tmp_path):
     np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))

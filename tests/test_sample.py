@@ -10,7 +10,7 @@ from PIL import Image
 import sample
 from config import GeneratorConfig, TokenizerConfig
 from generator import GENERATORS
-from helpers import called, encoded, noise, program, put, turned_away
+from helpers import called, encoded, noise, put, turned_away
 from losses import psnr
 from nativetok import NativeTok
 from plumbing import checkpoint
@@ -276,13 +276,6 @@ def test_a_broken_image_or_a_prefix_too_long_leaves_no_picture(run, tmp_path, ph
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_sampling(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "draw_samples", None)
-    (tmp_path / "file").write_text("in the way")
-    for flags in (("--out", tmp_path / "file"), ("--npz", tmp_path / "file" / "x.npz")):
-        turned_away(sample, "--run", run, *flags, says=["cannot write", "file"])
-
-
 def test_what_is_missing_in_a_run_is_named_with_the_command_that_makes_it(run, tmp_path):
     turned_away(sample, "--run", tmp_path / "absent", says=["absent is not there", "--run"])
     turned_away(sample, "--run", tmp_path,
@@ -319,13 +312,3 @@ def test_running_out_of_memory_says_what_to_lower_and_other_errors_show(run, mon
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for the GPU that a machine lacks")
 def test_a_gpu_that_is_not_there_is_one_line(run):
     turned_away(sample, "--run", run, "--device", "cuda", says=["--device cpu"])
-
-
-def test_the_program_writes_what_it_says_and_exits_with_2_on_an_unknown_class(run, tmp_path):
-    flags = ["--run", run, "--device", "cpu", "--out", tmp_path, "--classes"]
-    done = program("sample.py", *flags, "dog")
-    path = tmp_path / "sample-ar.png"
-    assert done.returncode == 0 and str(path) in done.stdout and path.exists()
-    done = program("sample.py", *flags, "dgo")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "'dog'" in done.stderr
