@@ -13,6 +13,7 @@ Try      python config.py      (prints the presets side by side)
 import argparse
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -318,37 +319,28 @@ def settings(kind: str, *configs) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------
-# how samples are drawn: the flags that sample.py and eval_fid.py share
+# how samples are drawn: flags of sample.py and eval_fid.py
 
-SAMPLING = dict(cfg_scale=2.0, temperature=1.0, top_k=0, top_p=1.0, steps=None,
-                randomize_temperature=4.5)
-SAMPLING_TYPES = dict(cfg_scale=number(float), temperature=number(float), top_k=number(int),
-                      top_p=number(float, 1e-6, 1), steps=number(int, 1),
-                      randomize_temperature=number(float))
-
-
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags for what generators' sample() takes; None when not given, then SAMPLING counts."""
-    to = parser.add_argument_group("how samples are drawn")
-
-    def add(flag: str, text: str) -> None:
-        kind = SAMPLING_TYPES[flag.removeprefix("--")]
-        to.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
-    add("--cfg_scale", "guidance: 0 unconditional, 1 plain, above 1 guided (default: 2; "
-        "1 after --label_dropout 0)")
-    add("--temperature", "of the tokens' distribution; 0 takes the likeliest (default: 1)")
-    add("--top_k", "ar: draw from the k likeliest tokens; 0: off (default: 0)")
-    add("--top_p", "ar: draw from the likeliest tokens that reach this probability; 1: off "
-        "(default: 1)")
-    add("--steps", "maskgit: passes, from 1 to the number of tokens (default: 8, at most that "
-        "number)")
-    add("--randomize_temperature", "maskgit: noise on the confidences; 0: none (default: 4.5)")
+class Option(NamedTuple):
+    """What a model's sample() can be given, as a flag: read(text) -> value."""
+    read: Callable
+    default: float | None  # None: the model knows, .default_cfg_scale and .default_steps
+    help: str
 
 
-def sampling_options(args: argparse.Namespace, reads: tuple[str, ...]) -> dict:
-    """The settings that a generator reads: flags where they are given, else SAMPLING."""
-    given = {name: getattr(args, name) for name in reads}
-    return {name: SAMPLING[name] if value is None else value for name, value in given.items()}
+SAMPLING = {
+    "cfg_scale": Option(number(float), None, "guidance: 0 unconditional, 1 plain, above 1 guided "
+                        "(default: 2; 1 after --label_dropout 0)"),
+    "temperature": Option(number(float), 1.0, "of the tokens' distribution; 0 takes the likeliest "
+                          "(default: 1)"),
+    "top_k": Option(number(int), 0, "ar: draw from the k likeliest tokens; 0: off (default: 0)"),
+    "top_p": Option(number(float, 1e-6, 1), 1.0, "ar: draw from the likeliest tokens that reach "
+                    "this probability; 1: off (default: 1)"),
+    "steps": Option(number(int, 1), None, "maskgit: passes, from 1 to the number of tokens "
+                    "(default: 8, at most that number)"),
+    "randomize_temperature": Option(number(float), 4.5, "maskgit: noise on the confidences; "
+                                    "0: none (default: 4.5)"),
+}
 
 
 if __name__ == "__main__":

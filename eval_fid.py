@@ -40,13 +40,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from config import CONFIGS, SAMPLING, SAMPLING_TYPES, add_sampling_flags, sampling_options
+from config import CONFIGS, SAMPLING, TrainConfig
 from evaluation.judging import (
     Batching, FeatureNet, ImageSource, Reference, comparable, controls, extract, generated,
-    inception_net, judge, read_reference, real, reconstruction, tinycnn_nets, why_unlabelled)
+    inception_net, judge, read_reference, real, reconstruction, tinycnn_nets, why_unlabelled,
+    write_reference)
 from evaluation.measures import SSIM_WINDOW, frechet_distance
 from evaluation.report import headline, phases_table, run_summary, table
-from evaluation.tinycnn import CUT, images_of_judge, is_to_be_trained, train_judge
+from evaluation.tinycnn import images_of_judge, is_to_be_trained, train_judge
 from generator import GENERATORS, Generator, need_guidance
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
@@ -56,54 +57,50 @@ from plumbing.flags import DEVICES, Parser, UserError, need, number
 from plumbing.outputs import JSON, NPZ, need_places
 from plumbing.processes import Processes, need_room, provenance
 from plumbing.run import OpenRun, open_run
-from plumbing.samples import unfinished_maker
+from plumbing.samples import (
+    add_batch_flags, add_sampling_flags, fill, refuse, sampling_options, unfinished_maker)
 
 __all__ = ["frechet_distance", "main", "parse"]  # the first for others to call
 
 
 def parse(argv=None) -> argparse.Namespace:
-    """The command line -> namespace. Raises UserError for combinations that would be ignored."""
+    """The command line. Raises UserError for a flag that would not be read."""
     parser = Parser(prog="eval_fid.py", usage="%(prog)s --run RUN [flags]", description=__doc__)
-    to = parser.add_argument_group("what is judged")
-    to.add_argument("--run", help="folder of a run of train.py: reconstructions and generators")
-    to.add_argument("--images", metavar="PATH", help="judge these images instead: a folder, an "
-                    "archive, or an .npz as sample.py writes it")
-    to.add_argument("--generator", choices=(*GENERATORS, "both"),
-                    help="which generators of the run (default: both)")
-    to.add_argument("--num_samples", type=number(int, 2), metavar="N",
-                    help="images of each kind (default: 2000; papers use 50000)")
-    to.add_argument("--controls", action="store_true",
-                    help="also judge real images made worse: blurred, with noise, classes missing")
-    to = parser.add_argument_group("by what and against what")
-    to.add_argument("--features", choices=("tinycnn", "inception"), default="tinycnn",
-                    help="whose features (default: tinycnn; inception is FID)")
-    to.add_argument("--judge", metavar="FILE", help="with --images and --data: a TinyCNN that "
-                    "learned from --data; held-out images are the reference")
-    to.add_argument("--val_data", metavar="PATH", help="with --judge: the held-out images "
-                    "(default: cut from --data)")
-    to.add_argument("--train_features", type=number(int), nargs="?", const=500, default=0,
-                    metavar="STEPS", help="train the TinyCNN first, unless it has learned so "
-                    "before (default: 500 steps)")
-    to.add_argument("--inception", metavar="FILE",
-                    help="Inception's weights (default: torch's cache, downloaded once)")
-    to.add_argument("--data", metavar="PATH", help="reference images, also what is reconstructed "
-                    "(default: the run's held-out images)")
-    to.add_argument("--reference", metavar="FILE",
-                    help=".npz with mu and sigma, in place of reference images")
-    to.add_argument("--num_reference", type=number(int, 2), metavar="N",
-                    help="reference images at most (default: 50000)")
-    to.add_argument("--save_stats", metavar="FILE",
-                    help="write mu and sigma of the reference images, for --reference")
-    to.add_argument("--image_size", type=number(int, 1), metavar="N", help="crop and resize to "
-                    "this (default: the run's size, else that of the first image)")
-    add_sampling_flags(parser)
+    add = parser.add_argument_group("what is judged").add_argument
+    add("--run", help="folder of a run of train.py: reconstructions and generators")
+    add("--images", metavar="PATH",
+        help="judge these images instead: a folder, an archive, or an .npz as sample.py writes it")
+    add("--generator", choices=(*GENERATORS, "both"),
+        help="which generators of the run (default: both)")
+    add("--num_samples", type=number(int, 2), metavar="N",
+        help="images of each kind (default: 2000; papers use 50000)")
+    add("--controls", action="store_true", default=None,
+        help="also judge real images made worse: blurred, with noise, classes missing")
+    add = parser.add_argument_group("by what and against what").add_argument
+    add("--features", choices=("tinycnn", "inception"), default="tinycnn",
+        help="whose features (default: tinycnn; inception is FID)")
+    add("--judge", metavar="FILE", help="with --images and --data: a TinyCNN that learned from "
+        "--data; held-out images are the reference")
+    add("--val_data", metavar="PATH",
+        help="with --judge: the held-out images (default: cut from --data)")
+    add("--train_features", type=number(int), nargs="?", const=500, metavar="STEPS",
+        help="train the TinyCNN first, unless it has learned so before (default: 500 steps)")
+    add("--inception", metavar="FILE",
+        help="Inception's weights (default: torch's cache, downloaded once)")
+    add("--data", metavar="PATH", help="reference images, also what is reconstructed (default: the "
+        "run's held-out images)")
+    add("--reference", metavar="FILE", help=".npz with mu and sigma, in place of reference images")
+    add("--num_reference", type=number(int, 2), metavar="N",
+        help="reference images at most (default: 50000)")
+    add("--save_stats", metavar="FILE",
+        help="write mu and sigma of the reference images, for --reference")
+    add("--image_size", type=number(int, 1), metavar="N", help="crop and resize to this (default: "
+        "the run's size, else that of the first image)")
+    add_sampling_flags(parser, SAMPLING)
     to = parser.add_argument_group("which samples, and where")
-    to.add_argument("--sweep", nargs="+", default=[], metavar="NAME=A,B,C",
+    to.add_argument("--sweep", type=values_to_try, nargs="+", metavar="NAME=A,B,C",
                     help=f"every combination of these, of {' '.join(SAMPLING)}")
-    to.add_argument("--seed", type=number(int), metavar="INT",
-                    help="seed of the samples (default: 0)")
-    to.add_argument("--batch_size", type=number(int, 1), default=250, metavar="INT",
-                    help="images at a time; another one gives other samples (default: 250)")
+    add_batch_flags(to, 250)
     to.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     to.add_argument("--json", metavar="FILE",
                     help="write all numbers there (default: RUN/summary.json)")
@@ -111,6 +108,7 @@ def parse(argv=None) -> argparse.Namespace:
     words = sys.argv[1:] if argv is None else map(str, argv)
     args.command = "python eval_fid.py " + shlex.join(words)
 
+    # Enough to judge something by something, and not two of a kind.
     need(args.run or args.images or (args.data and args.save_stats), "give --run, or --images with "
          "--reference or --data, or --data with --save_stats")
     need(args.run or args.judge or args.features == "inception", "TinyCNN features need --run, "
@@ -121,59 +119,78 @@ def parse(argv=None) -> argparse.Namespace:
          "--images need something to be compared with: --reference or --data")
     need(not (args.data and args.reference),
          "--data and --reference are two references; give one of them")
-    args.sweep = read_sweep(args.sweep)
-    refuse_unread(args)
-    defaults = dict(generator="both", num_samples=2000, num_reference=50000, seed=0)
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+
+    # Nothing that this use would not read.
+    if args.images or not args.run:
+        refuse(args, ("generator", "controls", "sweep", "seed", *SAMPLING),
+               "belongs to a run's samples")
+    if not (args.images or args.run):
+        refuse(args, ("num_samples", "json"), "belongs to what is judged, --run or --images")
+    if not args.judge:
+        refuse(args, ("val_data",), "belongs to --judge; --data is what is compared with")
+    if args.reference:
+        refuse(args, ("save_stats", "num_reference"),
+               "belongs to reference images, not to --reference")
+    if args.features == "inception":
+        refuse(args, ("judge", "train_features"),
+               "belongs to the TinyCNN, not to --features inception")
+    else:
+        refuse(args, ("inception",), "belongs to --features inception")
+
+    fill(args, generator="both", num_samples=2000, num_reference=50000, seed=0, batch_size=250,
+         sweep=[], train_features=0)
+    names = [name for name, _ in args.sweep]
+    args.sweep, args.kinds = dict(args.sweep), generator_kinds(args)
+    for name in SAMPLING:
+        flag = getattr(args, name) is not None
+        need(names.count(name) < 2, f"--sweep names {name} twice; give all its values at once, as "
+             f"in {name}=A,B,C")
+        need(not (flag and name in names), f"--{name} and --sweep {name}: give one of them")
+        if flag or name in names:
+            need(any(name in GENERATORS[kind].options for kind in args.kinds),
+                 f"no generator that is judged reads {name}; leave it out")
     return args
 
 
-def read_sweep(parts: list[str]) -> dict[str, list]:
-    """["cfg_scale=1,2", ...] -> {"cfg_scale": [1.0, 2.0], ...}, each value in its flag's range."""
-    sweep = {}
-    for part in parts:
-        name, _, values = part.partition("=")
-        need(name in SAMPLING, f"--sweep {part}: cannot sweep {name!r}; choose from "
-             f"{', '.join(SAMPLING)}, as in cfg_scale=1,1.5,2")
-        need(name not in sweep, f"--sweep names {name} twice; give all its values at once, as in "
-             f"{name}=A,B,C")
-        try:
-            sweep[name] = [SAMPLING_TYPES[name](value) for value in values.split(",")]
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"--sweep {part}: {error}") from None
-        except ValueError:
-            raise UserError(f"--sweep {part}: {values!r} are not numbers with commas between "
-                            "them") from None
-    return sweep
+def values_to_try(text: str) -> tuple[str, list]:
+    """For argparse: "cfg_scale=1,2" -> ("cfg_scale", [1.0, 2.0]), each in its flag's range."""
+    name, _, values = text.partition("=")
+    if name not in SAMPLING:
+        raise argparse.ArgumentTypeError(f"cannot sweep {name!r}; choose from "
+                                         f"{', '.join(SAMPLING)}, as in cfg_scale=1,1.5,2")
+    try:
+        return name, [SAMPLING[name].read(value) for value in values.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{values!r} are not numbers with commas between "
+                                         "them") from None
 
 
-def refuse_unread(args) -> None:
-    """Raise UserError for a flag that this use would not read: its giver expects an effect."""
-    def refuse(names: tuple[str, ...], reason: str) -> None:
-        for name in names:
-            need(not getattr(args, name), f"--{name} {reason}; leave it out")
+def generator_kinds(args) -> list[str]:
+    """The one that is asked for, or all that the run has."""
     if args.images or not args.run:
-        refuse(("generator", "controls", "sweep", "seed"), "belongs to a run's samples")
-        given = tuple(name for name in SAMPLING if getattr(args, name) is not None)
-        refuse(given, "belongs to a run's samples")
-    if not (args.images or args.run):
-        refuse(("num_samples", "json"), "belongs to what is judged, --run or --images")
-    if not args.judge:
-        refuse(("val_data",), "belongs to --judge; --data is what is compared with")
-    if args.reference:
-        refuse(("save_stats", "num_reference"), "belongs to reference images, not to --reference")
-    if args.features == "inception":
-        refuse(("judge", "train_features"), "belongs to the TinyCNN, not to --features inception")
-    else:
-        refuse(("inception",), "belongs to --features inception")
-    for name in SAMPLING:
-        flag = getattr(args, name) is not None
-        need(not (flag and name in args.sweep), f"--{name} and --sweep {name}: give one of them")
-        if args.generator in GENERATORS and (flag or name in args.sweep):
-            need(name in GENERATORS[args.generator].options,
-                 f"--generator {args.generator} does not read {name}; leave it out")
+        return []
+    if args.generator != "both":
+        return [args.generator]
+    return [kind for kind in GENERATORS
+            if checkpoint.exists(os.path.join(args.run, f"generator-{kind}.pt"))]
+
+
+def output_places(args) -> str | None:
+    """Where the results go, if anywhere. Raises UserError unless that can be written: now."""
+    stats = args.save_stats
+    if stats and (args.run or args.images) and not os.path.isdir(os.path.dirname(stats) or "."):
+        # A missing folder costs the statistics and not the rows, and may be made meanwhile.
+        print(f"warning: --save_stats {stats}: there is no folder {os.path.dirname(stats)}; make "
+              "it before the reference is known", file=sys.stderr)
+        stats = None
+    need_places({"--json": (args.json, JSON), "--save_stats": (stats, NPZ)},
+                reads={"--images": args.images, "--data": args.data, "--judge": args.judge,
+                       "--reference": args.reference, "--inception": args.inception})
+    folder = args.run or os.path.dirname(args.judge or "") or "."
+    summary = None if args.images or not args.run else os.path.join(folder, "summary.json")
+    if os.path.isdir(folder) and (args.train_features or summary and not args.json):
+        need_room(folder)
+    return args.json or summary
 
 
 # ------------------------------------------------------------------------------------------------
@@ -184,6 +201,7 @@ class Given:
     """What the command line names, opened."""
     run: OpenRun | None
     tokenizer: NativeTok | None  # of the run
+    train: TrainConfig           # of the run; without one, as a judge's images are read
     images: ImageSet | None      # --images
     data: ImageSet | None        # what the TinyCNN learned from, and what was held out of it
     val: ImageSet | None
@@ -192,152 +210,30 @@ class Given:
 
 
 def open_given(args, procs: Processes) -> Given:
-    run = tokenizer = None
+    run = tokenizer = data = val = None
+    train = TrainConfig(flip=False)
     if args.run:
         run = open_run(args.run, CONFIGS)
         tokenizer = from_checkpoint(run.saved, os.path.join(args.run, "tokenizer.pt"))
         tokenizer = tokenizer.to(procs.device)
         need("base" in run.saved.get("results", {}),
              f"{args.run} has no finished phase yet; let train.py go on")
+        train, data, val = run.configs[-1], run.data, run.val
     images = open_images(args.images) if args.images else None
-    data, val = (run.data, run.val) if run else (None, None)
     if args.judge:
         data, val = images_of_judge(args.judge, args.data, args.val_data or "")
+    compared = open_images(args.data) if args.data and not args.judge else val
     if args.reference:
         compared = None
-    else:
-        compared = val if args.judge or not args.data else open_images(args.data)
     if run:
         size = tokenizer.cfg.image_size
         need(images or args.image_size in (None, size), f"--image_size {args.image_size} does not "
              f"fit this run, whose images have {size} pixels; leave it out")
+        if args.data:
+            tell_seen(run.data, compared, args.data, f"the data of {args.run}")
     else:
         size = min((images or compared).load(0).shape[:2])
-    size = args.image_size or size
-    if run and args.data:
-        tell_seen(run.data, compared, args.data, f"the data of {args.run}")
-    return Given(run, tokenizer, images, data, val, compared, size)
-
-
-def output_places(args) -> str | None:
-    """Where the results go, if anywhere. Raises UserError unless that can be written: now."""
-    path = args.json
-    stats = args.save_stats
-    if stats and (args.run or args.images) and not os.path.isdir(os.path.dirname(stats) or "."):
-        # A missing folder costs the statistics and not the rows, and may be made meanwhile.
-        print(f"warning: --save_stats {stats}: there is no folder {os.path.dirname(stats)}; make "
-              "it before the reference is known", file=sys.stderr)
-        stats = None
-    need_places({"--json": (path, JSON), "--save_stats": (stats, NPZ)},
-                reads={"--images": args.images, "--data": args.data, "--judge": args.judge,
-                       "--reference": args.reference, "--inception": args.inception})
-    if not path and args.run and not args.images:
-        path = os.path.join(args.run, "summary.json")
-    if args.run and os.path.isdir(args.run) and (args.train_features or not args.json):
-        need_room(args.run)
-    if args.judge and args.train_features:
-        need_room(os.path.dirname(args.judge) or ".")
-    return path
-
-
-# ------------------------------------------------------------------------------------------------
-# 2. by what: networks whose features are compared, and the reference
-
-def feature_nets(args, given: Given, procs: Processes) -> tuple[list[FeatureNet], float | None]:
-    """-> the networks, and the held-out accuracy of the run's classifier, None without labels."""
-    if args.features == "inception":
-        return [inception_net(args.inception or "", procs.device)], None
-    run, path = given.run, args.judge or os.path.join(args.run, "tinycnn.pt")
-    steps = args.train_features
-    # All processes ask, so that all leave together if it may not be trained.
-    if steps and is_to_be_trained(path, given.data, given.val, steps, replace=run is not None):
-        train = run.configs[2] if run else None
-        if procs.main:
-            train_judge(path, given.data, given.val, run.configs[0].image_size if run else
-                        given.size, bool(run and train.flip), steps, procs.device,
-                        bool(run and train.skip_bad), (train.holdout, train.seed) if run else CUT)
-    procs.barrier()
-    need(checkpoint.exists(path), f"{args.run or args.judge} has no classifier yet; add "
-         "--train_features (trained once, then kept)")
-    nets, accuracy = tinycnn_nets(path, given.data, procs.device, given.val)
-    why = why_unlabelled(given.val, args.val_data or (run.configs[-1].val_data if run else ""),
-                         given.data.classes)
-    if why or accuracy is None:
-        note(f"how often the classifier is right on {given.val.name} is left out: "
-             f"{why or 'when it learned, other images were held out'}")
-    return nets, accuracy if not why else None
-
-
-def reference_images(args, given: Given, how: Batching) -> ImageSource | None:
-    compared = given.compared
-    if compared is None:
-        return None
-    # TRAP: the first n images of a folder are those of its first classes. Sorting what was drawn
-    # would read a disk in order, and bring that back for whoever looks at the first of them only.
-    chosen = np.random.default_rng(0).permutation(len(compared))[:args.num_reference]
-    return real("reference", compared, chosen, given.size, how)
-
-
-def save_stats(path: str, reference: Reference, net: FeatureNet) -> UserError | None:
-    """Write the reference's statistics; -> why that failed, which must not cost the rows."""
-    try:
-        with checkpoint.replacing(path) as file:
-            np.savez(file, mu=reference.mu[net.key], sigma=reference.sigma[net.key],
-                     n=reference.n, key=net.key)
-    except UserError as error:
-        print(f"warning: {error}; the results follow all the same", file=sys.stderr)
-        return error
-    print(f"{path}: mu and sigma of {reference.name} in {net.title}, n {reference.n}")
-    return None
-
-
-# ------------------------------------------------------------------------------------------------
-# 3. what is judged
-
-def image_sources(args, given: Given, originals: ImageSource | None, how: Batching,
-                  procs: Processes) -> list[ImageSource]:
-    """--images, or what a run has to show: real images, reconstructions, samples."""
-    run, images = given.run, given.images
-    if images is not None:
-        chosen = np.random.default_rng(0).permutation(len(images))[:args.num_samples]
-        source = real(images.name, images, chosen, given.size, how,
-                      labelled(args, given, images, args.images))
-        unfinished = unfinished_maker(args.images)
-        if unfinished:
-            note(f"{args.images} was drawn from an unfinished network, {unfinished}")
-        return [replace(source, unfinished=unfinished)]
-    if run is None:
-        return []
-    chosen = np.random.default_rng(0).permutation(len(run.data))[:args.num_samples]
-    sources = [real("real", run.data, chosen, given.size, how)]
-    if args.controls:
-        sources += controls(run.data, len(chosen), given.size, how)
-    if originals is not None:
-        path = args.data or run.configs[-1].val_data
-        originals = replace(originals, labelled=labelled(args, given, given.compared, path))
-        source = reconstruction(given.tokenizer, originals, procs.device)
-        sources.append(replace(source, unfinished=given.tokenizer.unfinished))
-        if given.size < SSIM_WINDOW:
-            note(f"ssim of reconstruction is left out: it takes {SSIM_WINDOW} pixels or more, and "
-                 f"these images have {given.size}")
-    kinds = generator_kinds(args)
-    asked = [name for name in SAMPLING if getattr(args, name) is not None or name in args.sweep]
-    for name in asked:
-        need(any(name in GENERATORS[kind].options for kind in kinds),
-             f"{name} is read by no generator in {args.run}; leave it out")
-    for kind in kinds:
-        model = Generator.of_run(args.run, kind, given.tokenizer, procs.device)
-        options = sampling_options(args, model.options)
-        if args.cfg_scale is None:
-            options["cfg_scale"] = model.default_cfg_scale
-        for swept in combinations(args.sweep, model.options):
-            scale = swept.get("cfg_scale", options["cfg_scale"])
-            need_guidance(scale, model.cfg.label_dropout)
-            source = generated(kind, model, given.tokenizer, args.num_samples, options, swept, how,
-                               procs.device)
-            parts = filter(None, (given.tokenizer.unfinished, model.unfinished))
-            sources.append(replace(source, unfinished="; ".join(parts)))
-    return sources
+    return Given(run, tokenizer, train, images, data, val, compared, args.image_size or size)
 
 
 def labelled(args, given: Given, images: ImageSet, path: str) -> bool:
@@ -353,19 +249,94 @@ def labelled(args, given: Given, images: ImageSet, path: str) -> bool:
     return not why
 
 
-def generator_kinds(args) -> list[str]:
-    """The one that is asked for, or all that the run has."""
-    if args.generator != "both":
-        return [args.generator]
-    return [kind for kind in GENERATORS
-            if checkpoint.exists(os.path.join(args.run, f"generator-{kind}.pt"))]
+# ------------------------------------------------------------------------------------------------
+# 2. by what: networks whose features are compared
+
+def feature_nets(args, given: Given, procs: Processes) -> tuple[list[FeatureNet], float | None]:
+    """-> the networks, and the held-out accuracy of the run's classifier, None without labels."""
+    if args.features == "inception":
+        return [inception_net(args.inception or "", procs.device)], None
+    path = args.judge or os.path.join(args.run, "tinycnn.pt")
+    train, steps = given.train, args.train_features
+    # All processes ask, so that all leave together if it may not be trained.
+    missing = steps and is_to_be_trained(path, given.data, given.val, steps, replace=bool(args.run))
+    if missing and procs.main:
+        size = given.tokenizer.cfg.image_size if args.run else given.size
+        train_judge(path, given.data, given.val, size, train.flip, steps, procs.device,
+                    train.skip_bad, (train.holdout, train.seed))
+    procs.barrier()
+    need(checkpoint.exists(path), f"{args.run or args.judge} has no classifier yet; add "
+         "--train_features (trained once, then kept)")
+    nets, accuracy = tinycnn_nets(path, given.data, procs.device, given.val)
+    why = why_unlabelled(given.val, args.val_data or train.val_data, given.data.classes)
+    if why or accuracy is None:
+        note(f"how often the classifier is right on {given.val.name} is left out: "
+             f"{why or 'when it learned, other images were held out'}")
+    return nets, accuracy if not why else None
 
 
-def combinations(sweep: dict[str, list], options: tuple[str, ...]) -> list[dict]:
-    """Every combination of the swept values that a generator with these options reads."""
-    names = [name for name in sweep if name in options]
-    return [dict(zip(names, values))
-            for values in itertools.product(*(sweep[name] for name in names))]
+# ------------------------------------------------------------------------------------------------
+# 3. what is judged, and the images that it is compared with
+
+def some(images: ImageSet, n: int) -> np.ndarray:
+    """The numbers of n images at most, in mixed order."""
+    # TRAP: the first n images of a folder are those of its first classes. Sorting what was drawn
+    # would read a disk in order, and bring that back for whoever looks at the first of them only.
+    return np.random.default_rng(0).permutation(len(images))[:n]
+
+
+def reference_images(args, given: Given, how: Batching) -> ImageSource | None:
+    if given.compared is None:
+        return None
+    chosen = some(given.compared, args.num_reference)
+    return real("reference", given.compared, chosen, given.size, how)
+
+
+def image_sources(args, given: Given, originals: ImageSource | None, how: Batching,
+                  procs: Processes) -> list[ImageSource]:
+    """--images, or what a run has to show: real images, reconstructions, samples."""
+    run, images = given.run, given.images
+    if images is not None:
+        source = real(images.name, images, some(images, args.num_samples), given.size, how,
+                      labelled(args, given, images, args.images))
+        unfinished = unfinished_maker(args.images)
+        if unfinished:
+            note(f"{args.images} was drawn from an unfinished network, {unfinished}")
+        return [replace(source, unfinished=unfinished)]
+    if run is None:
+        return []
+    chosen = some(run.data, args.num_samples)
+    sources = [real("real", run.data, chosen, given.size, how)]
+    if args.controls:
+        sources += controls(run.data, len(chosen), given.size, how)
+    if originals is not None:
+        path = args.data or given.train.val_data
+        originals = replace(originals, labelled=labelled(args, given, given.compared, path))
+        source = reconstruction(given.tokenizer, originals, procs.device)
+        sources.append(replace(source, unfinished=given.tokenizer.unfinished))
+        if given.size < SSIM_WINDOW:
+            note(f"ssim of reconstruction is left out: it takes {SSIM_WINDOW} pixels or more, and "
+                 f"these images have {given.size}")
+    for kind in args.kinds:
+        sources += samples(args, kind, given.tokenizer, how, procs)
+    return sources
+
+
+def samples(args, kind: str, tokenizer: NativeTok, how: Batching,
+            procs: Processes) -> list[ImageSource]:
+    """Of one generator, once for each combination of the swept values that it reads."""
+    model = Generator.of_run(args.run, kind, tokenizer, procs.device)
+    options = sampling_options(args, {name: SAMPLING[name] for name in model.options}, model)
+    unfinished = "; ".join(filter(None, (tokenizer.unfinished, model.unfinished)))
+    names = [name for name in args.sweep if name in model.options]
+    sources = []
+    for values in itertools.product(*(args.sweep[name] for name in names)):
+        tried = dict(zip(names, values))
+        need_guidance({**options, **tried}["cfg_scale"], model.cfg.label_dropout)
+        source = generated(kind, model, tokenizer, args.num_samples, options, tried, how,
+                           procs.device)
+        sources.append(replace(source, unfinished=unfinished))
+    return sources
 
 
 # ------------------------------------------------------------------------------------------------
@@ -377,15 +348,12 @@ def main(args) -> None:
     path = output_places(args)
     reference = read_reference(args.reference) if args.reference else None
     given = open_given(args, procs)
-    skip_bad = given.run is not None and given.run.configs[-1].skip_bad
-    how = Batching(args.batch_size, args.seed, skip_bad)
+    how = Batching(args.batch_size, args.seed, given.train.skip_bad)
     originals = reference_images(args, given, how)
     sources = image_sources(args, given, originals, how, procs)
     for source in [*([originals] if originals else []), *sources]:
-        more = "give --data a set of more images, or hold out more" if source is originals else (
-            "give more")
-        need(source.n >= 2,
-             f"{source.name} has a single image, and a covariance takes two; {more}")
+        need(source.n >= 2, f"{source.name} has a single image, and a covariance takes two; give "
+             "more with --images or --data, or hold out more")
 
     # 2. By what, and against what.
     nets, accuracy = feature_nets(args, given, procs)
@@ -396,21 +364,26 @@ def main(args) -> None:
         stats, _ = extract(originals, nets, how, procs)
         reference = Reference.of(given.compared.name, originals.n, nets, stats)
         if args.save_stats and procs.main:
-            failure = save_stats(args.save_stats, reference, nets[0])
+            try:
+                write_reference(args.save_stats, reference, nets[0])
+            except UserError as error:  # which must not cost the rows
+                print(f"warning: {error}; the results follow all the same", file=sys.stderr)
+                failure = error
 
     # 3. All processes judge every source together; each row is on the disk before the next one.
     made = {**provenance(args.command, procs.device), "seed": args.seed,
             "reference": {"name": reference.name, "n": reference.n},
             "nets": {net.key: net.title for net in nets}}
-    rows = []
+    rows, summary = [], {}
     for source in sources:
         rows.append(judge(source, nets, reference, how, procs))
         to_come = [other.name for other in sources[len(rows):]]
-        results = {**summary_so_far(given, rows, accuracy, began), **made, "rows": rows,
-                   **({"to_come": to_come} if to_come else {})}
+        if given.run and not given.images:
+            summary = run_summary(given.run, rows, accuracy, time.time() - began)
         if procs.main and path:
             try:
-                checkpoint.write_json(path, results)
+                checkpoint.write_json(path, {**summary, **made, "rows": rows,
+                                             **({"to_come": to_come} if to_come else {})})
             except UserError as error:  # such as a disk that is full: the rows can still be told
                 failure = error
     procs.end()
@@ -421,22 +394,13 @@ def main(args) -> None:
         print("\n" + table(rows, nets))
         if accuracy is not None:
             print(f"\nthe classifier is right on {accuracy:.1%} of {given.val.name}, held out")
-        if "seconds" in results:
-            seconds = ", ".join(f"{phase} {s:.0f}" for phase, s in results["seconds"].items())
+        if summary:
+            seconds = ", ".join(f"{phase} {s:.0f}" for phase, s in summary["seconds"].items())
             print("\n" + phases_table(given.run.saved["results"]) + f"\n\nseconds: {seconds}")
         if path and not failure:
             print(f"written: {path}")
     if failure:
         raise failure
-
-
-def summary_so_far(given: Given, rows: list[dict], accuracy: float | None, began: float) -> dict:
-    """Of a run: its summary, with the time this has taken; of other images nothing."""
-    if given.run is None or given.images is not None:
-        return {}
-    summary = run_summary(given.run, rows, accuracy)
-    summary["seconds"]["eval"] = round(time.time() - began, 1)
-    return summary
 
 
 if __name__ == "__main__":

@@ -320,6 +320,14 @@ def read_reference(path: str) -> Reference:
     return Reference(os.path.basename(path), n, {key: mu}, {key: sigma}, {})
 
 
+def write_reference(path: str, reference: Reference, net: FeatureNet) -> None:
+    """For read_reference(), in the features of one net. Raises UserError where it cannot."""
+    with checkpoint.replacing(path) as file:
+        np.savez(file, mu=reference.mu[net.key], sigma=reference.sigma[net.key], n=reference.n,
+                 key=net.key)
+    print(f"{path}: mu and sigma of {reference.name} in {net.title}, n {reference.n}")
+
+
 def comparable(nets: list[FeatureNet], reference: Reference) -> list[FeatureNet]:
     """Those of the networks whose statistics the reference holds. Raises UserError for none."""
     fitting = [net for net in nets if net.key in reference.mu]

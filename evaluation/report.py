@@ -42,8 +42,11 @@ def headline(rows: list[dict], nets: list[FeatureNet], reference: Reference, siz
     return "\n".join(lines)
 
 
-def run_summary(run: OpenRun, rows: list[dict], accuracy: float | None) -> dict:
-    """What a run has come to: quality and codebook use by length, class accuracy, seconds."""
+def run_summary(run: OpenRun, rows: list[dict], accuracy: float | None, seconds: float) -> dict:
+    """What a run has come to: quality and codebook use by length, class accuracy, seconds.
+
+    seconds   that judging has taken
+    """
     summary = {"psnr_by_tokens": {}, "codebook_used": {}, "class_accuracy": {}, "seconds": {}}
     # In order of training: the fine-tune overwrites its length's growth step.
     for result in run.saved["results"].values():
@@ -60,6 +63,7 @@ def run_summary(run: OpenRun, rows: list[dict], accuracy: float | None) -> dict:
     for row in read_log(run.folder):
         if "seconds" in row:
             summary["seconds"][row["phase"]] = row["seconds"]
+    summary["seconds"]["eval"] = round(seconds, 1)
     return summary
 
 

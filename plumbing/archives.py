@@ -2,8 +2,7 @@
 
 In       a folder, a .tar, a .zip, or a .tar.gz .tar.xz .tar.bz2, of which a plain .tar is made once
 Out      list_folder, list_tar, list_zip   a Listing: names, places and sizes of the images
-         read_from_folder, ..._tar, ..._zip   one of them, uint8 (H, W, 3)
-         peek_in_folder, ..._tar, ..._zip     some bytes of its file, by which it is known again
+         Source   .read(key) one of them, uint8 (H, W, 3); .peek(key, n) some bytes of its file
 Differs  the paper says nothing of files. Names are only compared, never used as paths; what an
          archive is, its first bytes say and not its name; what is passed over is counted
 """
@@ -29,7 +28,7 @@ import numpy as np
 
 from plumbing import checkpoint
 from plumbing.flags import need
-from plumbing.images import ENDINGS, MEND_IMAGE, decode, explained, read_image
+from plumbing.images import ENDINGS, MEND_IMAGE, decode, explained
 
 MEND_ARCHIVE = "is it complete? copy it again"
 # No archive of photographs comes near these; a bomb, kilobytes that unpack to terabytes, is
@@ -87,27 +86,22 @@ def is_image(name: str) -> bool:
 
 
 def kind_of(path: str) -> str:
-    """zip, npz, tar, gz or another name of KINDS, by the first bytes, or else by the ending; or "".
-    """
+    """zip, npz, tar, gz or another of KINDS, by the first bytes, or else by the ending; or ""."""
     with explained(path, "make it readable"), open(path, "rb") as file:
         head = file.read(512)
-    kind = next((kind for start, kind in KINDS.items() if head.startswith(start)), "")
     if head[257:262] == b"ustar":
-        kind = "tar"
-    if kind == "zip" and is_npz(path):
-        kind = "npz"
-    ending = re.search(r"(\.tar)?\.\w+$", path.lower())
-    return kind or (KINDS_BY_ENDING.get(ending[0], "") if ending else "")
-
-
-def is_npz(path: str) -> bool:
-    """NumPy's .npz is a zip of .npy files."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except Exception:  # torn, and whoever reads it will say so
-        return path.lower().endswith(".npz")
-    return bool(names) and all(name.endswith(".npy") for name in names)
+        return "tar"
+    name = path.lower()
+    by_name = next((kind for ending, kind in KINDS_BY_ENDING.items() if name.endswith(ending)), "")
+    kind = next((kind for start, kind in KINDS.items() if head.startswith(start)), by_name)
+    if kind == "zip":  # NumPy's .npz is a zip of .npy files
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except Exception:  # torn, and whoever reads it will say so
+            return by_name if by_name == "npz" else "zip"
+        return "npz" if names and all(name.endswith(".npy") for name in names) else "zip"
+    return kind
 
 
 @dataclass
@@ -165,30 +159,6 @@ def list_folder(root: str) -> Listing:
     return found
 
 
-def read_from_folder(root: str, key: np.void) -> np.ndarray:
-    return read_image(os.path.join(root, key["name"]), MEND_IMAGE)
-
-
-def peek_in_folder(root: str, key: np.void, most: int) -> bytes:
-    path = os.path.join(root, key["name"])
-    with explained(path, MEND_IMAGE), open(path, "rb", buffering=0) as file:
-        return peeked(file, 0, int(key["size"]), most)
-
-
-def peeked(file: BinaryIO, start: int, size: int, most: int) -> bytes:
-    """Of the `size` bytes from `start` on all, if these are at most `most`.
-
-    Of more, BLOCKS pieces with `most` bytes together: the first, the last and others between, as
-    far from each other as they can be.
-    """
-    pieces, length = (1, size) if size <= most else (BLOCKS, most // BLOCKS)
-    found = []
-    for k in range(pieces):
-        file.seek(start + k * (size - length) // max(1, pieces - 1))
-        found.append(file.read(length))
-    return b"".join(found)
-
-
 # ------------------------------------------------------------------------------------------------
 # tar
 
@@ -227,32 +197,6 @@ def need_small(path: str, name: str, size: int) -> None:
          f"{MAX_FILE:,}; remove it")
 
 
-def read_from_tar(path: str, key: np.void) -> np.ndarray:
-    name = f"{path}: {key['name']}"
-    with explained(name, MEND_IMAGE), open(path, "rb") as file:
-        file.seek(key["offset"])
-        data = file.read(key["size"])
-    return decode(data, name)
-
-
-def peek_in_tar(path: str, key: np.void, most: int) -> bytes:
-    name = f"{path}: {key['name']}"
-    with explained(name, MEND_IMAGE), open(path, "rb", buffering=0) as file:
-        return peeked(file, int(key["offset"]), int(key["size"]), most)
-
-
-def shard_of(root: str, key: np.void) -> str:
-    return os.path.join(root, key["shard"]) if key["shard"] else root
-
-
-def read_from_shard(root: str, key: np.void) -> np.ndarray:
-    return read_from_tar(shard_of(root, key), key)
-
-
-def peek_in_shard(root: str, key: np.void, most: int) -> bytes:
-    return peek_in_tar(shard_of(root, key), key, most)
-
-
 def decompressed(path: str, kind: str, cache: str | None) -> str:
     """A compressed tar -> path of the plain one in `cache`, made once: it has no random access.
 
@@ -263,7 +207,8 @@ def decompressed(path: str, kind: str, cache: str | None) -> str:
     with open(path, "rb") as file:  # its last bytes hold checksums, or sizes of all that is packed
         content = digest(str(size), peeked(file, 0, size, 1 << 24))[:12]
     base, place = os.path.basename(path), digest(os.path.abspath(path))[:6]
-    folders = [cache or os.path.dirname(path) or ".", user_cache()]
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folders = [cache or os.path.dirname(path) or ".", os.path.join(user_cache, "nativetok")]
     for folder in folders:
         made = glob.glob(f"{glob.escape(os.path.join(folder, base))}.*.{content}.tar")
         if made:
@@ -271,8 +216,8 @@ def decompressed(path: str, kind: str, cache: str | None) -> str:
     folder = next((folder for folder in folders if writable(folder)), None)
     need(folder, f"{path}: it has to be unpacked once, and neither {' nor '.join(folders)} can be "
          "written; unpack it yourself and give the folder")
-    start = os.path.join(glob.escape(folder), glob.escape(base))
-    target = os.path.join(folder, f"{base}.{place}.{content}.tar")
+    start = os.path.join(folder, f"{base}.{place}.")
+    target = f"{start}{content}.tar"
     print(f"unpacking {path} once into {target}", file=sys.stderr)
     repair = f"is it complete, and is there room in {folder}?"
     checkpoint.sweep(folder)  # a killed run may have left as much as it had unpacked
@@ -283,16 +228,9 @@ def decompressed(path: str, kind: str, cache: str | None) -> str:
             need_sane(path, size, plain.tell())
         plain.flush()
         list_tar(plain.name, path)  # only what can be read to its end gets the lasting name
-    for stale in glob.glob(f"{start}.{place}.*.tar"):
-        if stale != target:
-            os.unlink(stale)
+    for stale in set(glob.glob(f"{glob.escape(start)}*.tar")) - {target}:
+        os.unlink(stale)
     return target
-
-
-def user_cache() -> str:
-    """Where programs of this user keep what can be made again."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
-                        "nativetok")
 
 
 def writable(folder: str) -> bool:
@@ -335,21 +273,53 @@ def list_zip(path: str) -> Listing:
     return found
 
 
+# ------------------------------------------------------------------------------------------------
+# one file of many
+
+@dataclass(frozen=True)
+class Source:
+    """What files are read from. Holds none of them open, so any process may use a copy."""
+    kind: str  # folder, tar or zip
+    root: str  # its path; of shards that of their folder
+
+    def read(self, key: np.void) -> np.ndarray:
+        """An image, uint8 (H, W, 3). Raises UserError that names it."""
+        return decode(self.peek(key), self.names(key)[1])
+
+    def names(self, key: np.void) -> tuple[str, str]:
+        """Path of the file that is opened, and what the one inside is called in messages."""
+        below = str(key["name" if self.kind == "folder" else "shard"])
+        path = os.path.join(self.root, below) if below else self.root
+        return path, path if self.kind == "folder" else f"{path}: {key['name']}"
+
+    def peek(self, key: np.void, most: int = sys.maxsize) -> bytes:
+        """Its bytes, or of more than `most` some pieces."""
+        path, name = self.names(key)
+        with explained(name, MEND_IMAGE):
+            if self.kind == "zip":
+                # TRAP: processes that share a handle share its position, so each opens its own.
+                data = zip_handle(path, os.getpid()).read(str(key["name"]))
+                return peeked(io.BytesIO(data), 0, len(data), most)
+            with open(path, "rb", buffering=0) as file:
+                if self.kind == "folder":
+                    return peeked(file, 0, os.fstat(file.fileno()).st_size, most)
+                return peeked(file, int(key["offset"]), int(key["size"]), most)
+
+
 @functools.lru_cache(maxsize=8)
 def zip_handle(path: str, pid: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def bytes_in_zip(path: str, key: np.void) -> bytes:
-    with explained(f"{path}: {key['name']}", MEND_IMAGE):
-        # TRAP: processes that share a handle share its position, so each one opens its own.
-        return zip_handle(path, os.getpid()).read(str(key["name"]))
+def peeked(file: BinaryIO, start: int, size: int, most: int) -> bytes:
+    """Of the `size` bytes from `start` on all, if these are at most `most`.
 
-
-def read_from_zip(path: str, key: np.void) -> np.ndarray:
-    return decode(bytes_in_zip(path, key), f"{path}: {key['name']}")
-
-
-def peek_in_zip(path: str, key: np.void, most: int) -> bytes:
-    data = bytes_in_zip(path, key)
-    return peeked(io.BytesIO(data), 0, len(data), most)
+    Of more, BLOCKS pieces with `most` bytes together: the first, the last and others between, as
+    far from each other as they can be.
+    """
+    pieces, length = (1, size) if size <= most else (BLOCKS, most // BLOCKS)
+    found = []
+    for k in range(pieces):
+        file.seek(start + k * (size - length) // max(1, pieces - 1))
+        found.append(file.read(length))
+    return b"".join(found)

@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -31,6 +32,7 @@ from plumbing.images import augment, resize_crop
 from plumbing.start import stop_signals
 
 TIMEOUT = 600  # seconds to wait for a batch of the data workers
+POLL = 1  # seconds after which one that has died is noticed while a batch is waited for
 SHARED = "/dev/shm"  # where Linux keeps what processes share
 MEND_SHARED = ("give it more (docker run --shm-size=8g), or use --workers 0 or a smaller "
                "--batch_size")
@@ -45,16 +47,26 @@ class ImagesFailed(UserError):
 # data workers
 
 @contextlib.contextmanager
-def stop_signals_blocked():
-    """Processes started inside inherit the block; for this one, a signal comes at the end."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+def starting_workers():
+    """Processes started inside inherit a block of signals; for this one, they come at the end.
+
+    TRAP: DataLoader tells of a worker that has died from a handler of SIGCHLD, so out of any line,
+    in the middle of a step or of saving, and nobody knows what is sound after that. Its handler is
+    taken back; wait_for() hears of deaths at a moment that is known.
+    """
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    if threading.current_thread() is not threading.main_thread():
+        number = None  # DataLoader sets no handler then
+    handler = signal.getsignal(number) if number else None
+    can_block = hasattr(signal, "pthread_sigmask")  # Windows cannot
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals()) if can_block else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if number:
+            signal.signal(number, handler or signal.SIG_DFL)
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def obey_only_the_parent(worker: int) -> None:
@@ -81,40 +93,6 @@ def obey_only_the_parent(worker: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
     if hasattr(signal, "sigwaitinfo"):  # a Mac has none
         threading.Thread(target=listen, daemon=True).start()
-
-
-class Watch:
-    """Of data workers: one that died is told of while a batch is waited for, at no other moment.
-
-    TRAP: DataLoader raises it from a signal handler, so out of any line, in the middle of a step or
-    of saving, and nobody knows what is sound after that.
-    """
-    waiting, theirs = False, None
-
-    def begin(self) -> None:
-        """After workers have been started, no sooner: DataLoader sets its handler then, once."""
-        number = getattr(signal, "SIGCHLD", None)  # Windows has none
-        in_main = threading.current_thread() is threading.main_thread()
-        if number and in_main and signal.getsignal(number) != self.on_death:
-            self.theirs = signal.signal(number, self.on_death)
-
-    def on_death(self, number, frame) -> None:
-        if self.waiting and callable(self.theirs):
-            self.theirs(number, frame)
-
-    @contextlib.contextmanager
-    def waits(self):
-        """Inside, DataLoader may say that a worker has died, also one that did so before."""
-        self.waiting = True
-        try:
-            if callable(self.theirs):
-                self.theirs(signal.SIGCHLD, None)
-            yield
-        finally:
-            self.waiting = False
-
-
-WATCH = Watch()
 
 
 def way_to_start_workers() -> str:
@@ -198,16 +176,14 @@ class Batches:
         need_shared_memory(workers, self.batch_bytes)
         loader = torch.utils.data.DataLoader(
             self, batch_size=None, sampler=numbers, num_workers=workers,
-            worker_init_fn=obey_only_the_parent, timeout=timeout if workers else 0,
+            worker_init_fn=obey_only_the_parent, timeout=min(POLL, timeout) if workers else 0,
             multiprocessing_context=way_to_start_workers() if workers else None,
             pin_memory=torch.cuda.is_available(),
             # or it draws from the global one and disturbs the training
             generator=torch.Generator())
         skipped = set()
-        with stop_signals_blocked() if workers else contextlib.nullcontext():
+        with starting_workers() if workers else contextlib.nullcontext():
             batches = iter(loader)
-            if workers:
-                WATCH.begin()
         try:
             while True:
                 batch = wait_for(batches, workers, timeout)
@@ -237,19 +213,22 @@ def wait_for(batches, workers: int, timeout: int):
 
     ImagesFailed when none comes in time, or never, since a worker has died.
     """
-    try:
-        with WATCH.waits() if workers else contextlib.nullcontext():
+    began = time.monotonic()
+    while True:
+        try:
             return next(batches, None)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
-        if reason.startswith("DataLoader worker"):
-            raise ImagesFailed(f"a data worker died ({reason}); is memory short? "
-                               "lower --workers") from None
-        if "DataLoader timed out" not in reason:
-            raise
-        raise ImagesFailed(
-            f"no batch came from {workers} data workers in {timeout} seconds; is the disk that "
-            f"slow, or {SHARED} full? {MEND_SHARED}, or raise --timeout") from None
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0] if str(error) else ""
+            if reason.startswith("DataLoader worker"):
+                raise ImagesFailed(f"a data worker died ({reason}); is memory short? "
+                                   "lower --workers") from None
+            if "DataLoader timed out" not in reason:
+                raise
+        # The next call goes on waiting for the same batch.
+        if time.monotonic() - began >= timeout:
+            raise ImagesFailed(
+                f"no batch came from {workers} data workers in {timeout} seconds; is the disk that "
+                f"slow, or {SHARED} full? {MEND_SHARED}, or raise --timeout")
 
 
 # ------------------------------------------------------------------------------------------------

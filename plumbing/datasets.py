@@ -21,7 +21,7 @@ import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ import numpy as np
 from plumbing import shapes
 from plumbing.archives import (
     Listing,
+    Source,
     decompressed,
     digest,
     kind_of,
@@ -37,14 +38,6 @@ from plumbing.archives import (
     list_zip,
     need_sane,
     note,
-    peek_in_folder,
-    peek_in_shard,
-    peek_in_tar,
-    peek_in_zip,
-    read_from_folder,
-    read_from_shard,
-    read_from_tar,
-    read_from_zip,
     separator_of,
     split,
 )
@@ -59,9 +52,9 @@ SMALL, KEEP = 2 ** 14, 2 ** 28
 # A fingerprint reads so many files at most, and of them so many bytes together: a second or two
 # from a disk without moving parts, whatever the size of the data set.
 FILES_READ, BYTES_READ = 10_000, 2 ** 28
-# How many held-out images are looked for among those that are learned from; among how many at most;
-# among how many where files have to be decoded; and how much of a file is compared at first.
-SOUGHT, AMONG, DECODED, GLANCE, EVERYTHING = 500, 60_000, 2_000, 2 ** 14, 2 ** 62
+# How many held-out images are looked for among those that are learned from, among how many at most,
+# and among how many where files have to be decoded.
+SOUGHT, AMONG, DECODED = 500, 60_000, 2_000
 WHAT_IS_READ = "a folder, .tar .tar.gz .tgz .tar.xz .tar.bz2 .zip .npz, or shapes"
 
 
@@ -106,21 +99,19 @@ class ImageSet:
         return image
 
     def subset(self, indices: np.ndarray) -> "ImageSet":
-        cut, prints = np.asarray(indices, np.int64).tobytes(), self.prints
-        if prints:
-            prints = prints._replace(listing=digest(prints.listing, cut))
-        return ImageSet(self.name, self.classes, self.labels[indices],
-                        digest(self.fingerprint, cut), self.keys[indices], self.read, self.peek,
-                        prints)
+        cut = np.asarray(indices, np.int64).tobytes()
+        prints = self.prints and self.prints._replace(listing=digest(self.prints.listing, cut))
+        return replace(self, labels=self.labels[indices], fingerprint=digest(self.fingerprint, cut),
+                       keys=self.keys[indices], prints=prints, kept={})
 
     def broken_since(self, listing: str, content: np.ndarray) -> list[str]:
         """What a set with these prints must be for both to be the same: names of its files that
         have turned bad since. [] where anything else has changed."""
-        if self.prints is None or (listing, len(content)) != (self.prints.listing,
-                                                              len(self.prints.content)):
+        ours = self.prints
+        if ours is None or (listing, len(content)) != (ours.listing, len(ours.content)):
             return []
         broken = []
-        for key in self.prints.keys[self.prints.content != content]:
+        for key in ours.keys[ours.content != content]:
             try:
                 self.read(key)
                 return []  # another picture
@@ -145,22 +136,17 @@ def open_images(path: str, cache: str | None = None) -> ImageSet:
     if os.path.isdir(path):
         found = list_folder(path)
         if found.shards and not found.files:
-            return from_shards(path, path, found.shards)
-        return from_files(path, found, functools.partial(read_from_folder, path),
-                          functools.partial(peek_in_folder, path))
+            return from_shards(path, Source("tar", path), found.shards)
+        return from_files(path, found, Source("folder", path))
     kind = kind_of(path)
     if kind == "npz":
         return from_npz(path)
     if kind == "zip":
-        return from_files(path, list_zip(path), functools.partial(read_from_zip, path),
-                          functools.partial(peek_in_zip, path))
+        return from_files(path, list_zip(path), Source("zip", path))
     if kind in ("tar", "gz", "xz", "bz2"):
-        plain = path if kind == "tar" else decompressed(path, kind, cache)
-        found = list_tar(plain, path)
-        if found.texts:
-            return from_shards(path, plain, [""])
-        return from_files(path, found, functools.partial(read_from_tar, plain),
-                          functools.partial(peek_in_tar, plain))
+        plain = Source("tar", path if kind == "tar" else decompressed(path, kind, cache))
+        found = list_tar(plain.root, path)
+        return from_shards(path, plain, [""]) if found.texts else from_files(path, found, plain)
     what = f"a .{kind} file, and " if kind else ""
     raise UserError(f"{path}: {what}none of {WHAT_IS_READ}; put images into a folder")
 
@@ -225,17 +211,17 @@ def print_of(key: np.void, peek: Callable, most: int) -> bytes:
         return b""
 
 
-def bytes_of(images: ImageSet, i: int, most: int = GLANCE) -> bytes:
-    return print_of(images.keys[i], images.peek, most)
+def bytes_of(images: ImageSet, i: int) -> bytes:
+    return print_of(images.keys[i], images.peek, BYTES_READ)
 
 
-def pixels_of(images: ImageSet, i: int, most: int = 0) -> bytes:
+def pixels_of(images: ImageSet, i: int) -> bytes:
     """A digest of all of an image's pixels; b"" for one that cannot be read."""
     try:
         image = images.load(i)
     except UserError:
         return b""
-    return digest(str(image.shape), np.ascontiguousarray(image).tobytes()).encode()
+    return digest(str(image.shape), image.tobytes()).encode()
 
 
 def seen_before(learned: ImageSet, held: ImageSet) -> tuple[int, int]:
@@ -243,36 +229,25 @@ def seen_before(learned: ImageSet, held: ImageSet) -> tuple[int, int]:
 
     Files are the same when their bytes are, whatever they are called and wherever they lie; an
     array and a file, or two arrays, when their pixels are. At most SOUGHT of `held`, chosen at
-    random, are sought among at most AMONG of `learned` (files of their sizes, or arrays), or
-    DECODED files: where there are more, the first number is too small, though hardly 0 for a copy
-    of them all. It does not see a picture that was saved again in another format, size or quality.
+    random, are sought among at most AMONG of `learned` (files of their sizes, with BYTES_READ
+    together, or arrays), or DECODED files: where there are more, the first number is too small,
+    though hardly 0 for a copy of them all. It does not see a picture that was saved again in
+    another format, size or quality.
     """
     rng = np.random.default_rng(0)
     sought = rng.permutation(len(held))[:SOUGHT]
     if learned.fingerprint == held.fingerprint:
         return len(sought), len(sought)
     if learned.peek and held.peek:
-        sizes = held.keys["size"][sought]
-        among = np.flatnonzero(np.isin(learned.keys["size"], sizes))
-        among, looked_at = rng.permutation(among)[:AMONG], bytes_of
+        sizes = learned.keys["size"]
+        among = np.flatnonzero(np.isin(sizes, held.keys["size"][sought]))
+        among = rng.permutation(among)[:AMONG]
+        among, looked_at = among[sizes[among].cumsum() <= BYTES_READ], bytes_of
     else:
         most = DECODED if learned.peek else AMONG
         among, looked_at = rng.permutation(len(learned))[:most], pixels_of
-    places: dict[bytes, list] = {}  # what is seen at a glance -> numbers of held-out images
-    for i in sought:
-        places.setdefault(looked_at(held, i), []).append(i)
-    places.pop(b"", None)
-    # Large files may have only their borders in common, so those that look alike are read to their
-    # end: so many of them that a whole copy is found, and not more.
-    seen, looks = 0, 2 * len(sought)
-    for j in np.sort(among):
-        alike = places.get(looked_at(learned, j), [])
-        if alike and looks:
-            content, looks = looked_at(learned, j, EVERYTHING), looks - 1
-            others = [i for i in alike if looked_at(held, i, EVERYTHING) != content]
-            seen += len(alike) - len(others)
-            alike[:] = others
-    return seen, len(sought)
+    known = {looked_at(learned, j) for j in np.sort(among)} - {b""}
+    return sum(looked_at(held, i) in known for i in sought), len(sought)
 
 
 def tell_seen(learned: ImageSet, held: ImageSet, path: str, other: str) -> None:
@@ -290,7 +265,7 @@ def some_of(names, most: int = 5) -> str:
     """a, b, c, d, e and 7 more"""
     names = sorted(names)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more
+    return (", ".join(map(str, names[:most])) or "none") + more
 
 
 def composed(name: str) -> str:
@@ -315,18 +290,14 @@ def numbered_classes(path: str, numbers: np.ndarray) -> tuple[list[str], np.ndar
     empty = last - first + 1 - len(present)
     if first not in (0, 1) or empty:
         note(f"{path}: labels go from {first} to {last}, {empty:,} numbers between are without "
-             f"images; its {len(present):,} classes are {some_of_numbers(present)}")
+             f"images; its {len(present):,} classes are {some_of(present.tolist())}")
     return [str(k) for k in present.tolist()], labels.reshape(-1).astype(np.int64)
-
-
-def some_of_numbers(numbers: np.ndarray) -> str:
-    return ", ".join(map(str, numbers[:5].tolist())) + (" ..." if len(numbers) > 5 else "")
 
 
 # ------------------------------------------------------------------------------------------------
 # files
 
-def from_files(path: str, found: Listing, read: Callable, peek: Callable) -> ImageSet:
+def from_files(path: str, found: Listing, source: Source) -> ImageSet:
     """Names -> ImageSet. The last two levels are class/image, or the last one is images.
 
     What lies above must be shared.
@@ -359,23 +330,31 @@ def from_files(path: str, found: Listing, read: Callable, peek: Callable) -> Ima
         empty = {p[-1] for p in folders if p and p[:-1] == above} - set(classes)
         need(not empty, f"{path}: no images in class folder {some_of(empty)}"
              f"{f' ({passed})' if passed else ''}; fill or remove it")
-    dtype = [("name", f"U{max(map(len, names))}"), ("offset", np.int64), ("size", np.int64)]
-    keys = np.array([(name, *found.files[name]) for name in names], dtype)
+    rows = [("", name, *found.files[name]) for name in names]
     listing = (f"{'/'.join(parts[name][len(above):])} {found.files[name][1]}\n" for name in names)
-    fingerprint, prints = prints_of(listing, keys, peek)
+    return listed(path, source, rows, classes, labels, listing)
+
+
+def listed(path: str, source: Source, rows: list, classes: list[str], labels: np.ndarray,
+           listing: Iterable[str]) -> ImageSet:
+    """rows: (shard, name, offset, size) of each image."""
+    shard, name = (max(len(row[k]) for row in rows) or 1 for k in (0, 1))
+    keys = np.array(rows, [("shard", f"U{shard}"), ("name", f"U{name}"),
+                           ("offset", np.int64), ("size", np.int64)])
+    fingerprint, prints = prints_of(listing, keys, source.peek)
     return ImageSet(os.path.basename(os.path.abspath(path)), [printable(c) for c in classes],
-                    labels, fingerprint, keys, read, peek, prints)
+                    labels, fingerprint, keys, source.read, source.peek, prints)
 
 
-def from_shards(path: str, root: str, shards: list[str]) -> ImageSet:
+def from_shards(path: str, source: Source, shards: list[str]) -> ImageSet:
     """WebDataset: in each tar a.jpg lies beside a.cls, which says its class by number or name.
 
-    root, shards   the tar files are root/shard; one alone is root, with the shard ""
+    shards   names of the tar files; [""]: `source` itself is one
     """
     rows, texts, passed = [], [], Listing()
     for shard in sorted(shards):
         shown = os.path.join(path, shard) if shard else path
-        found = list_tar(os.path.join(root, shard) if shard else root, shown)
+        found = list_tar(os.path.join(source.root, shard) if shard else source.root, shown)
         need(found.texts, f"{shown}: has no .cls files that say the classes; unpack it into a "
              "folder named after its class, or give it alone")
         passed.passed.update(found.passed)
@@ -402,15 +381,9 @@ def from_shards(path: str, root: str, shards: list[str]) -> ImageSet:
     else:
         classes, labels = np.unique(texts, return_inverse=True)
         classes, labels = classes.tolist(), labels.astype(np.int64)
-    width = [max(len(row[k]) for row in rows) or 1 for k in (0, 1)]
-    dtype = [("shard", f"U{width[0]}"), ("name", f"U{width[1]}"),
-             ("offset", np.int64), ("size", np.int64)]
-    keys, peek = np.array(rows, dtype), functools.partial(peek_in_shard, root)
     listing = (f"{composed(name)} {size} {classes[label]}\n"
                for (_, name, _, size), label in zip(rows, labels))
-    fingerprint, prints = prints_of(listing, keys, peek)
-    return ImageSet(os.path.basename(os.path.abspath(path)), classes, labels, fingerprint, keys,
-                    functools.partial(read_from_shard, root), peek, prints)
+    return listed(path, source, rows, classes, labels, listing)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ Out      nothing, or one line that says which place cannot be written, or what l
 Differs  a file takes the place of its own kind only: what lies at its name, if anything, is called
          or begins like what is going to be written. Nobody wants samples where a photo was
 """
+import contextlib
 import os
 from pathlib import Path
 
-from plumbing.flags import UserError, need
+from plumbing.flags import need
+from plumbing.images import explained
 from plumbing.processes import need_room
 
 # Kinds of files: how the name ends, how the content begins.
@@ -53,13 +55,10 @@ def need_file(flag: str, path: str, kind: tuple[str, bytes]) -> None:
          f"cannot write {flag} {path}: {folder} is a file, not a folder; choose another place")
     need(os.path.isdir(folder), f"{flag} {path}: there is no folder {folder}; make it first")
     need_room(str(folder))
-    try:  # a name may be too long, for the disk or with the ending of what is being written
+    # A name may be too long, for the disk or with the ending of what is being written.
+    with (explained(f"cannot write {flag} {path}", "choose another name"),
+          contextlib.suppress(FileNotFoundError)):
         os.lstat(place.with_name(f".{place.name}.tmp-{os.getpid()}"))
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UserError(f"cannot write {flag} {path}: {error.strerror}; "
-                        "choose another name") from None
     if not os.path.exists(path):
         return
     # What is written lies beside its name first, and would take the place of a device.
@@ -69,12 +68,8 @@ def need_file(flag: str, path: str, kind: tuple[str, bytes]) -> None:
     own = place.name in ("config.json", "log.jsonl") or place.suffix == ".pt"
     need(not own, f"{flag} {path} would overwrite a part of the run in {folder}; "
          "give another name")
-    try:
-        with open(place, "rb") as file:
-            first = file.read(8).strip()
-    except OSError as error:
-        raise UserError(f"cannot write {flag} {path}: {error.strerror}; "
-                        "choose another name") from None
+    with explained(f"cannot write {flag} {path}", "choose another name"), open(place, "rb") as file:
+        first = file.read(8).strip()
     ending, begins = kind
     need(place.suffix.lower() == ending or not first or first.startswith(begins),
          f"{flag} {path} is there already, and is no {ending} file, which is what will be written; "

@@ -69,10 +69,7 @@ class Page:
         """picture: HTML; the others plain text."""
         self.figures.append(FIGURE.format(title=html.escape(title), picture=picture,
                                           caption=html.escape(caption)))
-        self.write(self.title, self.intro)
-
-    def write(self, title: str, intro: str) -> None:
-        text = PAGE.format(title=html.escape(title), intro=html.escape(intro),
+        text = PAGE.format(title=html.escape(self.title), intro=html.escape(self.intro),
                            figures="\n".join(self.figures))
         with checkpoint.replacing(os.path.join(self.folder, "index.html")) as file:
             # A class folder's name may hold bytes that are no text.

@@ -32,9 +32,8 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         inside = [m * 10.0 ** p for p in powers for m in (1, 2, 5) if low <= m * 10.0 ** p <= high]
-        tens = inside[::3] if len(inside) > 9 else []
         if len(inside) > 1:
-            return tens or inside
+            return inside[::3] if len(inside) > 9 else inside
     rough = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)

@@ -14,11 +14,20 @@ from PIL import Image
 from helpers import PNG, encoded, folder_of, noise, packed, put, refused
 from plumbing import archives, datasets
 
+FORMS = ("folder", "x.tar", "x.zip")
+
+
+def in_form(root, form: str) -> str:
+    """The folder itself, or an archive made of it beside it."""
+    return str(root) if form == "folder" else packed(root, root.parent / form, "")
+
+
 # ------------------------------------------------------------------------------------------------
 # archives
 
-@pytest.mark.parametrize("prefix", ["", "./", "cifar/train/"])
-@pytest.mark.parametrize("ending", [".tar", ".zip", ".tar.gz", ".tgz", ".tar.xz"])
+@pytest.mark.parametrize("ending, prefix", [
+    (".tar", ""), (".tar", "./"), (".zip", "./"), (".zip", "cifar/train/"),
+    (".tar.gz", "cifar/train/"), (".tgz", ""), (".tar.xz", "./")])
 def test_an_archive_equals_its_folder_bit_for_bit(tmp_path, ending, prefix):
     root = folder_of(tmp_path / "set", 5)
     folder = datasets.open_images(str(root))
@@ -32,6 +41,15 @@ def test_an_archive_equals_its_folder_bit_for_bit(tmp_path, ending, prefix):
         assert np.array_equal(copy.load(i), folder.load(i))
 
 
+@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
+def test_a_tar_of_the_folder_itself_equals_the_folder(tmp_path, ending):
+    root = folder_of(tmp_path / "set", 5)
+    with tarfile.open(tmp_path / ("x" + ending), "w:gz" if ending == ".tar.gz" else "w") as archive:
+        archive.add(root, ".")  # as tar -C set -cf x.tar . does: the first member is "./"
+    dataset = datasets.open_images(str(tmp_path / ("x" + ending)), str(tmp_path / "cache"))
+    assert dataset.fingerprint == datasets.open_images(str(root)).fingerprint
+
+
 def test_reading_an_archive_in_place_writes_nothing(tmp_path):
     root = folder_of(tmp_path / "set", 4)
     packed(root, tmp_path / "x.tar", "../../climbs/out/")
@@ -42,45 +60,17 @@ def test_reading_an_archive_in_place_writes_nothing(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_compressed_tar_is_unpacked_once_and_again_when_its_content_changes(tmp_path, capsys):
-    root, cache = folder_of(tmp_path / "set", 4), tmp_path / "run" / "cache"
-    path = packed(root, tmp_path / "x.tar.gz", "")
-    datasets.open_images(path, str(cache))
-    made = os.listdir(cache)
-    assert "unpacking" in capsys.readouterr().err and len(made) == 1
-    os.utime(path, (1, 1))  # another date is no other content
-    assert len(datasets.open_images(path, str(cache))) == 4 and capsys.readouterr().err == ""
-    folder_of(root, 6)
-    packed(root, tmp_path / "x.tar.gz", "")
-    assert len(datasets.open_images(path, str(cache))) == 6
-    assert len(os.listdir(cache)) == 1 and os.listdir(cache) != made  # the old copy is gone
-
-
-def test_a_moved_archive_is_not_unpacked_again_and_its_namesake_keeps_its_copy(tmp_path):
-    cache = tmp_path / "cache"
-    first = packed(folder_of(tmp_path / "one", 4), tmp_path / "x.tar.gz", "")
-    (tmp_path / "val").mkdir()
-    second = packed(folder_of(tmp_path / "two", 6), tmp_path / "val" / "x.tar.gz", "")
-    datasets.open_images(first, str(cache))
-    datasets.open_images(second, str(cache))
-    assert len(os.listdir(cache)) == 2
-    shutil.move(first, tmp_path / "two" / "x.tar.gz")
-    assert len(datasets.open_images(str(tmp_path / "two" / "x.tar.gz"), str(cache))) == 4
-    assert len(os.listdir(cache)) == 2
-
-
 @pytest.mark.parametrize("true", [".tar", ".zip", ".tar.gz", ".tar.xz", ".npz"])
-@pytest.mark.parametrize("called", [".tar", ".zip", ".tar.gz", ".npz", ".dat", ""])
-def test_the_first_bytes_and_not_the_name_say_what_an_archive_is(tmp_path, true, called):
-    root = folder_of(tmp_path / "set", 4)
+def test_the_first_bytes_and_not_the_name_say_what_an_archive_is(tmp_path, true):
     path = tmp_path / ("x" + true)
     if true == ".npz":
         np.savez(path, x=np.zeros((4, 8, 8, 3), np.uint8), y=[0, 1, 0, 1])
     else:
-        packed(root, path, "")
-    os.rename(path, tmp_path / f"y{called}")
-    dataset = datasets.open_images(str(tmp_path / f"y{called}"), str(tmp_path / "cache"))
-    assert len(dataset) == 4 and dataset.load(3).shape == (8, 8, 3)
+        packed(folder_of(tmp_path / "set", 4), path, "")
+    for called in (".tar", ".zip", ".tar.gz", ".npz", ".dat", ""):
+        path = path.rename(tmp_path / f"y{called}")
+        dataset = datasets.open_images(str(path), str(tmp_path / "cache"))
+        assert len(dataset) == 4 and dataset.load(3).shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize("start, what", [(b"7z\xbc\xaf\x27\x1c", ".7z"), (b"Rar!\x1a\x07", ".rar"),
@@ -88,15 +78,6 @@ def test_the_first_bytes_and_not_the_name_say_what_an_archive_is(tmp_path, true,
 def test_another_kind_of_archive_is_refused_by_its_name(tmp_path, start, what):
     path = put(tmp_path / "photos.bin", start + bytes(600))
     refused(datasets.open_images, path, names=["photos.bin", what, "put images into a folder"])
-
-
-@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
-def test_a_tar_of_the_folder_itself_equals_the_folder(tmp_path, ending):
-    root = folder_of(tmp_path / "set", 5)
-    with tarfile.open(tmp_path / ("x" + ending), "w:gz" if ending == ".tar.gz" else "w") as archive:
-        archive.add(root, ".")  # as tar -C set -cf x.tar . does: the first member is "./"
-    dataset = datasets.open_images(str(tmp_path / ("x" + ending)), str(tmp_path / "cache"))
-    assert dataset.fingerprint == datasets.open_images(str(root)).fingerprint
 
 
 def windows_zip(root, path, folders: bool) -> str:
@@ -131,6 +112,37 @@ def test_a_backslash_beside_true_folders_belongs_to_the_name(tmp_path):
     assert datasets.open_images(str(tmp_path / "set")).classes == ["cat", "dog"]
 
 
+# ------------------------------------------------------------------------------------------------
+# the plain copy of a compressed tar
+
+def test_a_compressed_tar_is_unpacked_once_and_again_when_its_content_changes(tmp_path, capsys):
+    root, cache = folder_of(tmp_path / "set", 4), tmp_path / "run" / "cache"
+    path = packed(root, tmp_path / "x.tar.gz", "")
+    put(cache / f".x.tar.gz.abc.tar.tmp-{os.getpid()}", b"half of it, by a run that was killed")
+    datasets.open_images(path, str(cache))
+    made = os.listdir(cache)
+    assert "unpacking" in capsys.readouterr().err and len(made) == 1 and made[0].endswith(".tar")
+    os.utime(path, (1, 1))  # another date is no other content
+    assert len(datasets.open_images(path, str(cache))) == 4 and capsys.readouterr().err == ""
+    folder_of(root, 6)
+    packed(root, tmp_path / "x.tar.gz", "")
+    assert len(datasets.open_images(path, str(cache))) == 6
+    assert len(os.listdir(cache)) == 1 and os.listdir(cache) != made  # the old copy is gone
+
+
+def test_a_moved_archive_is_not_unpacked_again_and_its_namesake_keeps_its_copy(tmp_path):
+    cache = tmp_path / "cache"
+    first = packed(folder_of(tmp_path / "one", 4), tmp_path / "x.tar.gz", "")
+    (tmp_path / "val").mkdir()
+    second = packed(folder_of(tmp_path / "two", 6), tmp_path / "val" / "x.tar.gz", "")
+    datasets.open_images(first, str(cache))
+    datasets.open_images(second, str(cache))
+    assert len(os.listdir(cache)) == 2
+    shutil.move(first, tmp_path / "two" / "x.tar.gz")
+    assert len(datasets.open_images(str(tmp_path / "two" / "x.tar.gz"), str(cache))) == 4
+    assert len(os.listdir(cache)) == 2
+
+
 def test_where_nothing_can_be_written_the_users_cache_folder_is_used(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
     path = packed(folder_of(tmp_path / "set", 4), tmp_path / "x.tar.gz", "")
@@ -146,12 +158,10 @@ def test_where_nothing_can_be_written_the_users_cache_folder_is_used(tmp_path, m
 
 def test_an_archive_that_changed_in_its_middle_is_unpacked_again(tmp_path):
     def archive(fill: bytes) -> str:  # gzip's members one after the other, each with a checksum
-        with tarfile.open(tmp_path / "plain.tar", "w") as tar:
-            for k, content in enumerate((bytes(6 << 20), fill * (6 << 20), bytes(6 << 20))):
-                member = tarfile.TarInfo(f"{k}.bmp")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-        whole = (tmp_path / "plain.tar").read_bytes()
+        plain = tar(tmp_path / "plain.tar", {f"{k}.bmp": content * (6 << 20) for k, content in
+                                             enumerate((b"\0", fill, b"\0"))})
+        with open(plain, "rb") as file:
+            whole = file.read()
         parts = [whole[k:k + (4 << 20)] for k in range(0, len(whole), 4 << 20)]
         return put(tmp_path / "x.tar.gz", b"".join(gzip.compress(p, 0, mtime=0) for p in parts))
     before = datasets.open_images(archive(b"a"), str(tmp_path / "cache")).fingerprint
@@ -160,28 +170,21 @@ def test_an_archive_that_changed_in_its_middle_is_unpacked_again(tmp_path):
     assert os.path.getsize(tmp_path / "x.tar.gz") == size and before != after
 
 
-def test_unpacking_removes_what_a_killed_run_left_and_names_a_torn_archive(tmp_path):
-    root, cache = folder_of(tmp_path / "set", 4), tmp_path / "cache"
-    path = packed(root, tmp_path / "x.tar.gz", "")
-    put(cache / f".x.tar.gz.abc.tar.tmp-{os.getpid()}", b"half of it")
-    datasets.open_images(path, str(cache))
-    assert [name.endswith(".tar") for name in os.listdir(cache)] == [True]
-    put(tmp_path / "x.tar.gz", b"not gzip at all")
-    assert refused(datasets.open_images, path, str(cache)).startswith(f"{path}: ")
-
+# ------------------------------------------------------------------------------------------------
+# torn, damaged, hostile
 
 @pytest.mark.parametrize("ending", [".tar.gz", ".tar.xz", ".zip", ".tar"])
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.95])
-def test_a_torn_archive_is_refused_and_leaves_nothing(tmp_path, ending, share):
-    root, path = folder_of(tmp_path / "set", 40), tmp_path / ("x" + ending)
-    packed(root, path, "")
+def test_a_torn_archive_is_refused_and_leaves_nothing(tmp_path, ending):
+    path = tmp_path / ("x" + ending)
+    packed(folder_of(tmp_path / "set", 40), path, "")
     whole = path.read_bytes()
     if ending == ".tar":
         whole = whole.rstrip(b"\0")  # up to 10 kB of zeros follow the end
-    path.write_bytes(whole[:int(share * len(whole))])
     (tmp_path / "cache").mkdir()
-    refused(datasets.open_images, str(path), str(tmp_path / "cache"), names=[path.name])
-    assert os.listdir(tmp_path / "cache") == []
+    for torn in (whole[:0], whole[:len(whole) // 3], whole[:-len(whole) // 20], b"no archive"):
+        path.write_bytes(torn)
+        refused(datasets.open_images, str(path), str(tmp_path / "cache"), names=[str(path)])
+        assert os.listdir(tmp_path / "cache") == []
 
 
 def test_a_tar_torn_between_two_images_is_refused(tmp_path):
@@ -197,13 +200,15 @@ def test_a_tar_torn_between_two_images_is_refused(tmp_path):
     refused(datasets.open_images, str(path), names=["x.tar", "torn"])
 
 
-def test_a_damaged_image_in_an_archive_is_named(tmp_path):
+def test_a_damaged_image_in_an_archive_is_named_and_hinders_nobody_from_the_others(tmp_path):
     path = tmp_path / "x.zip"
     packed(folder_of(tmp_path / "set", 4), path, "")
     damaged = bytearray(path.read_bytes())
     damaged[120] ^= 1  # inside the first image
     path.write_bytes(damaged)
-    refused(datasets.open_images(str(path)).load, 0, names=["x.zip", "cat/000.png"])
+    dataset = datasets.open_images(str(path))
+    refused(dataset.load, 0, names=["x.zip", "cat/000.png"])
+    assert dataset.load(3).shape == (8, 8, 3)
 
 
 def test_a_link_in_a_tar_is_refused_with_advice(tmp_path):
@@ -215,10 +220,26 @@ def test_a_link_in_a_tar_is_refused_with_advice(tmp_path):
     refused(datasets.open_images, str(path), names=["cat/1.png", "--dereference"])
 
 
+def test_what_unpacks_to_far_too_much_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "ALWAYS_ALLOWED", 1 << 20)
+    put(tmp_path / "bomb.tar.gz", gzip.compress(bytes(1 << 26)))  # 64 MiB of zeros in 65 kB
+    np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros((20000, 32, 32, 3), np.uint8))
+    for name in ("bomb.tar.gz", "bomb.npz"):
+        refused(datasets.open_images, str(tmp_path / name), names=(name, "unpack to more than"))
+    assert len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("form", ["x.tar", "x.zip"])
+def test_an_image_file_that_is_too_large_is_named_before_it_is_read(tmp_path, monkeypatch, form):
+    monkeypatch.setattr(archives, "MAX_FILE", 50)
+    path = in_form(folder_of(tmp_path / "d", 4), form)
+    refused(datasets.open_images, path, names=(".png", "an image may have 50"))
+
+
 # ------------------------------------------------------------------------------------------------
 # shards of WebDataset
 
-def shard(path, samples: dict) -> str:
+def tar(path, samples: dict) -> str:
     """A tar of {name: content}."""
     with tarfile.open(path, "w") as archive:
         for name, content in samples.items():
@@ -239,10 +260,10 @@ def samples(numbers, texts, prefix="") -> dict:
 
 
 def test_a_shard_is_read_in_place_with_its_classes(tmp_path, capsys):
-    path = shard(tmp_path / "x.tar", samples(range(4), ["2", "0\n", "10", "2"], "part/a."))
+    path = tar(tmp_path / "x.tar", samples(range(4), ["2", "0\n", "10", "2"], "part/a."))
     # a.0000.png: a sample is what stands before the first dot, so these would all be one
     refused(datasets.open_images, path, names=["x.tar", "holds no images"])
-    path = shard(tmp_path / "x.tar", samples(range(4), ["2", "0\n", "10", "2"], "part/"))
+    path = tar(tmp_path / "x.tar", samples(range(4), ["2", "0\n", "10", "2"], "part/"))
     dataset = datasets.open_images(path)
     assert dataset.classes == ["0", "2", "10"] and dataset.labels.tolist() == [1, 0, 2, 1]
     assert np.array_equal(pickle.loads(pickle.dumps(dataset)).load(3), noise(3, 8, 8))
@@ -254,66 +275,66 @@ def test_a_shard_is_read_in_place_with_its_classes(tmp_path, capsys):
 def test_a_folder_of_shards_is_one_data_set(tmp_path):
     root = tmp_path / "shards"
     root.mkdir()
-    shard(root / "train-0001.tar", samples(range(3, 5), ["cat", "owl"]))
-    shard(root / "train-0000.tar", samples(range(3), ["owl", "dog", "cat"]))
+    tar(root / "train-0001.tar", samples(range(3, 5), ["cat", "owl"]))
+    tar(root / "train-0000.tar", samples(range(3), ["owl", "dog", "cat"]))
     dataset = datasets.open_images(str(root))
     assert dataset.classes == ["cat", "dog", "owl"] and dataset.labels.tolist() == [2, 1, 0, 0, 2]
     for k in range(5):
         assert np.array_equal(dataset.load(k), noise(k, 8, 8))
-    whole = dict(samples(range(3), ["owl", "dog", "cat"]), **samples(range(3, 5), ["cat", "owl"]))
-    one = datasets.open_images(shard(tmp_path / "one.tar", whole))
+    whole = samples(range(5), ["owl", "dog", "cat", "cat", "owl"])
+    one = datasets.open_images(tar(tmp_path / "one.tar", whole))
     assert one.fingerprint == dataset.fingerprint  # however they are packed
     whole["0004.cls"] = b"dog"
-    other = datasets.open_images(shard(tmp_path / "one.tar", whole))
+    other = datasets.open_images(tar(tmp_path / "one.tar", whole))
     assert other.fingerprint != dataset.fingerprint
 
 
 def test_a_mask_beside_an_image_is_not_a_second_image(tmp_path, capsys):
     files = samples(range(2), ["0", "1"])
     files["0000.seg.png"] = PNG
-    assert len(datasets.open_images(shard(tmp_path / "x.tar", files))) == 2
+    assert len(datasets.open_images(tar(tmp_path / "x.tar", files))) == 2
     assert "2 .json, 1 .png" in capsys.readouterr().err
     files["0000.jpg"] = PNG
-    path = shard(tmp_path / "x.tar", files)
+    path = tar(tmp_path / "x.tar", files)
     refused(datasets.open_images, path, names=["0000.png is a second image of its sample"])
 
 
 def test_shards_without_classes_are_refused_with_what_to_do(tmp_path):
     files = samples(range(3), ["0", "1", "0"])
     del files["0001.cls"]
-    path = shard(tmp_path / "x.tar", files)
+    path = tar(tmp_path / "x.tar", files)
     refused(datasets.open_images, path, names=["x.tar: 0001.png has no class", "0001.cls"])
     root = tmp_path / "classes"
     root.mkdir()
     for name in ("cat", "dog"):  # as ImageNet comes: one tar per class
-        shard(root / f"{name}.tar", {"1.png": PNG})
+        tar(root / f"{name}.tar", {"1.png": PNG})
     refused(datasets.open_images, str(root), names=["cat.tar", ".cls", "folder named after"])
 
 
 # ------------------------------------------------------------------------------------------------
 # what is passed over
 
-@pytest.mark.parametrize("form", ["folder", "x.tar", "x.zip"])
+@pytest.mark.parametrize("form", FORMS)
 def test_files_that_are_not_read_are_counted_by_their_endings_in_one_line(tmp_path, form, capsys):
     root = folder_of(tmp_path / "set", 4)
     for k in range(10):
         put(root / "cat" / f"{k}.HEIC", b"a picture, but not for Pillow")
-    put(root / "labels.csv", b"1,2")
-    put(root / "LICENSE", b"words")
-    path = str(root) if form == "folder" else packed(root, tmp_path / form, "")
+    for name in ("labels.csv", "LICENSE", "x.a\nb"):
+        put(root / name, b"words")
+    path = in_form(root, form)
     assert len(datasets.open_images(path)) == 4
     told = capsys.readouterr().err
-    assert told.startswith(f"note: {path}: 12 files passed over: 10 .heic, ")
-    assert "1 .csv" in told and "1 without an ending" in told and told.count("\n") == 1
+    assert told.startswith(f"note: {path}: 13 files passed over: 10 .heic, ")
+    for kind in ("1 .csv", "1 without an ending", "1 with a damaged ending"):
+        assert kind in told
+    assert told.count("\n") == 1
     for file in root.rglob("*.png"):
         file.unlink()
+    refused(datasets.open_images, in_form(root, form),
+            names=["holds no images (13 files passed over: 10 .heic"])
     put(root / "dog" / "1.png", PNG)
-    path = str(root) if form == "folder" else packed(root, tmp_path / form, "")
     if form == "folder":
         refused(datasets.open_images, path, names=["class folder cat", "10 .heic"])
-    (root / "dog" / "1.png").unlink()
-    path = str(root) if form == "folder" else packed(root, tmp_path / form, "")
-    refused(datasets.open_images, path, names=["holds no images (12 files passed over: 10 .heic"])
 
 
 @pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
@@ -324,46 +345,14 @@ def test_one_of_several_processes_says_it(tmp_path, capsys, monkeypatch, rank, l
     assert capsys.readouterr().err.count("passed over") == lines
 
 
-@pytest.mark.parametrize("name", ["lost+found", "System Volume Information", "$RECYCLE.BIN",
-                                  "@eaDir", "__pycache__", "__MACOSX", ".Trash-1000"])
-@pytest.mark.parametrize("form", ["folder", "x.tar", "x.zip"])
-def test_what_systems_leave_in_a_folder_is_no_class(tmp_path, name, form):
+@pytest.mark.parametrize("form", FORMS)
+def test_what_systems_leave_in_a_folder_is_no_class(tmp_path, form, capsys):
     root = folder_of(tmp_path / "set", 4)
-    put(root / name / "thumb.png", b"not an image")
-    put(root / "cat" / "Thumbs.db", b"")
-    path = str(root) if form == "folder" else packed(root, tmp_path / form, "")
-    dataset = datasets.open_images(path)
+    for name in ("lost+found", "System Volume Information", "$RECYCLE.BIN", "@eaDir",
+                 "__pycache__", "__MACOSX", ".Trash-1000", "cat/.ipynb_checkpoints"):
+        put(root / name / "thumb.png", b"not an image")
+    for name in ("Thumbs.db", "._000.png"):
+        put(root / "cat" / name, b"not an image")
+    dataset = datasets.open_images(in_form(root, form))
     assert dataset.classes == ["cat", "dog"] and len(dataset) == 4
-
-
-# ------------------------------------------------------------------------------------------------
-# bombs: a few bytes that unpack to very many
-
-def test_a_compressed_archive_stops_at_the_limit_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "ALWAYS_ALLOWED", 1 << 20)
-    path = put(tmp_path / "bomb.tar.gz", gzip.compress(bytes(1 << 26)))  # 64 MiB of zeros in 65 kB
-    refused(datasets.open_images, path, names=("bomb.tar.gz", "unpack to more than"))
-    assert [p.name for p in tmp_path.iterdir()] == ["bomb.tar.gz"]
-
-
-@pytest.mark.parametrize("ending", ["zip", "tar"])
-def test_an_image_file_that_is_too_large_is_named_before_it_is_read(tmp_path, monkeypatch, ending):
-    monkeypatch.setattr(archives, "MAX_FILE", 50)
-    path = packed(folder_of(tmp_path / "d", 4), tmp_path / f"x.{ending}", "d/")
-    refused(datasets.open_images, path, names=("image", "an image may have 50"))
-
-
-def test_an_npz_that_unpacks_to_far_too_much_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "ALWAYS_ALLOWED", 1 << 20)
-    np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros((20000, 32, 32, 3), np.uint8))
-    path = str(tmp_path / "bomb.npz")
-    refused(datasets.open_images, path, names=("bomb.npz", "unpack to more than"))
-
-
-def test_a_damaged_name_does_not_break_the_line(tmp_path, capsys):
-    folder = folder_of(tmp_path / "images", 3)
-    (folder / "x.a\nb").write_text("")
-    datasets.open_images(str(folder))
-    captured = capsys.readouterr()
-    told = captured.out + captured.err
-    assert "1 with a damaged ending" in told and told.count("\n") == 1
+    assert capsys.readouterr().err == ""

@@ -1,6 +1,4 @@
 """Promises of explain.py: pictures are there, true to the model; the page needs no network."""
-import contextlib
-import io
 import json
 import re
 import shutil
@@ -15,31 +13,22 @@ import explain
 from config import CONFIGS, TokenizerConfig
 from evaluation.intervention import interventions
 from generator import Generator
+from helpers import called, turned_away
 from nativetok import NativeTok, doubling
-from plumbing.start import main_with_user_errors
 from plumbing import checkpoint
 from plumbing.images import to_float
 from plumbing.page import Page
-from plumbing.processes import Processes
 from plumbing.run import open_run
 
 
 def command(run, *flags, out) -> tuple[int, str, str]:
-    words = ["--run", run, "--images", 3, "--out", out, "--device", "cpu", *flags]
-    args = explain.parse(list(map(str, words)))
-    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        try:
-            main_with_user_errors(lambda: explain.main(args))
-        except SystemExit as stop:
-            code = stop.code
-    return code, stdout.getvalue(), stderr.getvalue()
+    return called(explain, "--run", run, "--images", 3, "--out", out, *flags)
 
 
 @pytest.fixture(scope="module")
 def page(small_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("explain") / "page"
-    code, said, err = command(small_run, out=out)
+    code, said, err = command(small_run, "--against", small_run, out=out)
     assert code == 0, err
     return out, said
 
@@ -59,22 +48,11 @@ def test_every_picture_of_the_page_exists_and_nothing_comes_from_elsewhere(page)
 def test_both_curves_are_on_the_page_and_need_no_other_package(page):
     text = (page[0] / "index.html").read_text(encoding="utf-8")
     order, training = re.findall(r"<svg.*?</svg>", text, flags=re.S)
-    assert order.count("<polyline") == 2 and "under the AR model" in order
+    assert order.count("<polyline") == 4, "two of each run"
+    assert "under the AR model" in order
     # three lengths and the fine-tune, then two generators
     assert training.count("<polyline") == 6 and "grow-4 (pixels)" in training
     assert "matplotlib" not in text + Path(explain.__file__).read_text(encoding="utf-8")
-
-
-def test_the_last_column_of_the_token_picture_is_the_reconstruction(small_run, page):
-    model = NativeTok.of_run(str(small_run), torch.device("cpu"))
-    pixels, _ = explain.held_out(open_run(str(small_run), CONFIGS))
-    recon = explain.decode(model, model.encode(to_float(pixels[:3]))).numpy()
-    sheet = np.asarray(Image.open(page[0] / "tokens.png"))
-    columns = 1 + len(doubling(model.num_tokens))
-    step, last = 64 + 2, 2 + (columns - 1) * 66
-    for i in range(3):
-        cell = sheet[2 + i * step:2 + i * step + 64:2, last:last + 64:2]
-        assert np.abs(cell.astype(int) - recon[i]).max() <= 1
 
 
 def cells_of(path, columns: int) -> np.ndarray:
@@ -82,6 +60,14 @@ def cells_of(path, columns: int) -> np.ndarray:
     sheet = np.asarray(Image.open(path)).astype(int)
     tops, lefts = range(2, len(sheet), 66), range(2, 2 + columns * 66, 66)
     return np.stack([np.stack([sheet[y:y + 64:2, x:x + 64:2] for x in lefts]) for y in tops])
+
+
+def test_the_last_column_of_the_token_picture_is_the_reconstruction(small_run, page):
+    model = NativeTok.of_run(str(small_run), torch.device("cpu"))
+    pixels, _ = explain.held_out(open_run(str(small_run), CONFIGS))
+    recon = explain.decode(model, model.encode(to_float(pixels[:3]))).numpy()
+    shown = cells_of(page[0] / "tokens.png", 1 + len(doubling(model.num_tokens)))
+    assert np.abs(shown[:, -1] - recon).max() <= 1
 
 
 @pytest.mark.parametrize("tokenizer, silent", [
@@ -140,14 +126,12 @@ def test_bits_are_those_of_the_generators_loss(small_run):
     assert (marginal <= np.log2(model.cfg.codebook_size) + 1e-6).all() and (marginal >= 0).all()
 
 
-def test_another_run_is_compared_only_on_the_same_images(small_run, tmp_path):
-    code, _, err = command(small_run, "--against", str(small_run), out=tmp_path / "a")
-    assert code == 0, err
+def test_wrong_use_gets_one_line(small_run, tmp_path):
+    turned_away(explain, "--run", tmp_path / "nowhere", says=("nowhere", "not a run"))
     other = shutil.copytree(small_run, tmp_path / "other")
     settings = (other / "config.json").read_text()
     (other / "config.json").write_text(settings.replace("shapes.npz", "missing.npz"))
-    code, _, err = command(small_run, "--against", str(other), out=tmp_path / "b")
-    assert code == 2 and "missing.npz" in err and err.count("\n") == 1
+    turned_away(explain, "--run", small_run, "--against", other, says=("missing.npz",))
 
 
 def test_the_page_says_what_is_unfinished(small_run, tmp_path):
@@ -165,9 +149,3 @@ def test_the_page_says_what_is_unfinished(small_run, tmp_path):
     text = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     assert f"Unfinished: {tokenizer}; maskgit: step 1 of 5. " in text
     assert json.loads((tmp_path / "page" / "answers.json").read_text())["unfinished"] == tokenizer
-
-
-def test_wrong_use_gets_one_line(tmp_path):
-    code, _, err = command(tmp_path / "nowhere", out=tmp_path / "x")
-    assert code == 2 and "not a run" in err and err.count("\n") == 1
-    assert Processes("cpu").main

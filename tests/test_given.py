@@ -4,17 +4,10 @@ import pytest
 import torch
 
 from helpers import refused
-from plumbing.given import described, need_ids, need_images, need_labels, need_map, need_number
+from plumbing.given import need_ids, need_images, need_labels, need_map, need_number
 
 HERE = torch.zeros(1)
 GOOD = torch.zeros(2, 3, 8, 8)
-
-
-def test_what_is_given_is_described_in_few_words():
-    assert described(torch.zeros(2, 3)) == "float32 (2, 3)"
-    assert described(np.zeros((2, 3), np.uint8)) == "ndarray uint8 (2, 3)"
-    assert described([1, 2]) == "list of 2" and described("disc") == "str 'disc'"
-    assert described("x" * 100) == "str"
 
 
 @pytest.mark.parametrize("images, says", (

@@ -209,16 +209,15 @@ def test_a_folder_or_a_missing_file_is_no_image_and_says_so(tmp_path):
 # ------------------------------------------------------------------------------------------------
 # cropping, mirroring, floats, sheets
 
-@pytest.mark.parametrize("height, width", [(1, 1), (10, 2000), (2000, 10), (32, 47), (33, 32)])
 @pytest.mark.parametrize("rng", [None, np.random.default_rng(0)])
-def test_any_shape_becomes_a_square(height, width, rng):
-    assert resize_crop(noise(0, height, width), 32, rng).shape == (32, 32, 3)
+def test_any_shape_becomes_a_square(rng):
+    for height, width in ((1, 1), (10, 2000), (2000, 10), (32, 47), (33, 32)):
+        assert resize_crop(noise(0, height, width), 32, rng).shape == (32, 32, 3)
 
 
 def test_the_centre_crop_of_an_image_of_the_right_height_is_its_middle():
     image = noise(0, 32, 48)
     assert np.array_equal(resize_crop(image, 32), image[:, 8:40])
-    assert np.array_equal(resize_crop(image[:, :32], 32), image[:, :32])
 
 
 def test_shrinking_averages_instead_of_picking_pixels():
@@ -242,14 +241,11 @@ def test_flip_mirrors_about_half_of_the_images():
     assert sum(np.array_equal(result, image) for result in results) == 400 - mirrored
 
 
-def test_all_256_values_survive_the_way_to_float_and_back():
+def test_all_256_values_survive_the_way_to_float_and_back_each_in_its_place():
     images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
     x = to_float(images)
     assert x.shape == (1, 3, 16, 16) and x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
     assert torch.equal(to_uint8(x), images)
-
-
-def test_channels_keep_their_place_and_values_outside_are_clamped():
     images = torch.from_numpy(noise(0)[None])
     assert torch.equal(to_uint8(to_float(images)), images)
     outside = torch.tensor([-9.0, 9.0, 0.0]).view(1, 3, 1, 1)

@@ -167,22 +167,22 @@ def test_a_worker_obeys_its_parent_as_far_as_the_system_lets_it(way, code):
     assert process.exitcode == code
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_workers_death_is_heard_while_a_batch_is_waited_for(monkeypatch, there):
-    """Another signal stands for SIGCHLD, which Windows lacks."""
-    heard, before, watch = [], signal.getsignal(signal.SIGTERM), batches.Watch()
-    monkeypatch.setattr(signal, "SIGCHLD", signal.SIGTERM, raising=False)
-    if not there:
-        monkeypatch.delattr(signal, "SIGCHLD")
-    signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
-    try:
-        watch.begin()
-        signal.raise_signal(signal.SIGTERM)
-        assert len(heard) == (0 if there else 1)
-        with watch.waits():
-            assert len(heard) == 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def test_a_workers_death_is_heard_while_a_batch_is_waited_for_and_at_no_other_moment(small):
+    before = signal.getsignal(signal.SIGCHLD)
+    stream = iter(ImageStream(small, 8, 4, seed=0, workers=1))
+    next(stream)
+    assert signal.getsignal(signal.SIGCHLD) == before
+    worker, = multiprocessing.active_children()
+    worker.kill()
+    worker.join()  # nothing is raised here
+    refused(lambda: stream, names=["a data worker died"])
+
+
+def test_workers_are_started_without_what_windows_lacks(monkeypatch):
+    for name in ("SIGCHLD", "pthread_sigmask"):
+        monkeypatch.delattr(signal, name)
+    with batches.starting_workers():
+        pass
 
 
 @pytest.mark.parametrize("missing", [(), ("SIGHUP", "SIGUSR1")])

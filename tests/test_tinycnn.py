@@ -1,4 +1,5 @@
 """Promises of tinycnn.py: it learns its classes, is bound to its images; its twin never changes."""
+import numpy as np
 import pytest
 import torch
 
@@ -10,31 +11,23 @@ from plumbing.datasets import open_images
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("judge") / "tinycnn.pt")
-    data, val = open_images("shapes"), open_images("shapes:val")
-    train_judge(path, data, val, 32, False, 35, torch.device("cpu"))
+    data, val = open_images("shapes"), open_images("shapes:val").subset(np.arange(200))
+    train_judge(path, data, val, 32, False, 30, torch.device("cpu"))
     return path, data, val
 
 
-def test_a_minute_of_shapes_is_enough_to_tell_them_apart(judged):
-    _, accuracy = load_judge(*judged)
-    assert accuracy > 0.5, "chance is 0.1, and this was a small part of the training"
-
-
-def test_loading_gives_the_same_net_again(judged):
+def test_a_few_seconds_of_shapes_are_enough_to_tell_them_apart(judged):
+    net, accuracy = load_judge(*judged)
+    assert accuracy > 0.4, "chance is 0.1, and this was a small part of the training"
     x = torch.rand(3, 3, 32, 32)
-    a, b = (load_judge(*judged)[0](x) for _ in range(2))
-    assert torch.equal(a[0], b[0]) and a[1].shape == (3, 128)
+    assert torch.equal(net(x)[0], load_judge(*judged)[0](x)[0])
 
 
-def test_it_is_refused_for_other_images(judged):
+def test_it_is_refused_for_other_images_and_its_accuracy_is_that_of_its_own(judged):
     path, data, val = judged
     refused(load_judge, path, data.subset(range(100)), val,
             names=("other images", "--train_features"))
-
-
-def test_its_accuracy_is_told_of_those_held_out_images_only(judged):
-    path, data, val = judged
-    assert load_judge(path, data, val.subset(range(400)))[1] is None
+    assert load_judge(path, data, val.subset(range(100)))[1] is None
 
 
 def test_one_class_is_nothing_to_learn(tmp_path):
