@@ -171,12 +171,12 @@ def test_through_a_grow_phase_old_ids_and_frozen_parameters_stay_identical_to_th
 
 
 def test_growth_to_the_same_or_a_smaller_length_is_refused_and_changes_nothing():
-    model = small().grow_to(4)
-    for length in (4, 3, -1):
-        with pytest.raises(UserError, match=f"cannot grow from 4 to {length} tokens"):
+    model = small().grow_to(6)  # in the steps of the schedule, as training took them
+    for length in (6, 3, -1):
+        with pytest.raises(UserError, match=f"cannot grow from 6 to {length} tokens"):
             model.grow(length)
-    assert model.num_tokens == model.mocet.num_tokens == 4
-    assert model.mocet.lengths == [2, 4] and [*map(len, model.decoder.code_pos)] == [2, 2]
+    assert model.num_tokens == model.mocet.num_tokens == 6
+    assert model.mocet.lengths == [2, 4, 6] and [*map(len, model.decoder.code_pos)] == [2, 2, 2]
 
 
 def test_baselines_cannot_grow():
