@@ -3,8 +3,9 @@
 Loop     works by itself, in anybody's program:
 
     model = nn.Linear(3, 1)
-    optim = Optim(64, 1000, 1e-3, 1e-5, 100, 0.99, 0.01)  # batch, steps, peak, end, warm-up ...
-    loop = Loop(model, make_ema(model), new_optimizer(model, "adamw", 0.01, 0.99), optim)
+    optim = Optim(64, 1000, 1e-2, 1e-4, 100, 0.99, 0.01)  # batch, steps, peak, end, warm-up ...
+    loop = Loop(model, make_ema(model), new_optimizer(model, "adamw", 0.01, 0.99), optim,
+                on_log=print)
     for x, y in loop.over(batches):     # one micro-batch a turn, on the device
         with loop.autocast():           # only here: backward is outside of it
             loss = mse(loop.model(x), y)
@@ -38,7 +39,7 @@ from layers import count_parameters
 from muon import Muon, matrices_of
 from plumbing import checkpoint
 from plumbing.batches import ImagesFailed
-from plumbing.flags import need
+from plumbing.flags import UserError, need
 from plumbing.processes import (
     INTERRUPTED, Interrupted, Processes, peak_memory, reset_peak_memory)
 from plumbing.run import Run
@@ -117,8 +118,8 @@ class Loop:
     ema        the averaged copy, or None
     procs      whose processes share each batch (default: this one alone)
     on_log     is given each row, a dictionary
-    Raises UserError when a batch cannot be cut into `accumulate` equal pieces, and after ten steps
-    in a row that were not finite.
+    Raises UserError when a batch cannot be cut into `accumulate` equal pieces, when the batches end
+    before the steps do, and after ten steps in a row that were not finite.
     """
 
     def __init__(self, model: nn.Module, ema: nn.Module | None, optimizer: Muon, optim: Optim, *,
@@ -153,7 +154,11 @@ class Loop:
             # 1. The batch, and whether all processes have one and want to go on.
             if self.step < optim.steps:
                 with procs.interruptible():
-                    batch = next(self.batches)
+                    batch = next(self.batches, None)
+                if batch is None:
+                    self.close()
+                    raise UserError(f"{self.name}: the batches ended after {self.step} of "
+                                    f"{optim.steps} steps; give endless batches, or fewer steps")
             self.agree()
             if self.step == optim.steps:
                 break

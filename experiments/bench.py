@@ -42,7 +42,7 @@ from mocet import MoCET
 from nativetok import NativeTok, sample_batch
 from plumbing import checkpoint
 from plumbing.datasets import open_images
-from plumbing.flags import DEVICES, Parser, choose, need, number
+from plumbing.flags import DEVICES, Parser, choose, need
 from plumbing.graphs import Recorded
 from plumbing.outputs import JSON, need_places
 from plumbing.processes import Processes, need_one_process, provenance
@@ -62,8 +62,8 @@ TINY = (dict(image_size=32, patch_size=8, encoder_width=32, encoder_depth=1, enc
 class Bench:
     """The rows so far, and how they are measured; flops: of each way that seconds() took last."""
 
-    def __init__(self, device: str = "cpu", repeats: int = 3, quick: bool = False):
-        self.procs, self.repeats, self.quick = Processes(device), repeats, quick
+    def __init__(self, device: str = "cpu", quick: bool = False):
+        self.procs, self.repeats, self.quick = Processes(device), 1 if quick else 3, quick
         self.device, self.rows, self.peaks = self.procs.device, [], {}
 
     def preset(self, name: str) -> tuple:
@@ -365,9 +365,8 @@ def parse(argv=None) -> argparse.Namespace:
     parser = Parser(prog="bench.py", description=__doc__, epilog=f"Rows: {names}")
     add = parser.add_argument
     add("--rows", nargs="+", metavar="ROW", help="only these (default: all of a CPU, or of a GPU)")
-    add("--repeats", type=number(int, 1), default=3, help="of each measurement (default: 3)")
     add("--device", choices=DEVICES, default="auto", help="where to compute")
-    add("--quick", action="store_true", help="tiny models, to see that every row runs")
+    add("--quick", action="store_true", help="tiny models, once, to see that every row runs")
     add("--json", metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
     for name in args.rows or ():
@@ -379,7 +378,7 @@ def parse(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse(argv)
     need_one_process("experiments.bench")
-    bench = Bench(args.device, args.repeats, args.quick)
+    bench = Bench(args.device, args.quick)
     words = sys.argv[1:] if argv is None else argv
     origin = provenance(shlex.join(["python", "-m", "experiments.bench", *words]), bench.device)
     made = origin | {"seed": 0, "gflops": {"float32": bench.peak(FP32) / 1e9,

@@ -48,7 +48,6 @@ def parse(argv=None):
     add("--val_data", required=True, help="images to be judged by, all of them")
     add("--steps", type=number(int, 1), default=850,
         help="training steps (default: 850, the record's)")
-    add("--seed", type=int, default=0, help="seed of weights and order (default: 0)")
     add("--out", default="runs/speedrun", help="folder of its own, made anew (default: "
         "runs/speedrun)")
     add("flags", nargs="*", help="after --: flags of train.py, in place of the preset's settings")
@@ -101,18 +100,17 @@ def main(args) -> None:
     need_one_process("experiments.speedrun")
     flags = ["--preset", "cifar", "--stage", "1", "--token_schedule", "16", "--run", args.out,
              "--data", args.data, "--val_data", args.val_data, "--base_steps", str(args.steps),
-             "--seed", str(args.seed), "--save_every", str(args.steps), *args.flags]
+             "--save_every", str(args.steps), *args.flags]
     settings = config.parse_run(train.__doc__, flags)
     bits = settings.tok.num_tokens * np.log2(settings.tok.codebook_size)
     need(bits <= BITS, f"{bits:.0f} bits are more than the {BITS} that the rule allows")
     given = {"--run": (settings.run, args.out), "--data": (settings.train.data, args.data),
              "--val_data": (settings.train.val_data, args.val_data),
-             "--seed": (settings.train.seed, args.seed),
              "--base_steps": (settings.train.base_steps, args.steps)}
     for flag, (now, asked) in given.items():
         need(now == asked, f"{flag} after -- would change what this program has been given before "
              "it; leave it out")
-    train_and_val(args.data, args.val_data, settings.train.holdout, args.seed)
+    train_and_val(args.data, args.val_data, settings.train.holdout, settings.train.seed)
     empty_folder(args.out)
     command = "python -m experiments.speedrun " + shlex.join(sys.argv[1:])
     checkpoint.write_json(os.path.join(args.out, MARK), {"command": command})
@@ -128,7 +126,7 @@ def main(args) -> None:
     result = evaluate(tokenizer, judged)
     judged.end()
     row = {**provenance(command, judged.procs.device),
-           "minutes": round(minutes, 2), "steps": args.steps, "seed": args.seed,
+           "minutes": round(minutes, 2), "steps": args.steps, "seed": settings.train.seed,
            "threads": torch.get_num_threads(), "psnr": result["psnr"], "images": result["images"],
            "peak_mb": peak_memory(judged.procs.device) >> 20, "passed": result["psnr"] >= TARGET}
     checkpoint.write_json(os.path.join(args.out, MARK), row)

@@ -21,7 +21,7 @@ import unicodedata
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -99,21 +99,19 @@ class ImageSet:
         return image
 
     def subset(self, indices: np.ndarray) -> "ImageSet":
-        cut, prints = np.asarray(indices, np.int64).tobytes(), self.prints
-        if prints:
-            prints = prints._replace(listing=digest(prints.listing, cut))
-        return ImageSet(self.name, self.classes, self.labels[indices],
-                        digest(self.fingerprint, cut), self.keys[indices], self.read, self.peek,
-                        prints)
+        cut = np.asarray(indices, np.int64).tobytes()
+        prints = self.prints and self.prints._replace(listing=digest(self.prints.listing, cut))
+        return replace(self, labels=self.labels[indices], fingerprint=digest(self.fingerprint, cut),
+                       keys=self.keys[indices], prints=prints, kept={})
 
     def broken_since(self, listing: str, content: np.ndarray) -> list[str]:
         """What a set with these prints must be for both to be the same: names of its files that
         have turned bad since. [] where anything else has changed."""
-        if self.prints is None or (listing, len(content)) != (self.prints.listing,
-                                                              len(self.prints.content)):
+        ours = self.prints
+        if ours is None or (listing, len(content)) != (ours.listing, len(ours.content)):
             return []
         broken = []
-        for key in self.prints.keys[self.prints.content != content]:
+        for key in ours.keys[ours.content != content]:
             try:
                 self.read(key)
                 return []  # another picture

@@ -7,6 +7,7 @@ Differs  from argparse alone: the comment behind a field is its help text, no fl
 """
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -113,6 +114,7 @@ def as_flags(values: dict) -> list[str]:
     return words
 
 
+@functools.cache  # finding a class in its file takes longer than all else that a Parser does
 def help_lines(config) -> dict:
     """{field name: the comment behind the field, or the one right above it where it is long}."""
     found, above = {}, []

@@ -54,13 +54,14 @@ def quick(monkeypatch):
         signal.signal(number, handler)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory):
     return some_shapes(tmp_path_factory.mktemp("data") / "shapes.npz", 60)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory, data):
+    """A whole run of train.py on 60 shapes. Never change it."""
     folder = tmp_path_factory.mktemp("finished")
     patch = pytest.MonkeyPatch()
     patch.setattr(run, "EVAL_IMAGES", 20)

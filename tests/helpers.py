@@ -1,6 +1,7 @@
 """What several test files need: images to feed in, programs to start, what a UserError is like."""
 import contextlib
 import copy
+import fcntl
 import io
 import itertools
 import json
@@ -38,6 +39,12 @@ SMALL = ("--preset tiny --encoder_width 32 --encoder_heads 2 --expert_width 32 -
          "--generator_width 32 --generator_depth 1 --generator_heads 2 --generator_batch_size 8 "
          "--generator_steps 5 --tail_drop 0.5 "
          "--reseed_every 2 --log_every 1 --save_every 2 --sample_every 3 --device cpu").split()
+# d2it.train's, with all stages in it.
+SMALL_D2IT = (
+    "--preset d2it-tiny --dvae_width 8 --content_width 32 --content_depth 1 --refine_depth 1 "
+    "--content_heads 2 --grain_width 32 --grain_depth 1 --grain_heads 2 --batch_size 8 "
+    "--dvae_steps 5 --grain_steps 5 --content_steps 5 --save_every 2 --log_every 1 "
+    "--sample_every 4 --device cpu").split()
 
 
 def noise(seed: int, height: int = 20, width: int = 30) -> np.ndarray:
@@ -119,6 +126,24 @@ def held_shapes(path, n: int = 60) -> str:
     return some_shapes(path, n, first=60)
 
 
+def made_once(tmp_path_factory, name: str, make) -> Path:
+    """A folder that make(folder) fills, for all of pytest's processes; never change it.
+
+    The first process that asks makes it, and the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, each with a folder of its own in this
+        base = base.parent
+    folder, finished = base / name, base / f"{name}.finished"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            finished.touch()
+    return folder
+
+
 def same_content(a, b) -> bool:
     """Equal to the bit, through dicts and lists, types included."""
     if type(a) is not type(b):
@@ -167,10 +192,11 @@ def interrupt_at(monkeypatch, phase: str, step: int) -> None:
 # ------------------------------------------------------------------------------------------------
 # programs, as their users start them
 
-# A server imports torch once and forks for each program: that saves 3 s of every start. A process
-# that has run tests is no good to fork: it has threads, patches and settings.
+# A server imports torch once and forks for each program: that saves 3 s of every start, 1 s of it
+# by torch._dynamo, which every optimizer imports. A process that has run tests is no good to fork:
+# it has threads, patches and settings.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "numpy", "PIL.Image", "tqdm"])
+SERVER.set_forkserver_preload(["torch", "torch._dynamo", "numpy", "PIL.Image", "tqdm"])
 
 
 def run_as_main(words: list[str], said: str, environment: dict[str, str]) -> None:

@@ -15,8 +15,6 @@ from plumbing import batches, datasets
 from plumbing.batches import ImageStream, eval_batches
 from plumbing.images import resize_crop
 
-
-
 # ------------------------------------------------------------------------------------------------
 # the stream
 
@@ -33,10 +31,12 @@ def stream(dataset, **options):
 
 
 def test_the_stream_is_the_same_with_and_without_workers(small):
+    before = torch.get_rng_state()
     plain = take(stream(small), 9)  # more than two epochs
     assert plain[0][0].shape == (6, 8, 8, 3)
     assert plain[0][0].dtype == torch.uint8 and plain[0][1].dtype == torch.int64
     assert same(plain, take(stream(small, workers=2), 9))
+    assert torch.equal(before, torch.get_rng_state()), "no global random number is drawn"
     assert not same(plain, take(stream(small, seed=6), 9))
 
 
@@ -63,10 +63,11 @@ def test_order_and_crops_do_not_depend_on_the_batch_size(small):
 
 
 def test_every_epoch_shows_every_image_once_in_a_new_order_and_with_new_crops(small):
-    plain = stream(small, image_size=12, flip=False, random_crop=False, batch_size=23)
-    first, second = ([image.numpy().tobytes() for image in images] for images, _ in take(plain, 2))
-    whole = sorted(small.load(i).tobytes() for i in range(23))
-    assert sorted(first) == sorted(second) == whole and first != second
+    plain = take(stream(small, image_size=12, flip=False, random_crop=False, batch_size=23), 2)
+    first, second = ([image.numpy().tobytes() for image in images] for images, _ in plain)
+    label_of = {small.load(i).tobytes(): small.labels[i] for i in range(23)}
+    assert sorted(first) == sorted(second) == sorted(label_of) and first != second
+    assert [label_of[image] for image in first] == plain[0][1].tolist()
     crops = [images for images, _ in take(stream(small, batch_size=23), 2)]
     assert len({image.numpy().tobytes() for image in torch.cat(crops)}) == 46
 
@@ -77,12 +78,6 @@ def test_a_data_set_smaller_than_a_batch_works(small):
     assert [len(labels) for _, labels in batches] == [8, 8, 8]
     images = [image.numpy().tobytes() for batch in batches for image in batch[0]]
     assert all(images.count(few.load(i).tobytes()) == 8 for i in range(3))
-
-
-def test_labels_belong_to_their_images(small):
-    label_of = {small.load(i).tobytes(): small.labels[i] for i in range(23)}
-    for images, labels in take(stream(small, image_size=12, flip=False, random_crop=False), 4):
-        assert [label_of[image.numpy().tobytes()] for image in images] == labels.tolist()
 
 
 def test_small_images_are_read_once_and_change_nothing(tmp_path):
@@ -106,13 +101,6 @@ def test_large_images_and_too_many_and_those_of_workers_are_not_kept(
     dataset = datasets.open_images(str(folder_of(tmp_path / "set", 6, size=12)))
     take(stream(dataset, workers=workers), 3)
     assert len(dataset.kept) == kept
-
-
-def test_the_stream_leaves_the_global_random_state_alone(small):
-    before = torch.get_rng_state()
-    take(stream(small), 2)
-    take(stream(small, workers=1), 2)
-    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_workers_outlive_signals_from_their_first_moment_on(small):
@@ -191,20 +179,15 @@ def test_workers_need_no_function_that_windows_lacks(small, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 # unreadable images on the way
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_first_unreadable_image_stops_the_stream_with_its_name_in_one_line(tmp_path, workers):
+@pytest.mark.parametrize("skip_bad, workers", [(None, 0), (False, 0), (False, 2)])
+def test_an_unreadable_image_is_named_and_skip_bad_advised_where_there_is_such_a_flag(
+        tmp_path, skip_bad, workers):
     bad = put(folder_of(tmp_path / "set", 12) / "cat" / "bad.png", b"<html>")
-    stopped = iter(stream(datasets.open_images(str(tmp_path / "set")), workers=workers))
-    refused(lambda: stopped, names=[bad, "an HTML page"])
-
-
-@pytest.mark.parametrize("skip_bad", [None, False])
-def test_skip_bad_is_advised_only_where_there_is_such_a_flag(tmp_path, skip_bad):
-    put(folder_of(tmp_path / "set", 12) / "cat" / "bad.png", b"<html>")
     dataset = datasets.open_images(str(tmp_path / "set"))
-    for made in (iter(stream(dataset, skip_bad=skip_bad)),
-                 eval_batches(dataset, 8, 4, skip_bad=skip_bad)):
-        message = refused(lambda made: made, made, names=["replace or remove it"])
+    for made in (iter(stream(dataset, skip_bad=skip_bad, workers=workers)),
+                 eval_batches(dataset, 8, 4, skip_bad=skip_bad, workers=workers)):
+        told = [bad, "an HTML page", "replace or remove it"]
+        message = refused(lambda made: made, made, names=told)
         assert ("--skip_bad" in message) == (skip_bad is False)
 
 
@@ -247,18 +230,14 @@ def test_evaluation_shows_every_image_once_in_order(small, workers):
     images = np.stack([small.load(i) for i in range(23)])
     assert np.array_equal(torch.cat([b[0] for b in batches]).numpy(), images)
     assert torch.cat([b[1] for b in batches]).tolist() == small.labels.tolist()
-
-
-def test_evaluation_of_chosen_images_keeps_their_order(small):
-    (images, labels), = eval_batches(small, 8, 10, indices=[7, 2, 2])
-    assert labels.tolist() == small.labels[[7, 2, 2]].tolist()
+    (images, labels), = eval_batches(small, 8, 10, indices=[7, 2, 2], workers=workers)
+    assert labels.tolist() == small.labels[[7, 2, 2]].tolist(), "chosen ones keep their order"
     assert np.array_equal(images[0].numpy(), resize_crop(small.load(7), 8))
     assert torch.equal(images[1], images[2])
 
 
-def test_evaluation_stops_at_an_unreadable_image_unless_told_otherwise(tmp_path):
+def test_evaluation_passes_over_an_unreadable_image_where_told_to(tmp_path):
     root = folder_of(tmp_path / "set", 6)
-    bad = put(root / "cat" / "000.png", b"")
+    put(root / "cat" / "000.png", b"")
     dataset = datasets.open_images(str(root))
-    refused(eval_batches, dataset, 8, 4, names=[bad])
     assert sum(len(labels) for _, labels in eval_batches(dataset, 8, 4, skip_bad=True)) == 6

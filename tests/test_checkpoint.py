@@ -2,8 +2,6 @@
 import os
 import random
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -11,25 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import names, same_content
+from helpers import ended, names, program, refused, same_content, start_program
+from muon import Muon
 from torch import nn
 
 from plumbing import checkpoint
-from plumbing.flags import UserError
-
-ROOT = Path(__file__).parent.parent
 
 
 def content(step: int) -> dict:
     """What a small run might save; every number in it tells the step."""
     return {"step": step, "model": {"weight": torch.full((50, 7), float(step))}}
-
-
-def start(code: str, *args) -> subprocess.Popen:
-    """A Python process that runs `code` beside the project's files."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=environment,
-                            stdout=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -46,22 +35,17 @@ def path(tmp_path) -> Path:
 
 def test_what_was_saved_comes_back_with_types_and_bits(tmp_path):
     model = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    optimizer = Muon([dict(params=list(model.parameters()), matrices=0, lr=1e-3)])
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    saved = {"optimizer": optimizer.state_dict(), "half": torch.ones(2, dtype=torch.bfloat16),
-             "empty": torch.zeros(0),
+    state = model.state_dict()
+    assert type(state) is OrderedDict
+    saved = {"model": state, "optimizer": optimizer.state_dict(),
+             "half": torch.ones(2, dtype=torch.bfloat16), "empty": torch.zeros(0),
              "scalar": torch.tensor(3), "random": checkpoint.random_state(),
              "plain": ["text", 1, 0.5, True, None, (1, (2,)), {3: "int key"}]}
     checkpoint.save(tmp_path / "x.pt", saved)
-    assert same_content(checkpoint.load(tmp_path / "x.pt"), saved)
-
-
-def test_a_state_dict_comes_back_as_a_plain_dict(tmp_path):
-    state = nn.Linear(3, 2).state_dict()
-    assert type(state) is OrderedDict
-    checkpoint.save(tmp_path / "x.pt", {"model": state})
-    assert same_content(checkpoint.load(tmp_path / "x.pt")["model"], dict(state))
+    assert same_content(checkpoint.load(tmp_path / "x.pt"), {**saved, "model": dict(state)})
 
 
 def test_the_newest_two_are_kept_and_nothing_else(path):
@@ -73,49 +57,37 @@ def test_the_newest_two_are_kept_and_nothing_else(path):
 
 def test_nothing_to_load_is_one_clear_line(tmp_path):
     assert not checkpoint.exists(tmp_path / "x.pt")
-    with pytest.raises(UserError, match=r"x\.pt does not exist; train first"):
-        checkpoint.load(tmp_path / "x.pt")
+    refused(checkpoint.load, tmp_path / "x.pt", names=["x.pt does not exist; train first"])
 
 
 def test_another_format_is_refused_and_not_replaced_by_the_previous_one(path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FORMAT", 2)
     checkpoint.save(path, content(3))
     monkeypatch.undo()
-    with pytest.raises(UserError, match="pt has checkpoint format 2, this program reads format 1"):
-        checkpoint.load(path)
-
-
-@pytest.mark.parametrize("foreign", [{"model": 1}, [1, 2], torch.zeros(2)],
-                         ids=["dict", "list", "tensor"])
-def test_a_file_of_another_program_is_refused(tmp_path, foreign):
-    torch.save(foreign, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="format None"):
-        checkpoint.load(tmp_path / "x.pt")
+    refused(checkpoint.load, path, names=["format 2, this program reads format 1"])
+    for foreign in ({"model": 1}, [1, 2], torch.zeros(2)):  # another program's
+        torch.save(foreign, path)
+        refused(checkpoint.load, path, names=["format None"])
 
 
 def test_a_missing_key_is_named(path):
     assert checkpoint.load(path, needs=("step", "model"))["step"] == 2
-    with pytest.raises(UserError, match="tokenizer.pt has no ema, phase; "):
-        checkpoint.load(path, needs=("step", "ema", "phase"))
+    refused(lambda: checkpoint.load(path, needs=("step", "ema", "phase")),
+            names=["tokenizer.pt has no ema, phase; "])
 
 
 # ------------------------------------------------------------------------------------------------
 # damage
 
-@pytest.mark.parametrize("share", [0, "one byte", 0.5, 0.999])
-def test_a_torn_newest_falls_back_to_the_previous_with_a_warning(path, capsys, share):
-    size = path.stat().st_size
-    os.truncate(path, 1 if share == "one byte" else int(size * share))
-    assert same_content(checkpoint.load(path), content(1))
-    warning = capsys.readouterr().err
-    assert warning.startswith("warning: tokenizer.pt: ")
-    assert warning.endswith("using tokenizer.prev.pt instead\n")
-    assert warning.count("\n") == 1
-
-
-def test_a_whole_newest_gives_no_warning(path, capsys):
-    assert same_content(checkpoint.load(path), content(2))
-    assert capsys.readouterr().err == ""
+def test_a_torn_newest_falls_back_to_the_previous_with_a_warning(path, capsys):
+    whole = path.read_bytes()
+    assert same_content(checkpoint.load(path), content(2)) and not capsys.readouterr().err
+    for size in (0, 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert same_content(checkpoint.load(path), content(1))
+        warning = capsys.readouterr().err
+        assert warning.startswith("warning: tokenizer.pt: ") and warning.count("\n") == 1
+        assert warning.endswith("using tokenizer.prev.pt instead\n")
 
 
 def flip(path: Path, whole: bytes, position: int, bit: int) -> None:
@@ -141,7 +113,7 @@ def test_a_flipped_bit_anywhere_gives_a_good_checkpoint_or_the_one_before(path):
         attributes = whole.rindex(b"PK\1\2", archive.start_dir, entry) + 38
     anywhere = random.Random(0)
     places = [(attributes + i, bit) for i in range(4) for bit in range(8)] + \
-             [(anywhere.randrange(len(whole)), anywhere.randrange(8)) for _ in range(400)]
+             [(anywhere.randrange(len(whole)), anywhere.randrange(8)) for _ in range(150)]
     for position, bit in places:
         flip(path, whole, position, bit)
         found = checkpoint.load(path)
@@ -151,10 +123,7 @@ def test_a_flipped_bit_anywhere_gives_a_good_checkpoint_or_the_one_before(path):
 def test_two_damaged_ones_are_both_named(path):
     os.truncate(path, 100)
     os.truncate(checkpoint.previous(path), 0)
-    told = r"tokenizer\.pt: .*tokenizer\.prev\.pt: .*start again"
-    with pytest.raises(UserError, match=told) as error:
-        checkpoint.load(path)
-    assert "\n" not in str(error.value)
+    refused(checkpoint.load, path, names=["tokenizer.pt: ", "tokenizer.prev.pt: ", "start again"])
 
 
 class Hostile:
@@ -229,7 +198,7 @@ def test_a_damaged_newest_never_pushes_out_the_good_one_before_it(path):
 SAVE_AND_KILL = """
 import os, signal, sys, time, torch
 from plumbing import checkpoint
-for number, delay in enumerate((0.03, 0.05, 0.08, 0.11, 0.17)):
+for number, delay in enumerate((0.03, 0.08, 0.17)):
     path = os.path.join(sys.argv[1], str(number), "x.pt")
     os.mkdir(os.path.dirname(path))
     child, step = os.fork(), 0
@@ -244,13 +213,10 @@ for number, delay in enumerate((0.03, 0.05, 0.08, 0.11, 0.17)):
 """
 
 
+@pytest.mark.faults
 def test_kill_9_in_the_middle_of_saving_leaves_a_good_checkpoint(tmp_path):
-    killer = start(SAVE_AND_KILL, tmp_path)
-    try:
-        killer.communicate(timeout=60)
-    finally:
-        killer.kill()
-    assert killer.returncode == 0 and len(names(tmp_path)) == 5
+    killer = program("-c", SAVE_AND_KILL, tmp_path)
+    assert killer.returncode == 0 and len(names(tmp_path)) == 3, killer.stderr
     for folder in tmp_path.iterdir():
         found = checkpoint.load(folder / "x.pt")
         whole = torch.full((400_000,), float(found["step"]))
@@ -263,21 +229,24 @@ FILL = """
 import resource, sys, torch
 from plumbing import checkpoint
 from plumbing.flags import UserError
+told, endless = [], resource.RLIM_INFINITY
 for limit in (0, 300, 5_000, 100_000, 399_900, 401_000):
     # the kernel refuses to write on
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, endless))
     try:
         checkpoint.save(sys.argv[1], {"step": 3, "weight": torch.ones(100_000)})
     except UserError as error:
-        print(error)
+        told.append(str(error))
+resource.setrlimit(resource.RLIMIT_FSIZE, (endless, endless))  # what is printed is a file too
+print(*told, sep="\\n", flush=True)
 """
 
 
 def test_a_full_disk_is_one_clear_line_and_the_old_checkpoints_stay(path):
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
-    filler = start(FILL, path)
-    lines = filler.communicate()[0].splitlines()
-    assert filler.returncode == 0 and len(lines) == 6
+    filler = program("-c", FILL, path)
+    lines = filler.stdout.splitlines()
+    assert filler.returncode == 0 and len(lines) == 6, filler.stderr
     for line in lines:
         assert line.startswith(f"cannot write {path}: File too large; is the disk full")
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
@@ -286,8 +255,7 @@ def test_a_full_disk_is_one_clear_line_and_the_old_checkpoints_stay(path):
 def test_a_folder_that_cannot_be_written_is_one_clear_line(path):
     # no such folder, and a file in its place
     for bad in (path.parent / "absent" / "x.pt", path / "x.pt"):
-        with pytest.raises(UserError, match="cannot write .*x.pt: .*not writable"):
-            checkpoint.save(bad, content(1))
+        refused(checkpoint.save, bad, content(1), names=["cannot write", "x.pt", "not writable"])
 
 
 def test_an_interrupted_save_leaves_no_temporary(path, monkeypatch):
@@ -301,8 +269,8 @@ def test_an_interrupted_save_leaves_no_temporary(path, monkeypatch):
 
 
 def test_sweep_removes_leftovers_of_dead_processes_and_nothing_else(path):
-    dead = start("")
-    dead.communicate()
+    dead = start_program("-c", "")
+    ended(dead)
     living = os.getppid()
     stale = [f".tokenizer.pt.tmp-{dead.pid}", f".log.jsonl.tmp-{os.getpid()}", f".x.tmp-{10**30}"]
     good = [f".tokenizer.pt.tmp-{living}", ".tokenizer.pt.tmp-x", ".hidden", "tmp-1"]
@@ -313,26 +281,14 @@ def test_sweep_removes_leftovers_of_dead_processes_and_nothing_else(path):
     checkpoint.sweep(path.parent / "absent")  # the first start has no folder yet
 
 
-def test_on_windows_no_process_is_asked_whether_it_lives(path, monkeypatch):
-    monkeypatch.setattr(sys, "platform", "win32")
-    def kill(*_):
-        raise AssertionError("that would be Ctrl-C for the whole group")
-    monkeypatch.setattr(os, "kill", kill)
-    (path.parent / f".tokenizer.pt.tmp-{os.getppid()}").touch()
-    checkpoint.sweep(path.parent)
-    assert names(path.parent) == ["tokenizer.prev.pt", "tokenizer.pt"]
-
-
 # ------------------------------------------------------------------------------------------------
 # what is never saved
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("wrap", [float, lambda x: torch.tensor([0., x]),
-                                  lambda x: torch.tensor(x, dtype=torch.bfloat16)],
-                         ids=["float", "tensor", "bfloat16"])
-def test_nothing_that_is_not_finite_is_ever_saved(path, bad, wrap):
-    with pytest.raises(UserError, match=r"optimizer\.state\.0\.exp_avg is not finite"):
-        checkpoint.save(path, {"step": 3, "optimizer": {"state": {0: {"exp_avg": wrap(bad)}}}})
+def test_nothing_that_is_not_finite_is_ever_saved(path, bad):
+    for value in (bad, torch.tensor([0., bad]), torch.tensor(bad, dtype=torch.bfloat16)):
+        state = {"step": 3, "optimizer": {"state": {0: {"exp_avg": value}}}}
+        refused(checkpoint.save, path, state, names=["optimizer.state.0.exp_avg is not finite"])
     assert checkpoint.load(path)["step"] == 2
     assert names(path.parent) == ["tokenizer.prev.pt", "tokenizer.pt"]
 

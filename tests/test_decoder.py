@@ -1,6 +1,6 @@
 """Promises of decoder.py: any prefix is a picture, a code reaches all of it, patches lie right."""
-
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -9,16 +9,8 @@ import torch.nn.functional as F
 from config import TokenizerConfig
 from decoder import Decoder
 
-CFG = TokenizerConfig(
-    image_size=16,
-    patch_size=4,
-    token_schedule=(3, 7),
-    code_dim=4,
-    codebook_size=16,
-    decoder_width=32,
-    decoder_depth=2,
-    decoder_heads=2,
-)
+CFG = TokenizerConfig(image_size=16, patch_size=4, token_schedule=(3, 7), code_dim=4,
+                      codebook_size=16, decoder_width=32, decoder_depth=2, decoder_heads=2)
 N = CFG.num_patches
 
 
@@ -28,9 +20,8 @@ def small(cfg=CFG) -> Decoder:
 
 
 def some_codes(length=3, batch=2):
-    return F.normalize(
-        torch.randn(batch, length, 4, generator=torch.Generator().manual_seed(1)), dim=-1
-    )
+    draw = torch.Generator().manual_seed(1)
+    return F.normalize(torch.randn(batch, length, 4, generator=draw), dim=-1)
 
 
 def by_patch(images):
@@ -45,29 +36,16 @@ def changed_patches(before, after):
 
 
 @torch.no_grad()
-def test_every_prefix_is_a_picture_before_and_after_growth():
-    decoder = small()
-    for length in (3, 7):
-        if length == 7:
-            decoder.grow(7)
-        pictures = [decoder(some_codes(length)[:, :k]) for k in range(1, length + 1)]
-        assert all(
-            picture.shape == (2, 3, 16, 16) and picture.isfinite().all() for picture in pictures
-        )
-        assert all((a - b).abs().max() > 1e-4 for a, b in zip(pictures, pictures[1:])), (
-            "each further code changes it"
-        )
-
-
-@torch.no_grad()
-def test_growth_leaves_the_pictures_of_old_lengths_as_they_were():
-    decoder = small()
-    before = [decoder(some_codes()[:, :k]) for k in (1, 2, 3)]
+def test_every_prefix_is_a_picture_and_growth_leaves_those_of_old_lengths_as_they_were():
+    decoder, codes = small(), some_codes(7)
+    before = [decoder(codes[:, :k]) for k in (1, 2, 3)]
     old = dict(decoder.named_parameters())
     decoder.grow(7)
-    assert all(
-        torch.equal(decoder(some_codes()[:, :k]), picture) for k, picture in zip((1, 2, 3), before)
-    )
+    pictures = [decoder(codes[:, :k]) for k in range(1, 8)]
+    assert all(map(torch.equal, pictures, before)), "of the first three lengths"
+    assert all(picture.shape == (2, 3, 16, 16) for picture in pictures)
+    for picture, longer in itertools.pairwise(pictures):
+        assert (picture - longer).abs().max() > 1e-4, "each further code changes it"
     new = dict(decoder.named_parameters())
     assert all(new[name] is p for name, p in old.items())
     added = sum(p.numel() for name, p in new.items() if name not in old)
@@ -100,8 +78,7 @@ def test_the_place_of_a_code_matters():
     assert changed_patches(decoder(codes), decoder(codes[:, [1, 0, 2]])).all()
     for table in decoder.code_pos:
         table.zero_()
-    # without positions it would not
-    torch.testing.assert_close(decoder(codes), decoder(codes[:, [1, 0, 2]]))
+    torch.testing.assert_close(decoder(codes), decoder(codes[:, [1, 0, 2]]))  # as they told it
 
 
 @torch.no_grad()

@@ -1,5 +1,4 @@
 """Promises of force, in mocet.py and nativetok.py: one token is replaced, later experts answer."""
-import pytest
 import test_mocet
 import torch
 from helpers import refused
@@ -81,6 +80,11 @@ def test_a_pair_of_experts_made_by_hand_answers_as_it_must(form):
 # ------------------------------------------------------------------------------------------------
 # the tokenizer
 
+def whole(kind):
+    """At full length, 6 tokens."""
+    return small(kind).grow_to(6)
+
+
 @KIND
 def test_forcing_what_would_be_said_anyway_changes_no_bit(kind):
     model, images = whole(kind), some_images()
@@ -103,11 +107,7 @@ def test_earlier_tokens_never_change_and_later_ones_only_where_experts_can_answe
         assert changed(now, ids)[:i + 1] == [False] * i + [True]
         answered += changed(now, ids)[i + 1:]
     assert any(answered) == kind.startswith("native"), "a baseline's later tokens stay exactly"
-
-
-def whole(kind):
-    """At full length, 6 tokens."""
-    return small(kind).grow_to(6) if kind.startswith("native") else small(kind)
+    assert torch.equal(model.encode(images), ids), "an intervention leaves nothing behind"
 
 
 @KIND
@@ -116,13 +116,3 @@ def test_a_position_or_an_id_that_is_not_there_is_refused(kind):
     for position, said in ((6, 0), (-1, 0), (2, K), (2, -1)):
         refused(model.encode, images, {position: torch.full((8,), said)},
                 names=(f"position {position}", "0 to 5", f"0 to {K - 1}"))
-
-
-@pytest.mark.parametrize("form", ["native-query", "titok"])
-def test_an_intervention_leaves_nothing_behind(form):
-    model, images = whole(form), some_images()
-    ids = model.encode(images)
-    said = ids[:, 0].flip(0)
-    kept = said.clone()
-    model.encode(images, {0: said})
-    assert torch.equal(said, kept) and torch.equal(model.encode(images), ids)

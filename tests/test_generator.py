@@ -8,10 +8,10 @@ import torch
 
 import generator as G
 from config import GeneratorConfig
-from generator import ARGenerator, Generator, MaskGITGenerator
+from generator import ARGenerator, MaskGITGenerator
 from helpers import refused
 from plumbing import checkpoint
-from plumbing.flags import UserError, as_dict
+from plumbing.flags import as_dict
 
 L, K, C = 8, 16, 3
 KINDS = pytest.mark.parametrize("Kind", [ARGenerator, MaskGITGenerator])
@@ -59,24 +59,18 @@ def test_ar_token_5_cannot_influence_predictions_up_to_5():
     assert (changed[:, 5:] > 1e-3).all(), "and it does influence all later ones"
 
 
-def test_maskgit_last_token_influences_the_first_prediction():
+def test_maskgit_last_token_influences_all_predictions():
     model, ids = loud(MaskGITGenerator), some_ids()
     other = torch.where(torch.arange(L) == L - 1, (ids + 1) % K, ids)
-    changed = (model(LABELS, ids) - model(LABELS, other)).abs().amax(dim=2)
-    assert (changed[:, 1] > 1e-3).all()
+    assert ((model(LABELS, ids) - model(LABELS, other)).abs().amax(dim=2) > 1e-3).all()
 
 
 @KINDS
-def test_every_row_depends_on_the_class(Kind):
-    model, ids = loud(Kind), some_ids()[:, :L - 1]
+def test_every_row_depends_on_the_class_and_its_place(Kind):
+    model, ids = loud(Kind), torch.zeros(4, L - 1, dtype=torch.int64)
     changed = (model(LABELS, ids) - model((LABELS + 1) % C, ids)).abs().amax(dim=2)
     assert (changed > 1e-3).all()
-
-
-def test_maskgit_all_mask_rows_are_told_apart():
-    model = loud(MaskGITGenerator)
-    rows = model(LABELS, torch.full((4, L), K))[0, 1:]         # (L, K)
-    assert torch.cdist(rows, rows).add(torch.eye(L)).min() > 0.1
+    assert torch.pdist(model(LABELS, ids)[0, 1:]).min() > 0.1, "although all tokens are alike"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -166,44 +160,31 @@ def test_one_batch_overfits_and_samples_reproduce_it(Kind):
         loss.backward()
         optimizer.step()
     assert loss < 0.1
-    half = dict(temperature=0.5)
-    for settings in (dict(temperature=0), half, {**half, "cfg_scale": 2.0}):
+    for settings in (dict(temperature=0), dict(temperature=0.5, cfg_scale=2.0)):
         assert torch.equal(model.sample(labels, **settings, generator=seeded()), ids)
 
 
 # ------------------------------------------------------------------------------------------------
 # guidance
 
-def test_guide_scale_0_is_unconditional_1_plain_and_2_goes_as_far_again():
-    cond, uncond = torch.tensor([1.0, 5.0]), torch.tensor([2.0, 3.0])
-    assert torch.equal(G.guide(cond, uncond, 0), uncond)
-    assert torch.equal(G.guide(cond, uncond, 1), cond)
-    assert torch.equal(G.guide(cond, uncond, 2), torch.tensor([0.0, 7.0]))
-
-
 @KINDS
-def test_guidance_1_is_one_plain_conditional_pass(Kind):
+def test_guidance_0_is_unconditional_1_plain_and_2_goes_as_far_again(Kind):
     model, ids, batches = loud(Kind), some_ids()[:, :L - 1], []
-    assert torch.equal(model.guided(LABELS, ids, 1.0), model(LABELS, ids))
+    cond, uncond = model(LABELS, ids), model(NO_CLASS, ids)
+    for scale, expected in ((0.0, uncond), (1.0, cond), (2.0, cond + (cond - uncond))):
+        told = model.guided(LABELS, ids, scale)
+        torch.testing.assert_close(told, expected, rtol=1e-4, atol=1e-4)
     model.norm.register_forward_hook(lambda module, args, out: batches.append(len(out)))
     model.sample(LABELS, cfg_scale=1.0)
     assert set(batches) == {4}, "no unconditional half"
 
 
 @KINDS
-def test_guidance_0_equals_unconditional(Kind):
-    model, ids = loud(Kind), some_ids()[:, :L - 1]
-    torch.testing.assert_close(model.guided(LABELS, ids, 0.0), model(NO_CLASS, ids))
-    one = model.sample(LABELS, cfg_scale=0.0, generator=seeded())
-    two = model.sample((LABELS + 1) % C, cfg_scale=0.0, generator=seeded())
-    assert torch.equal(one, two), "the class does not matter at any step"
-
-
-@KINDS
-def test_batched_guidance_equals_two_passes(Kind):
-    model, ids = loud(Kind), some_ids()[:, :L - 1]
-    expected = G.guide(model(LABELS, ids), model(NO_CLASS, ids), 2.5)
-    torch.testing.assert_close(model.guided(LABELS, ids, 2.5), expected, rtol=1e-4, atol=1e-4)
+def test_at_guidance_0_the_class_does_not_matter_at_any_step(Kind):
+    model = loud(Kind)
+    one, two = (model.sample(labels, cfg_scale=0.0, generator=seeded())
+                for labels in (LABELS, (LABELS + 1) % C))
+    assert torch.equal(one, two)
 
 
 def test_maskgit_guidance_rises_to_its_scale_and_lower_scales_hold(monkeypatch):
@@ -220,16 +201,12 @@ def test_maskgit_guidance_rises_to_its_scale_and_lower_scales_hold(monkeypatch):
 # ------------------------------------------------------------------------------------------------
 # from logits to tokens
 
-def test_top_k_1_equals_temperature_0_whatever_the_seed():
+@pytest.mark.parametrize("narrow", [dict(top_k=1), dict(top_p=1e-6)])
+def test_the_narrowest_choice_equals_temperature_0_whatever_the_seed(narrow):
     model = loud(ARGenerator)
     greedy = model.sample(LABELS, temperature=0)
     for seed in range(3):
-        assert torch.equal(model.sample(LABELS, top_k=1, generator=seeded(seed)), greedy)
-
-
-def test_top_p_limits_what_ar_samples():
-    model = loud(ARGenerator)
-    assert torch.equal(model.sample(LABELS, top_p=1e-6), model.sample(LABELS, temperature=0))
+        assert torch.equal(model.sample(LABELS, **narrow, generator=seeded(seed)), greedy)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -242,13 +219,12 @@ def test_cached_sampling_equals_uncached(cfg_scale):
     assert torch.equal(cached, model.sample(LABELS, cfg_scale, generator=seeded(), use_cache=False))
 
 
+@torch.no_grad()
 def test_cached_logits_equal_uncached():
     model, ids = loud(ARGenerator), some_ids()[:, :-1]
     _, newest = model.begin(LABELS, cfg_scale=1)
-    with torch.no_grad():
-        rows = [newest(LABELS, ids[:, :t]) for t in range(L)]
-        assert all(row.shape == (4, 1, K) for row in rows), "only the new row is computed"
-        torch.testing.assert_close(torch.cat(rows, dim=1), model(LABELS, ids), rtol=1e-4, atol=1e-4)
+    rows = torch.cat([newest(LABELS, ids[:, :t]) for t in range(L)], dim=1)
+    torch.testing.assert_close(rows, model(LABELS, ids), rtol=1e-4, atol=1e-4)
 
 
 @KINDS
@@ -270,21 +246,13 @@ def test_sampling_has_no_dropout_and_restores_the_mode(Kind):
 
 
 @KINDS
-def test_sampling_an_odd_class_is_refused(Kind):
-    model = small(Kind)
-    for label in (-1, C):
-        with pytest.raises(UserError, match=f"class {label} .* 0 to {C - 1}"):
-            model.sample(torch.tensor([0, label]))
-
-
-@KINDS
 def test_options_name_all_settings_of_sample_but_those_that_only_a_program_can_give(Kind):
     settings = set(inspect.signature(Kind.sample).parameters)
     assert set(Kind.options) == settings - {"self", "labels", "generator", "use_cache", "trace"}
     assert len(set(Kind.options)) == len(Kind.options)
 
 
-@pytest.mark.parametrize("num_tokens, steps", [(1, 1), (5, 5), (8, 8), (12, 8)])
+@pytest.mark.parametrize("num_tokens, steps", [(5, 5), (12, 8)])
 def test_maskgit_takes_8_steps_by_default_but_never_more_than_it_has_tokens(num_tokens, steps):
     model, trace = small(MaskGITGenerator, num_tokens=num_tokens), []
     model.sample(LABELS, trace=trace)
@@ -298,21 +266,7 @@ def test_one_token_is_enough(Kind):
     assert ids.shape == (4, 1) and model.loss(ids, LABELS)[0].isfinite()
 
 
-@KINDS
-def test_sampling_under_bf16_autocast_works(Kind):
-    with torch.autocast("cpu", torch.bfloat16):
-        ids = loud(Kind).sample(LABELS, cfg_scale=2.0)
-    assert ids.shape == (4, L) and ids.max() < K
-
-
-@pytest.mark.parametrize("setting", [dict(temperature=-1), dict(top_k=-1), dict(top_p=0),
-                                     dict(top_p=1.5)])
-def test_settings_out_of_range_are_refused(setting):
-    with pytest.raises(UserError, match=next(iter(setting))):
-        small(ARGenerator).sample(LABELS, **setting)
-
-
-@pytest.mark.parametrize("steps", range(1, L + 1))
+@pytest.mark.parametrize("steps", [1, 3, L])
 def test_maskgit_reveals_along_the_arccos_and_never_changes_a_kept_token(steps):
     model, trace = loud(MaskGITGenerator), []
     ids = model.sample(LABELS, steps=steps, generator=seeded(), trace=trace)
@@ -320,9 +274,8 @@ def test_maskgit_reveals_along_the_arccos_and_never_changes_a_kept_token(steps):
     assert len(trace) == steps
     for step, after in enumerate(trace, start=1):
         masked, were = ((x == K).sum(dim=1) for x in (after, before))
-        assert (masked < were).all(), "every step reveals a token"
-        curve = L * math.acos(step / steps) / (math.pi / 2)
-        assert ((masked <= curve) & ((masked > curve - 1) | (masked == were - 1))).all()
+        curve = math.floor(L * math.acos(step / steps) / (math.pi / 2))
+        assert (masked == (were - 1).clamp_max(curve)).all(), "every step reveals a token"
         assert torch.equal(after[before != K], before[before != K])
         before = after
     assert torch.equal(ids, trace[-1]) and (ids < K).all()
@@ -379,20 +332,14 @@ def test_a_checkpoint_alone_rebuilds_the_generator(kind, tmp_path):
 
 def test_loading_something_else_is_refused(tmp_path):
     path, model = tmp_path / "generator.pt", small(ARGenerator)
-    checkpoint.save(path, {"kind": "tokenizer", "model": {}})
-    with pytest.raises(UserError, match="holds no generator"):
-        G.Generator.load(path)
     lacking = {name: w for name, w in model.state_dict().items() if name != "position"}
-    checkpoint.save(path, saved(model, "ar", ema=lacking))
-    with pytest.raises(UserError, match="position"):
-        G.Generator.load(path)
-
-
-def test_a_setting_that_this_version_does_not_know_is_named(small_run, tmp_path):
-    saved = checkpoint.load(small_run / "generator-ar.pt")
-    saved["generator_config"]["generator_depht"] = 3
-    checkpoint.save(tmp_path / "generator-ar.pt", saved)
-    refused(Generator.load, tmp_path / "generator-ar.pt", names=["unknown setting generator_depht"])
+    unknown = {**as_dict(model.cfg), "generator_depht": 3}
+    for content, names in (
+            ({"kind": "tokenizer", "model": {}}, ["holds no generator"]),
+            (saved(model, "ar", ema=lacking), ["position"]),
+            (saved(model, "ar", generator_config=unknown), ["unknown setting generator_depht"])):
+        checkpoint.save(path, content)
+        refused(G.Generator.load, path, names=names)
 
 
 @KINDS
@@ -401,8 +348,9 @@ def test_what_python_users_hand_over_is_looked_at(Kind):
     for wrong in ([0, 1], "cat", labels.float(), labels + 100, labels - 1, labels[:, None], 1,
                   labels.numpy(), labels[:0]):
         refused(model.sample, wrong, names=["0 to"])
-    wrong = dict(temperature=-1, cfg_scale="2", generator=0)
-    wrong |= dict(steps=1.5) if Kind is MaskGITGenerator else dict(top_k=2.5)
-    for name, value in wrong.items():
+    wrong = [("temperature", -1), ("cfg_scale", "2"), ("generator", 0)]
+    wrong += [("steps", 1.5), ("steps", 0), ("steps", L + 1)] if Kind is MaskGITGenerator else [
+        ("top_k", 2.5), ("top_k", -1), ("top_p", 0), ("top_p", 1.5)]
+    for name, value in wrong:
         refused(partial(model.sample, **{name: value}), labels, names=[name])
     assert model.sample(labels.to(torch.uint8)).shape == (2, model.num_tokens)

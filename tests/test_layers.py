@@ -9,19 +9,8 @@ from torch import nn
 
 import layers
 from layers import (
-    Attention,
-    KVCache,
-    LlamaBlock,
-    RMSNorm,
-    SwiGLU,
-    ViTBlock,
-    eval_mode,
-    patchify,
-    rotary_table,
-    rotate,
-    sincos_2d,
-    unpatchify,
-)
+    Attention, KVCache, LlamaBlock, RMSNorm, SwiGLU, ViTBlock, eval_mode, patchify, rotary_table,
+    rotate, sincos_2d, unpatchify)
 
 HEADS, D, T, B = 2, 8, 6, 3
 
@@ -64,28 +53,15 @@ def test_patches_are_in_reading_order_and_hold_row_column_channel():
 # ------------------------------------------------------------------------------------------------
 # positions
 
-@pytest.mark.parametrize("side, width", [(4, 8), (4, 64), (16, 64), (16, 768)])
+@pytest.mark.parametrize("side, width", [(4, 8), (16, 768)])
 def test_sincos_rows_have_one_norm_and_are_all_different(side, width):
     rows = sincos_2d(side, width)
     assert rows.shape == (side * side, width) and rows.dtype == torch.float32
     norms = rows.norm(dim=1)
     torch.testing.assert_close(norms, norms[:1].expand_as(norms))
-    assert norms[0] > 0.1 * math.sqrt(width), (
-        "unit scale, so that attention can tell patches apart from the start"
-    )
+    assert norms[0] > 0.1 * math.sqrt(width), "unit scale beside a LayerNorm"
     apart = torch.cdist(rows, rows) + 1e9 * torch.eye(len(rows))
     assert apart.min() > 0.05 * norms[0]
-
-
-def test_half_of_a_sincos_row_tells_the_row_and_half_the_column():
-    grid = sincos_2d(4, 16).view(4, 4, 16)  # (row, column, channel)
-    assert torch.equal(grid[:, :, :8], grid[:, :1, :8].expand(-1, 4, -1)), (
-        "first half: the same along a row"
-    )
-    assert torch.equal(grid[:, :, 8:], grid[:1, :, 8:].expand(4, -1, -1)), (
-        "second half: the same along a column"
-    )
-    assert torch.equal(grid[2, 1, :8], grid[1, 2, 8:]), "both axes count alike"
 
 
 def test_the_nearest_sincos_rows_are_the_neighbouring_patches():
@@ -112,7 +88,7 @@ def test_a_complex_product_is_a_rotation():
         grads.append(own.grad)
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*grads)
-    assert not torch.equal(results[0], x)
+    assert torch.equal(results[0][:, :, 0], x[:, :, 0]) and not torch.equal(results[0], x)
 
 
 def test_rotated_dot_products_depend_on_the_distance_alone():
@@ -125,15 +101,6 @@ def test_rotated_dot_products_depend_on_the_distance_alone():
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-4)
     first = dots[0].sort().values
     assert (first.diff() > 1e-4).all(), "and it does depend on it"
-
-
-def test_rotation_keeps_lengths_types_and_position_0():
-    x = some(B, HEADS, T, D)
-    turned = rotate(x, rotary_table(T, D))
-    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-    assert torch.equal(turned[:, :, 0], x[:, :, 0])
-    assert not torch.allclose(turned[:, :, 1], x[:, :, 1], atol=0.1)
-    assert rotate(x.bfloat16(), rotary_table(T, D)).dtype == torch.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------
@@ -159,41 +126,18 @@ def naive(module: Attention, x, visible, table=None):
 
 
 EVERYTHING, PAST = torch.ones(T, T, dtype=torch.bool), torch.ones(T, T, dtype=torch.bool).tril()
-ODD = (some(T, T) > 0) | torch.eye(T, dtype=torch.bool)
+ODD = (some(T, T) > 0) | torch.eye(T, dtype=torch.bool)  # its rows are not its columns
 
 
-@pytest.mark.parametrize(
-    "settings, visible",
-    [
-        (dict(), EVERYTHING),
-        (dict(causal=True), PAST),
-        (dict(mask=ODD), ODD),
-        (dict(rotary=rotary_table(T, D // HEADS)), EVERYTHING),
-        (dict(rotary=rotary_table(T, D // HEADS), causal=True), PAST),
-    ],
-)
+@pytest.mark.parametrize("settings, visible", [
+    (dict(), EVERYTHING), (dict(mask=ODD), ODD),
+    (dict(rotary=rotary_table(T, D // HEADS), causal=True), PAST)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_attention_equals_its_formula(settings, visible, bias):
     module, x = attention(bias), some(B, T, D)
     with torch.no_grad():
         expected = naive(module, x, visible, settings.get("rotary"))
         torch.testing.assert_close(module(x, **settings), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_row_sees_the_columns_where_its_mask_is_true_and_no_others():
-    module, x = attention(), some(1, T, D)
-    assert not ODD.equal(ODD.T), "or rows and columns could be swapped unnoticed"
-    before = module(x, ODD)[0]
-    for column in range(T):
-        other = x.clone()
-        other[0, column] += 1
-        changed = (module(other, ODD)[0] - before).abs().amax(dim=1) > 1e-4
-        assert changed.tolist() == ODD[:, column].tolist()
-
-
-def test_attention_without_a_mask_has_no_order():
-    module, x, order = attention(), some(B, T, D), torch.tensor([3, 1, 5, 0, 4, 2])
-    torch.testing.assert_close(module(x[:, order]), module(x)[:, order])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -237,13 +181,6 @@ def test_a_block_adds_to_what_it_reads_and_norms_before_it_looks(Block):
     assert torch.equal(run(block, x), x)
 
 
-def test_dropout_acts_in_training_alone():
-    block, x = LlamaBlock(D, HEADS, dropout=0.5), some(B, T, D)
-    assert not torch.equal(run(block, x), run(block, x))
-    block.eval()
-    assert torch.equal(run(block, x), run(block, x))
-
-
 # ------------------------------------------------------------------------------------------------
 # one row after the other
 
@@ -259,7 +196,6 @@ def test_rows_one_by_one_equal_the_whole_sequence_at_once(batch, dtype, exact):
     with torch.no_grad():
         for t in range(T):
             rows.append(block.newest(x[:, t], table[t:t + 1], cache, t))
-        assert rows[0].dtype == dtype
         expected = block(x, table, causal=True)
     torch.testing.assert_close(torch.stack(rows, dim=1), expected, rtol=exact, atol=exact)
 
@@ -269,6 +205,7 @@ def test_rows_one_by_one_equal_the_whole_sequence_at_once(batch, dtype, exact):
 
 def test_eval_mode_has_no_dropout_and_no_gradient_and_restores_the_mode_even_after_an_error():
     block, x = LlamaBlock(D, HEADS, dropout=0.5), some(B, T, D)
+    assert not torch.equal(run(block, x), run(block, x))
     for training in (True, False):
         block.train(training)
         with eval_mode(block):
@@ -292,13 +229,4 @@ def test_queries_keys_and_values_start_as_three_square_matrices():
         assert part.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
     hidden = block.mlp[0].weight.detach()
     assert 0.99 < hidden.abs().max() / math.sqrt(6 / (64 + 256)) <= 1
-    for name, p in block.named_parameters():
-        if name.endswith("bias"):
-            assert not p.any()
-
-
-def test_count_parameters_can_leave_out_what_is_frozen():
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    model[0].requires_grad_(False)
-    assert layers.count_parameters(model) == 16 + 10
-    assert layers.count_parameters(model, learning_only=True) == 10
+    assert not any(p.any() for name, p in block.named_parameters() if name.endswith("bias"))

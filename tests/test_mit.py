@@ -4,15 +4,8 @@ import torch
 from config import TokenizerConfig
 from mit import MIT
 
-CFG = TokenizerConfig(
-    image_size=16,
-    patch_size=4,
-    encoder_width=32,
-    encoder_depth=2,
-    encoder_heads=2,
-    expert_width=8,
-    expert_heads=2,
-)
+CFG = TokenizerConfig(image_size=16, patch_size=4, encoder_width=32, encoder_depth=2,
+                      encoder_heads=2, expert_width=8, expert_heads=2)
 N = CFG.num_patches
 
 
@@ -30,15 +23,11 @@ def patch(images, n):
     return images[:, :, n // 4 * 4:n // 4 * 4 + 4, n % 4 * 4:n % 4 * 4 + 4]
 
 
-def test_the_dimension_switcher_hands_over_one_narrow_row_per_patch():
-    assert CFG.expert_width < CFG.encoder_width
-    assert small()(some_images()).shape == (2, N, CFG.expert_width)
-
-
 @torch.no_grad()
 def test_every_patch_reaches_every_row():
     mit, images = small(), some_images()
     before = mit(images)
+    assert before.shape == (2, N, CFG.expert_width)
     for n in range(N):
         other = images.clone()
         patch(other, n).mul_(-1)
@@ -66,14 +55,6 @@ def test_rows_of_a_plain_image_differ_from_the_start():
 
 @torch.no_grad()
 def test_images_of_a_batch_do_not_meet_and_there_is_no_chance_in_it():
-    mit, images = small().train(), some_images(3)
-    together = mit(images)
-    assert torch.equal(mit(images), together)
-    for b in range(3):
-        torch.testing.assert_close(mit(images[b:b + 1])[0], together[b])
-
-
-def test_every_parameter_learns():
-    mit = small()
-    mit(some_images()).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in mit.parameters())
+    mit, images = small().train(), some_images()
+    alone = torch.cat([mit(images[:1]), mit(images[1:])])
+    torch.testing.assert_close(mit(images), alone)

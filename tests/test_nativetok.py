@@ -1,14 +1,15 @@
 """Promises of nativetok.py: parts fit together, nothing leaves a trace, growth keeps every id."""
 import dataclasses
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from config import TokenizerConfig
-from helpers import refused
+from helpers import refused, same_content
 from losses import psnr
-from nativetok import NativeTok, from_checkpoint
+from nativetok import NativeTok
 from plumbing import checkpoint
 from plumbing.flags import UserError, as_dict
 
@@ -40,7 +41,9 @@ def some_images(batch=8):
 # ------------------------------------------------------------------------------------------------
 # the whole learns
 
-@KIND
+@pytest.mark.parametrize("kind", [
+    "native-query", "titok-causal",
+    *(pytest.param(kind, marks=pytest.mark.faults) for kind in ("native-block", "titok"))])
 def test_one_batch_overfits_through_its_ids(kind):
     model, images = small(kind, token_schedule=(3,), patch_size=8), some_images()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99))
@@ -57,21 +60,28 @@ def test_one_batch_overfits_through_its_ids(kind):
     mean_image = psnr(images.mean(dim=0).expand_as(images), images).mean()
     ids = model.encode(images)
     assert psnr(model.decode(ids), images).mean() > mean_image + 6
-    assert psnr(model.decode(ids.roll(1, dims=0)), images).mean() < mean_image, (
-        "the ids of another image give another image"
-    )
+    another = model.decode(ids.roll(1, dims=0))
+    assert psnr(another, images).mean() < mean_image, "of another image's ids"
 
 
 @KIND
 def test_every_parameter_gets_a_gradient_at_every_step(kind):
-    """DistributedDataParallel waits for each, with continuous codes and with dropped tails too."""
+    """DistributedDataParallel waits for each, with continuous codes and with dropped tails too.
+
+    Under bf16 autocast images stay float32.
+    """
     model = small(kind, tail_drop=1.0).train()
-    for continuous in (True, False):
+    for continuous, half in itertools.product((True, False), (True, False)):
         model.quantizer.bypass = continuous
         model.zero_grad()
-        recon, _, losses = model(some_images())
-        (recon.square().mean() + losses["codebook"] + losses["commitment"]).backward()
-        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            recon, _, losses = model(some_images())
+            assert recon.dtype == model.decode(model.encode(some_images())).dtype == torch.float32
+            loss = recon.square().mean() + losses["codebook"] + losses["commitment"]
+        loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        assert [name for name, grad in grads.items() if grad is None] == []
+        assert all(grad.isfinite().all() for grad in grads.values())
 
 
 @KIND
@@ -86,14 +96,6 @@ def test_what_forward_returns_is_what_encode_and_decode_give(kind):
     assert recon.requires_grad and not model.decode(ids).requires_grad
 
 
-@KIND
-def test_images_are_float32_under_bf16_autocast(kind):
-    model = small(kind)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(some_images())[0].dtype == torch.float32
-        assert model.decode(model.encode(some_images())).dtype == torch.float32
-
-
 # ------------------------------------------------------------------------------------------------
 # modes
 
@@ -106,30 +108,18 @@ def test_encode_and_decode_ignore_the_mode_and_leave_it_and_all_else_as_it_was(k
     random = torch.get_rng_state()
     assert torch.equal(model.encode(images), ids) and torch.equal(model.decode(ids), pictures)
     assert all(module.training for module in model.modules()) and model.quantizer.bypass
-    assert all(torch.equal(model.state_dict()[name], t) for name, t in state.items()), (
-        "nothing was counted"
-    )
+    assert same_content(dict(model.state_dict()), state), "nothing was counted"
     assert torch.equal(torch.get_rng_state(), random)
     model.eval().quantizer.bypass = False
     model.encode(images)
     assert not any(module.training for module in model.modules()) and not model.quantizer.bypass
 
 
-def test_an_error_while_encoding_leaves_the_mode_as_it_was():
-    model = small().train()
-    model.quantizer.bypass = True
-    model.mocet = None
-    with pytest.raises(TypeError):
-        model.encode(torch.zeros(1, 3, 16, 16))
-    assert model.training and model.quantizer.bypass
-
-
 def kept(model, times):
     """How many codes the decoder got, in each of so many forward passes."""
     lengths = []
     hook = model.decoder.register_forward_pre_hook(
-        lambda module, args: lengths.append(args[0].shape[1])
-    )
+        lambda module, args: lengths.append(args[0].shape[1]))
     with torch.no_grad():
         for _ in range(times):
             model(some_images(1))
@@ -137,18 +127,13 @@ def kept(model, times):
     return lengths
 
 
-@KIND
-def test_tail_drop_keeps_every_length_and_only_in_training(kind):
-    model = small(kind, tail_drop=1.0, token_schedule=(4,))
-    assert set(kept(model.train(), 40)) == {1, 2, 3, 4}
-    assert set(kept(model.eval(), 10)) == {4}
-    assert set(kept(small(kind, token_schedule=(4,)).train(), 10)) == {4}, "off by default"
-
-
-def test_tail_drop_keeps_all_lengths_alike_in_its_share_of_the_steps():
-    lengths = kept(small("titok", tail_drop=0.6, token_schedule=(3,)).train(), 300)
+def test_tail_drop_keeps_all_lengths_alike_in_its_share_of_the_training_steps():
+    model = small("titok", tail_drop=0.6, token_schedule=(3,))
+    lengths = kept(model.train(), 300)
     for k, expected in ((1, 60), (2, 60), (3, 60 + 120)):  # 0.6 / 3 each, and 0.4 are not cut
         assert abs(lengths.count(k) - expected) < 30
+    assert set(kept(model.eval(), 10)) == {3}
+    assert set(kept(small("titok", token_schedule=(3,)).train(), 10)) == {3}, "off by default"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -157,30 +142,27 @@ def test_tail_drop_keeps_all_lengths_alike_in_its_share_of_the_steps():
 NEW = ("mocet.experts.2.", "mocet.experts.3.", "decoder.")
 
 
-def grow_phase(model, learning=NEW):
-    """What learns in a grow phase: the new experts and the decoder."""
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith(learning))
-    return torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1
-    )
-
-
 @FORMS
 def test_through_a_grow_phase_old_ids_and_frozen_parameters_stay_identical_to_the_bit(kind):
-    model, images = small(kind), some_images()
+    model, images, seen = small(kind), some_images(), []
     ids, pictures = model.encode(images), model.decode(model.encode(images))
     frozen = {name: t.clone() for name, t in model.state_dict().items()
               if not name.startswith("decoder.") and name != "quantizer.count"}
     model.grow(4)
     assert torch.equal(model.encode(images)[:, :2], ids)
     assert torch.equal(model.decode(ids), pictures)
-    optimizer = grow_phase(model)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(NEW))
+    new = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(new, lr=0.05, weight_decay=0.1)
+    model.mit.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
     for _ in range(3):
         recon, _, losses = model.train()(images)
         optimizer.zero_grad()
         ((recon - images).square().mean() + losses["codebook"] + losses["commitment"]).backward()
         optimizer.step()
+    assert seen == [False] * 3, "what is frozen builds no graph"
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     model.eval()
     assert model.encode(images).shape == (8, 4)
     assert torch.equal(model.encode(images)[:, :2], ids)
@@ -188,41 +170,18 @@ def test_through_a_grow_phase_old_ids_and_frozen_parameters_stay_identical_to_th
     assert all(torch.equal(model.state_dict()[name], t) for name, t in frozen.items())
 
 
-@FORMS
-def test_the_frozen_part_of_a_grow_phase_builds_no_graph_and_holds_no_gradient(kind):
-    model, seen = small(kind), []
-    model.grow(4)
-    grow_phase(model)
-    model.mit.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
-    recon, _, losses = model.train()(some_images())
-    (recon.square().mean() + losses["codebook"] + losses["commitment"]).backward()
-    assert seen == [False]
-    for name, p in model.named_parameters():
-        learns = name.startswith(NEW)
-        assert (p.grad is not None) == p.requires_grad == learns, name
-
-
 def test_growth_to_the_same_or_a_smaller_length_is_refused_and_changes_nothing():
-    model = small()
-    model.grow(4)
-    state = model.state_dict()
-    for length in (4, 3, 0, -1):
+    model = small().grow_to(4)
+    for length in (4, 3, -1):
         with pytest.raises(UserError, match=f"cannot grow from 4 to {length} tokens"):
             model.grow(length)
     assert model.num_tokens == model.mocet.num_tokens == 4
-    assert list(model.state_dict()) == list(state)
+    assert model.mocet.lengths == [2, 4] and [*map(len, model.decoder.code_pos)] == [2, 2]
 
 
-@pytest.mark.parametrize("kind", ["titok", "titok-causal"])
-def test_baselines_cannot_grow(kind):
-    with pytest.raises(UserError, match=f"{kind} cannot grow"):
-        small(kind).grow(8)
-
-
-def test_grow_to_repeats_the_steps_of_the_schedule():
-    assert small().grow_to(6).mocet.lengths == [2, 4, 6]
-    assert small().grow_to(4).mocet.lengths == [2, 4]
-    assert small().grow_to(2).num_tokens == 2
+def test_baselines_cannot_grow():
+    with pytest.raises(UserError, match="titok-causal cannot grow"):
+        small("titok-causal").grow(8)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -235,17 +194,8 @@ def save(model, path, **changes):
     checkpoint.save(path, {**saved, **changes})
 
 
-@pytest.mark.parametrize(
-    "kind, length",
-    [
-        ("native-query", 2),
-        ("native-query", 4),
-        ("native-query", 6),
-        ("native-block", 4),
-        ("titok", 6),
-        ("titok-causal", 6),
-    ],
-)
+@pytest.mark.parametrize("kind, length", [
+    ("native-query", 2), ("native-query", 4), ("native-block", 6), ("titok-causal", 6)])
 def test_a_checkpoint_alone_gives_the_same_ids_and_pictures_at_its_length(kind, length, tmp_path):
     model = small(kind).grow_to(length)
     save(model, tmp_path / "tokenizer.pt")
@@ -256,14 +206,7 @@ def test_a_checkpoint_alone_gives_the_same_ids_and_pictures_at_its_length(kind, 
     assert loaded.cfg == model.cfg and not loaded.training
     assert torch.equal(loaded.encode(some_images()), ids)
     assert torch.equal(loaded.decode(ids), model.decode(ids))
-
-
-def test_a_loaded_model_grows_on(tmp_path):
-    save(small().grow_to(4), tmp_path / "tokenizer.pt")
-    loaded = NativeTok.load(tmp_path / "tokenizer.pt")
-    ids = loaded.encode(some_images())
-    loaded.grow(6)
-    assert torch.equal(loaded.encode(some_images())[:, :4], ids)
+    assert torch.equal(loaded.grow_to(6).encode(some_images())[:, :length], ids)
 
 
 def test_the_fingerprint_names_these_very_weights(tmp_path):
@@ -280,25 +223,13 @@ def test_the_fingerprint_names_these_very_weights(tmp_path):
 
 
 def test_another_kind_of_checkpoint_and_weights_of_another_size_are_refused(tmp_path):
-    checkpoint.save(tmp_path / "generator-ar.pt", {"kind": "ar"})
-    with pytest.raises(UserError, match="generator-ar.pt is not a tokenizer checkpoint"):
-        NativeTok.load(tmp_path / "generator-ar.pt")
-    model = small().grow_to(4)
-    save(model, tmp_path / "tokenizer.pt", num_tokens=6)
-    with pytest.raises(UserError, match="missing: mocet.experts.4"):
-        NativeTok.load(tmp_path / "tokenizer.pt")
-    larger = as_dict(dataclasses.replace(model.cfg, codebook_size=64))
-    save(model, tmp_path / "tokenizer.pt", tokenizer_config=larger)
-    with pytest.raises(UserError, match="wrong shape: quantizer.codebook"):
-        NativeTok.load(tmp_path / "tokenizer.pt")
-
-
-def test_rebuilding_from_a_read_checkpoint_equals_loading_the_file(tmp_path):
-    save(small(), tmp_path / "tokenizer.pt")
-    saved = checkpoint.load(tmp_path / "tokenizer.pt")
-    one, two = from_checkpoint(saved, "tokenizer.pt"), NativeTok.load(tmp_path / "tokenizer.pt")
-    assert one.fingerprint == two.fingerprint
-    assert torch.equal(one.encode(some_images()), two.encode(some_images()))
+    path, model = tmp_path / "tokenizer.pt", small().grow_to(4)
+    checkpoint.save(path, {"kind": "ar"})
+    refused(NativeTok.load, path, names=["is not a tokenizer checkpoint"])
+    save(model, path, num_tokens=6)
+    refused(NativeTok.load, path, names=["missing: mocet.experts.4"])
+    save(model, path, tokenizer_config=as_dict(dataclasses.replace(model.cfg, codebook_size=64)))
+    refused(NativeTok.load, path, names=["wrong shape: quantizer.codebook"])
 
 
 def test_what_python_users_hand_over_is_looked_at():

@@ -18,7 +18,7 @@ from config import CONFIGS
 from experiments import order, order_table
 from generator import ARGenerator
 from helpers import held_shapes, some_shapes
-from nativetok import NativeTok
+from nativetok import NativeTok, as_it_is
 from plumbing import checkpoint
 from plumbing.datasets import open_images
 from plumbing.flags import UserError, as_dict, build
@@ -26,7 +26,7 @@ from plumbing.start import main_with_user_errors
 
 ROOT = Path(__file__).parent.parent
 
-TRIED = ["nativetok-hnt", "nativetok-hidden", "nativetok-shuffled"]
+TRIED = ["nativetok-hnt", "nativetok-shuffled"]
 
 
 def command(*flags) -> tuple[int, str, str]:
@@ -43,8 +43,9 @@ def command(*flags) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    """A quick run of an arm, a changed one and a control, with hardly any steps."""
-    folder = tmp_path_factory.mktemp("order")
+    """A quick run of an arm and a control, with hardly any steps and guidances."""
+    folder, patch = tmp_path_factory.mktemp("order"), pytest.MonkeyPatch()
+    patch.setattr(order, "SCALES", (1.5,))
     data, val = some_shapes(folder / "shapes.npz", 60), held_shapes(folder / "held.npz")
     flags = ["--quick", "--data", data, "--val_data", val, "--budget", 20, "--generator_steps", 4,
              "--num_samples", 20, "--out", folder / "out", "--arms", *TRIED]
@@ -53,7 +54,8 @@ def flags(tmp_path_factory):
     assert code == 0, err
     after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert after == before, "Ctrl-C and SIGTERM would be answered by a run that is over"
-    return flags
+    yield flags
+    patch.undo()
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def results(out):
 # ------------------------------------------------------------------------------------------------
 # what is compared
 
-@pytest.mark.parametrize("preset", ("tiny", "cifar"))
+@pytest.mark.parametrize("preset", ("tiny", pytest.param("cifar", marks=pytest.mark.faults)))
 def test_encoders_of_all_arms_have_the_same_size_within_a_tenth(preset):
     images = [] if preset == "tiny" else ["--data", "x", "--val_data", "x"]
     args, size = order.parse(["--preset", preset, *images]), {}
@@ -109,11 +111,11 @@ def test_all_arms_take_the_same_steps_and_differ_only_where_they_should():
     assert len(shared) == 1
 
 
-def changed_tokenizer(change) -> NativeTok:
+def changed_tokenizer(change=as_it_is) -> NativeTok:
     torch.manual_seed(0)
     model = change(NativeTok(config.TokenizerConfig(
         image_size=32, patch_size=8, encoder_width=32, encoder_depth=1, encoder_heads=2,
-        expert_width=32, expert_heads=2, expert_depth=1, token_schedule=(4,), codebook_size=16,
+        expert_width=32, expert_heads=2, expert_depth=1, token_schedule=(6,), codebook_size=16,
         decoder_width=32, decoder_depth=1, decoder_heads=2)))
     for expert in model.mocet.experts:
         torch.nn.init.normal_(expert.head.bias, std=0.3)
@@ -122,10 +124,10 @@ def changed_tokenizer(change) -> NativeTok:
 
 def test_one_expert_for_all_is_there_once_and_what_equal_experts_are():
     images = torch.rand(5, 3, 32, 32) * 2 - 1
-    plain, shared = changed_tokenizer(lambda m: m), changed_tokenizer(order.share_experts)
+    plain, shared = changed_tokenizer(), changed_tokenizer(order.share_experts)
     expert = sum(p.numel() for p in plain.mocet.experts[0].parameters()) - 2 * 32  # query, pos
     more = [sum(p.numel() for p in model.parameters()) for model in (plain, shared)]
-    assert more[0] - more[1] == 3 * expert
+    assert more[0] - more[1] == 5 * expert
     with torch.no_grad():
         for other in plain.mocet.experts[1:]:
             other.layers.load_state_dict(plain.mocet.experts[0].layers.state_dict())
@@ -134,34 +136,25 @@ def test_one_expert_for_all_is_there_once_and_what_equal_experts_are():
     assert torch.equal(plain.eval().encode(images), shared.eval().encode(images))
 
 
-def test_with_hidden_priors_no_id_that_is_forced_moves_a_later_one():
+def test_with_hidden_priors_no_id_that_is_forced_moves_a_later_one_and_only_they_load_it(tmp_path):
     images, moved = torch.rand(40, 3, 32, 32) * 2 - 1, []
-    for change in (lambda m: m, order.hide_codes):
+    for change in (as_it_is, order.hide_codes):
         model = changed_tokenizer(change).eval()
         ids = model.encode(images)
-        forced = [model.encode(images, {i: (ids[:, i] + 7) % 16}) for i in range(3)]
+        forced = [model.encode(images, {i: (ids[:, i] + 7) % 16}) for i in range(5)]
         moved.append(sum((now[:, i + 1:] != ids[:, i + 1:]).sum().item()
                          for i, now in enumerate(forced)))
     assert moved[0] > 0 == moved[1]
-
-
-def test_the_tokenizer_of_a_changed_arm_loads_with_the_same_change_only(tmp_path):
-    model, path = changed_tokenizer(order.hide_codes).eval(), tmp_path / "tokenizer.pt"
-    checkpoint.save(path, {"tokenizer_config": as_dict(model.cfg), "num_tokens": 4,
+    path = tmp_path / "tokenizer.pt"
+    checkpoint.save(path, {"tokenizer_config": as_dict(model.cfg), "num_tokens": 6,
                            "ema": model.state_dict()})
-    images = torch.rand(5, 3, 32, 32) * 2 - 1
-    loaded = NativeTok.load(path, order.hide_codes)
-    assert torch.equal(loaded.encode(images), model.encode(images))
+    assert torch.equal(NativeTok.load(path, order.hide_codes).encode(images), ids)
     with pytest.raises(UserError, match="missing: mocet.embed_code"):
         NativeTok.load(path)
 
 
 def test_a_tokenizer_in_another_order_makes_the_same_images():
-    torch.manual_seed(0)
-    inside = NativeTok(config.TokenizerConfig(
-        image_size=32, patch_size=8, encoder_width=32, encoder_depth=1, encoder_heads=2,
-        expert_width=32, expert_heads=2, token_schedule=(6,), codebook_size=16, decoder_width=32,
-        decoder_depth=1, decoder_heads=2)).eval()
+    inside = changed_tokenizer().eval()
     inside.fingerprint = "inside"
     images = torch.rand(5, 3, 32, 32) * 2 - 1
     plain = inside.encode(images)
@@ -191,12 +184,14 @@ def test_results_hold_what_was_promised(results):
         assert promised <= set(result) and result["arm"] == arm
         assert re.fullmatch("fd_tinycnn_[0-9a-f]{8}", fd)
         assert all(len(result[name]) == 8 for name in ("perplexity", "ar_bits", "marginal_bits"))
+        for name in ("ar_bits", "marginal_bits"):
+            assert sum(result[name]) == pytest.approx(result[f"{name}_total"], rel=1e-3)
+            assert all(0 <= bits < 1.5 * math.log2(32) for bits in result[name])
         assert list(result["prefix_psnr"]) == ["1", "2", "4", "8"]
         all_tokens = result["prefix_psnr"]["8"]
         assert all_tokens == pytest.approx(result["psnr"], abs=2e-3), "the reconstruction itself"
         assert [row["position"] for row in result["intervention"]] == [1, 2, 4, 8]
-        answered = sum(row["later_ids_changed"] for row in result["intervention"])
-        assert (answered > 0) == (arm != "nativetok-hidden"), "measured with the arm's own change"
+        assert sum(row["later_ids_changed"] for row in result["intervention"]) > 0
         for row in (*result["tried"], *result["samples"]):
             assert row["n"] == 20 and row[fd] >= 0 and 0 <= row["class_accuracy"] <= 1
             assert row.get("steps") == (8 if row["name"] == "maskgit" else None)
@@ -207,14 +202,6 @@ def test_results_hold_what_was_promised(results):
         for cost in result["costs"].values():
             assert cost["seconds"] > 0 and cost["loss_by_tenth"]
             assert cost["peak_mb"] > 0 or not Path("/proc/self/status").exists()
-
-
-def test_bits_by_position_sum_to_those_of_an_image(results):
-    for result in results.values():
-        for name in ("ar_bits", "marginal_bits"):
-            bits = result[name]
-            assert sum(bits) == pytest.approx(result[f"{name}_total"], rel=1e-3)
-            assert all(0 <= b < 1.5 * math.log2(32) for b in bits)
 
 
 def test_bits_under_ar_are_the_loss_of_the_model():
@@ -251,9 +238,10 @@ def test_a_control_has_the_tokens_of_hnt_in_another_order(results):
     assert mixed["ar_bits"] != made["ar_bits"]
 
 
-@pytest.mark.parametrize("best", (1.0, *order.SCALES))
-def test_guidance_is_chosen_on_other_samples_than_are_reported(best):
+@pytest.mark.parametrize("best", (1.0, 1.5, 2.0))
+def test_guidance_is_chosen_on_other_samples_than_are_reported(best, monkeypatch):
     """With noise 7, the one that is reported, another guidance looks best."""
+    monkeypatch.setattr(order, "SCALES", (1.5, 2.0))
     def judged(kind, noise, cfg_scale):
         fd = abs(cfg_scale - (best if noise != 7 else 100))
         return {"name": kind, "cfg_scale": cfg_scale, "seed": noise, "fd_tinycnn_x": fd}
@@ -261,7 +249,7 @@ def test_guidance_is_chosen_on_other_samples_than_are_reported(best):
     assert 7 not in {row["seed"] for row in rows["tried"]}
     for kind in ("ar", "maskgit"):
         tried = [row["cfg_scale"] for row in rows["tried"] if row["name"] == kind]
-        assert tried == [1.0, *order.SCALES]
+        assert tried == [1.0, 1.5, 2.0]
         (row,) = (row for row in rows["samples"] if row["name"] == kind)
         assert (row["seed"], row["cfg_scale"]) == (7, best)
         assert order_table.reported({**rows, "fd_tinycnn_x": 0}, kind) is row
@@ -287,16 +275,13 @@ def test_a_result_lies_above_the_pca_code_of_as_many_bits_and_nothing_is_said_be
     assert order_table.above_pca({"psnr": 16.5, "ar_bits_total": 15}, []) is None
 
 
-def test_both_tables_have_one_row_per_arm(out):
+def test_both_tables_have_one_row_per_arm_and_figures_a_curve(out):
     tables = (out / "table.md").read_text().split("## ")[1:]
     assert [table.splitlines()[0] for table in tables] == list(order_table.TABLES)
     for table in tables:
         rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
         assert [row[0] for row in rows] == ["| arm", *(f"| {arm}" for arm in TRIED)]
         assert len({len(row) for row in rows}) == 1
-
-
-def test_figures_have_a_curve_for_each_arm(out):
     for name in ("recovered.svg", "bits.svg"):
         drawing = (out / name).read_text()
         assert drawing.startswith("<svg xmlns=") and drawing.count("<polyline") == len(TRIED)
@@ -319,7 +304,7 @@ def test_a_second_call_trains_nothing_and_changes_nothing(flags, out, monkeypatc
     before = contents()
     monkeypatch.setattr(order, "train_arm", None)  # whoever calls it fails
     code, text, err = command(*flags)
-    assert code == 0 and text.count("finished before") == 3, err
+    assert code == 0 and text.count("finished before") == len(TRIED), err
     assert contents() == before
 
 
@@ -327,7 +312,7 @@ def test_the_yardstick_gets_an_eighth_to_all_of_the_tokens_bits(tmp_path):
     """8 tokens of 5 bits; more bits, more decibels; and a file that is there is not made anew."""
     args = order.parse(["--quick", "--out", str(tmp_path)])
     args.sizes = {**args.sizes, "image_size": 8}  # sooner
-    images = open_images(some_shapes(tmp_path / "shapes.npz", 300))
+    images = open_images(some_shapes(tmp_path / "shapes.npz", 200))
     order.make_pca(args, images, images)
     written = (tmp_path / "pca.json").read_bytes()
     made = json.loads(written)
@@ -345,12 +330,10 @@ def test_the_yardstick_gets_an_eighth_to_all_of_the_tokens_bits(tmp_path):
     (("--arms", "titoc"), ("titoc", "titok")),
     (("--budget", 0), ("budget 0", "20")),
     (("--seeds", -1), ("seeds",)),
-    (("--num_samples", 1), ("num_samples",)),
     (("--preset", "cifar"), ("--data",)),
     (("--data", "nowhere"), ("--val_data",)),
     (("--data", "nowhere", "--val_data", "nowhere"), ("nowhere",)),
     (("--table", "--out", "nowhere"), ("no results",)),
-    (("--nonsense",), ("--nonsense",)),
 ])
 def test_wrong_use_gets_one_line(wrong, says):
     code, _, err = command(*wrong)
@@ -359,12 +342,9 @@ def test_wrong_use_gets_one_line(wrong, says):
         assert text in err, err
 
 
-def test_results_of_other_settings_are_not_taken_for_these(flags):
+def test_results_of_other_settings_or_judges_are_not_taken_for_these(flags, results, tmp_path):
     code, _, err = command(*flags, "--budget", 30)
     assert code == 2 and "base_steps: " in err and "--out" in err, err
-
-
-def test_results_of_two_judges_are_not_compared(results, tmp_path):
     mine, other = (json.dumps(results[arm]) for arm in TRIED[:2])
     other = other.replace(order_table.fd_key(results[TRIED[0]]), "fd_tinycnn_00000000")
     for arm, text in zip(TRIED, (mine, other)):

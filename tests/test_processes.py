@@ -2,14 +2,13 @@
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import program, refused
+from helpers import free_port, program, refused
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from plumbing import processes
@@ -50,12 +49,9 @@ def lock_is_free(folder) -> bool:
     return not processes.lock_folder(str(folder)).closed
 
 
-def test_a_folder_that_is_not_there_is_one_line(tmp_path):
-    refused(processes.lock_folder, str(tmp_path / "gone"), names=["cannot write", "gone"])
-
-
 def test_a_second_writer_is_turned_away_with_the_process_number_of_the_first(tmp_path, holder):
     process, pipe, _ = holder
+    refused(processes.lock_folder, str(tmp_path / "gone"), names=["cannot write", "gone"])
     told = [str(tmp_path), f"process {process.pid} on", "--run"]
     refused(processes.lock_folder, str(tmp_path), names=told)
     pipe.send("end")
@@ -158,15 +154,13 @@ def test_what_is_no_number_or_out_of_range_is_refused_and_named(launcher, before
 
 
 def test_missing_processes_are_waited_for_in_words_and_not_for_ever(launcher, monkeypatch, capfd):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     monkeypatch.setattr(processes, "PATIENCE", 0.2)
     launcher(f"RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}")
     began, place = time.time(), f"127.0.0.1:{port}"
-    refused(Processes, "cpu", 2, names=["2 processes", place, "torchrun"])
+    refused(Processes, "cpu", 1, names=["2 processes", place, "torchrun"])
     assert time.time() - began < 30
-    assert f"waiting for all of 2 processes at {place}, 2 seconds at most" in capfd.readouterr().err
+    assert f"waiting for all of 2 processes at {place}, 1 seconds at most" in capfd.readouterr().err
 
 
 def test_each_process_takes_its_own_gpu_and_says_when_there_is_none(launcher, monkeypatch):
@@ -177,13 +171,6 @@ def test_each_process_takes_its_own_gpu_and_says_when_there_is_none(launcher, mo
     refused(processes.local_gpu, 4, names=["process 2", "2 can be seen", "--nproc_per_node=2"])
     launcher(WHOLE)  # all four on the first GPU, and no word
     refused(processes.local_gpu, 4, names=["LOCAL_RANK"])
-
-
-def test_a_device_that_is_not_there_is_one_line():
-    for device in ("cuda", "mps"):
-        module = torch.cuda if device == "cuda" else torch.backends.mps
-        if not module.is_available():
-            refused(Processes, device, names=["--device cpu"])
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -226,15 +213,17 @@ def test_a_signal_asks_to_stop_and_breaks_off_a_wait(handlers, name):
     procs.catch_signals()
     os.kill(os.getpid(), number)
     assert procs.stop
+    if name in ("SIGTERM", "SIGINT"):  # a second one is left to the system
+        assert signal.getsignal(number) == signal.SIG_DFL
     procs = Processes("cpu")
     procs.catch_signals()
     began = time.time()
     with pytest.raises(Interrupted), procs.interruptible():
         os.kill(os.getpid(), number)
         time.sleep(10)
-    assert time.time() - began < 5 and procs.stop
     with pytest.raises(Interrupted), procs.interruptible():  # it came before the wait
         time.sleep(10)
+    assert time.time() - began < 5 and procs.stop
 
 
 def test_a_closing_terminal_may_say_so_twice_and_nohup_is_obeyed(handlers):
@@ -247,14 +236,6 @@ def test_a_closing_terminal_may_say_so_twice_and_nohup_is_obeyed(handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     procs.catch_signals()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-
-
-def test_a_second_sigterm_or_ctrl_c_is_left_to_the_system(handlers):
-    procs = Processes("cpu")
-    procs.catch_signals()
-    for name in ("SIGTERM", "SIGINT"):
-        os.kill(os.getpid(), getattr(signal, name))
-        assert signal.getsignal(getattr(signal, name)) == signal.SIG_DFL
 
 
 def test_among_several_processes_a_wait_is_not_broken_off(handlers):
@@ -292,6 +273,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_used_again_instead_of_being_fetched_anew():
     faults = {}

@@ -7,19 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from PIL import Image
 
 import config
 import loop
 import train
-from generator import Generator
 from config import CONFIGS
 from helpers import (
-    ROOT, SMALL, folder_of, held_shapes, interrupt_at, program, some_shapes, start_program,
-    train_shapes)
-from nativetok import NativeTok
+    ROOT, SMALL, encoded, folder_of, held_shapes, noise, program, refused,
+    some_shapes, start_program, train_shapes)
 from plumbing import checkpoint, run
-from plumbing.flags import UserError, as_dict
+from plumbing.flags import as_dict
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -27,21 +25,28 @@ pytestmark = pytest.mark.usefixtures("quick")
 # what belongs to a run
 
 
-def test_a_refused_command_changes_nothing(finished, data):
-    def contents():  # but for the lock, which names its holder until that process ends
-        return {path: path.read_bytes() for path in finished.rglob("*")
-                if path.is_file() and path.name != ".lock"}
-    before = contents()
-    for flags in (("--seed", "5"), ("--generator_width", "48"), ("--holdout", "3")):
-        with pytest.raises(UserError, match="changed"):
-            train_shapes(finished, data, *flags)
-    assert contents() == before
+def contents(folder) -> dict:
+    """But for the lock, which names its holder until that process ends."""
+    return {path: path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}
 
 
-def test_a_run_that_is_over_names_no_writer(finished, data, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    train_shapes(tmp_path / "run", data)
-    assert (tmp_path / "run" / ".lock").read_bytes() == b""
+def test_changed_settings_and_changed_images_are_refused_with_the_difference(finished, data):
+    """And a refused command changes nothing."""
+    before = contents(finished)
+    for flags, change in ((("--seed", "5"), "seed: 0 -> 5"), (("--holdout", "3"), "changed"),
+                          (("--base_steps", "7"), "base_steps: 6 -> 7"),
+                          (("--generator_width", "48"), "generator_width: 32 -> 48"),
+                          (("--generator_steps", "6", "--stage", "3"), "generator_steps: 5 -> 6")):
+        refused(train_shapes, finished, data, *flags, names=[change])
+    refused(train_shapes, finished, "shapes", names=["data changed"])
+    whole = Path(data).read_bytes()
+    some_shapes(data, 59)  # other images under the same name
+    try:
+        refused(train_shapes, finished, data, names=["images"])
+    finally:
+        Path(data).write_bytes(whole)
+    assert contents(finished) == before
 
 
 def test_moved_images_are_the_same_images(finished, data, tmp_path):
@@ -69,7 +74,7 @@ def test_a_folder_has_one_writer(data, tmp_path):
     command = ["train.py", *SMALL, "--run", tmp_path / "run", "--data", data]
     first = start_program(*command, "--base_steps", 2000)
     try:
-        while not (tmp_path / "run" / "log.jsonl").exists() and first.is_alive():
+        while not (tmp_path / "run" / "config.json").exists() and first.is_alive():
             time.sleep(0.05)
         second = program(*command, "--seed", 1)
         assert second.returncode == 2 and str(first.pid) in second.stderr, second.stderr
@@ -93,32 +98,9 @@ def test_a_tokenizer_is_unfinished_until_the_last_phase_of_its_plan(lengths, cap
         assert bool(run.unfinished({**saved, "step": phase.steps}, "x")) == (k + 1 < len(plan))
 
 
-def test_what_an_interrupted_training_leaves_says_how_far_it_came(data, tmp_path, monkeypatch,
-                                                                  capsys):
-    interrupt_at(monkeypatch, "ar", 3)
-    with pytest.raises(SystemExit):
-        train_shapes(tmp_path, data)
-    device = torch.device("cpu")
-    tokenizer = NativeTok.of_run(str(tmp_path), device)
-    assert tokenizer.unfinished == "" and "note" not in capsys.readouterr().err
-    ar = Generator.of_run(str(tmp_path), "ar", tokenizer, device)
-    assert ar.unfinished == "ar: step 3 of 5" and ar.unfinished in capsys.readouterr().err
-
-
 def test_a_closed_pipe_saves_and_stops(data, tmp_path):
-    command = [
-        sys.executable,
-        "train.py",
-        *SMALL,
-        "--run",
-        str(tmp_path),
-        "--data",
-        data,
-        "--base_steps",
-        "2000",
-        "--save_every",
-        "100000",
-    ]
+    command = [sys.executable, "train.py", *SMALL, "--run", str(tmp_path), "--data", data,
+               "--base_steps", "2000", "--save_every", "100000"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
@@ -131,55 +113,22 @@ def test_a_closed_pipe_saves_and_stops(data, tmp_path):
 # wrong use
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--data", "no/such/folder"], "no such file or folder"),
-        (["--stage", "3"], "stage 3 needs a tokenizer"),
-        (["--stage", "2"], "stage 2 needs stage 1"),
-        (["--image_size", "64", "--data", "shapes"], "32x32"),
-    ],
-)
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "no/such/folder"], "no such file or folder"),
+    (["--stage", "3"], "stage 3 needs a tokenizer"),
+    (["--stage", "2"], "stage 2 needs stage 1"),
+    (["--image_size", "64", "--data", "shapes"], "32x32")])
 def test_what_cannot_work_is_said_in_one_line(data, tmp_path, flags, message):
-    with pytest.raises(UserError, match=message) as error:
-        train_shapes(tmp_path / "run", data, *flags)
-    assert "\n" not in str(error.value)
+    refused(train_shapes, tmp_path / "run", data, *flags, names=[message])
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--token_schedule", "8", "4"], "must grow"),
-        (["--patch_size", "5"], "try 30 or 35"),
-        (["--epochs", "3"], "unrecognized"),
-        (["--batch", "3"], "unrecognized"),
-    ],
-)
+@pytest.mark.parametrize("flags, message", [
+    (["--token_schedule", "8", "4"], "must grow"), (["--batch", "3"], "unrecognized")])
 def test_a_wrong_command_ends_with_code_2_and_one_line(tmp_path, flags, message):
     done = program("train.py", "--preset", "tiny", "--run", tmp_path / "run", *flags)
-    assert (
-        done.returncode == 2
-        and message in done.stderr
-        and done.stderr.count("\n") == 1
-        and not done.stdout
-    )
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.count("\n") == 1 and not done.stdout
     assert not (tmp_path / "run").exists()
-
-
-def test_changed_settings_and_changed_images_are_refused_with_the_difference(finished, data):
-    with pytest.raises(UserError, match="base_steps: 6 -> 7"):
-        train_shapes(finished, data, "--base_steps", "7")
-    with pytest.raises(UserError, match="data changed"):
-        train_shapes(finished, "shapes")
-    whole = Path(data).read_bytes()
-    some_shapes(data, 59)  # other images under the same name
-    try:
-        with pytest.raises(UserError, match="images"):
-            train_shapes(finished, data)
-    finally:
-        Path(data).write_bytes(whole)
-    with pytest.raises(UserError, match="generator_steps: 5 -> 6"):
-        train_shapes(finished, data, "--generator_steps", "6", "--stage", "3")
 
 
 def test_a_run_from_before_a_setting_goes_on_with_its_default(finished, data, tmp_path):
@@ -189,24 +138,23 @@ def test_a_run_from_before_a_setting_goes_on_with_its_default(finished, data, tm
     assert saved["settings"].pop("expert") == "query"
     checkpoint.save(path, saved)
     train_shapes(tmp_path / "run", data)
-    with pytest.raises(UserError, match="expert: query -> block"):
-        train_shapes(tmp_path / "run", data, "--expert", "block")
+    refused(train_shapes, tmp_path / "run", data, "--expert", "block",
+            names=["expert: query -> block"])
 
 
 def test_a_run_folder_that_cannot_be_made_is_said_before_the_first_step(data, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="choose another folder"):
-        train_shapes(tmp_path / "file" / "run", data)
+    refused(train_shapes, tmp_path / "file" / "run", data, names=["choose another folder"])
 
 
 @pytest.mark.parametrize("program, makes, other", (
     ("train.py", "tokenizer.pt", "-m d2it.train"), ("-m d2it.train", "dvae.pt", "train.py")))
 def test_a_run_of_the_other_system_is_called_one(tmp_path, program, makes, other):
-    with pytest.raises(UserError, match=f"has no {makes}; train it: python {program} --run"):
-        run.need_parts(str(tmp_path), (makes,), program)
+    told = f"has no {makes}; train it: python {program} --run"
+    refused(run.need_parts, str(tmp_path), (makes,), program, names=[told])
     (tmp_path / run.SYSTEMS[other]).touch()
-    with pytest.raises(UserError, match=f"is a run of python {other}, the other system"):
-        run.need_parts(str(tmp_path), (makes,), program)
+    told = f"is a run of python {other}, the other system"
+    refused(run.need_parts, str(tmp_path), (makes,), program, names=[told])
     (tmp_path / makes).touch()
     run.need_parts(str(tmp_path), (makes,), program)
 
@@ -216,18 +164,12 @@ def test_a_file_that_turned_bad_between_two_commands_is_told_and_loses_nothing(t
     pictures, folder = folder_of(tmp_path / "pictures", 40, size=32), tmp_path / "run"
     train_shapes(folder, str(pictures), "--stage", "1")
     path = next(pictures.rglob("*.png"))
-    good, others = path.read_bytes(), [p for p in pictures.rglob("*.png") if p != path]
-    try:
-        path.write_bytes(b"x" * len(good))
-        with pytest.raises(UserError, match="is saved"):
-            train_shapes(folder, str(pictures), "--stage", "2", "--log_every", "1")
-        assert f"{path.name} cannot be read any more" in capsys.readouterr().err
-    finally:
-        path.write_bytes(good)
+    good = path.read_bytes()
+    path.write_bytes(b"x" * len(good))
+    refused(train_shapes, folder, str(pictures), "--stage", "2", names=["is saved"])
+    assert f"{path.name} cannot be read any more" in capsys.readouterr().err
+    path.write_bytes(good)
     train_shapes(folder, str(pictures), "--stage", "2")
     assert set(checkpoint.load(folder / "tokenizer.pt")["results"]) > {"base"}
-    same_size = next((p for p in others if p.stat().st_size == len(good)), None)
-    replaced = same_size.read_bytes() if same_size else bytes([*good[:-1], good[-1] ^ 1])
-    path.write_bytes(replaced)
-    with pytest.raises(UserError, match="data changed"):
-        train_shapes(folder, str(pictures), "--stage", "3")
+    path.write_bytes(encoded(Image.fromarray(noise(99, 32, 32)), "PNG"))
+    refused(train_shapes, folder, str(pictures), "--stage", "3", names=["data changed"])

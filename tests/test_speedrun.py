@@ -1,16 +1,14 @@
 """experiments/speedrun.py: it removes what a speed run has left, and nothing else."""
 import json
 import shutil
-import signal
 from types import SimpleNamespace
 
 import pytest
 
 from experiments import speedrun
+from experiments.order import handlers_of_its_own
 from helpers import refused, some_shapes
 from plumbing import run
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def arguments(*words):
@@ -29,12 +27,10 @@ def raced(tmp_path_factory):
     words = ["--data", data, "--val_data", data, "--steps", "3", "--out", folder / "run", "--",
              "--continuous_steps", "1", "--batch_size", "8", "--encoder_width", "32",
              "--decoder_width", "32", "--device", "cpu"]
-    before, handlers = run.EVAL_IMAGES, [signal.getsignal(number) for number in SIGNALS]
-    with pytest.raises(SystemExit):
+    before = run.EVAL_IMAGES
+    with pytest.raises(SystemExit), handlers_of_its_own():
         speedrun.main(arguments(*words))
     run.EVAL_IMAGES = before
-    for number, handler in zip(SIGNALS, handlers):
-        signal.signal(number, handler)
     return SimpleNamespace(folder=folder / "run", data=data, words=words)
 
 
@@ -57,8 +53,7 @@ def test_nothing_is_removed_before_all_arguments_have_been_looked_at(raced):
     words = raced.words[:]
     words[1] = "typo"
     refused(speedrun.main, arguments(*words), names=["typo"])
-    for more in (("--run", "elsewhere"), ("--seed", "3"), ("--codebook_size", "4096"),
-                 ("--beta2", "1")):
+    for more in (("--run", "elsewhere"), ("--codebook_size", "4096"), ("--beta2", "1")):
         refused(speedrun.main, arguments(*raced.words, *more))
     (raced.folder / "samples" / "mine.png").write_text("a picture")
     (raced.folder / "notes").mkdir()

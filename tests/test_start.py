@@ -3,14 +3,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from plumbing.flags import UserError
 from plumbing.start import Output, main_with_user_errors
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_ctrl_c_while_torch_is_being_imported_is_one_line():
@@ -23,22 +21,16 @@ def test_ctrl_c_while_torch_is_being_imported_is_one_line():
         assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in error, error
 
 
-def test_ctrl_c_in_a_program_is_one_line_and_130(capsys):
-    def interrupted():
-        raise KeyboardInterrupt
-    with pytest.raises(SystemExit) as stopped:
-        main_with_user_errors(interrupted)
-    assert stopped.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"
-
-
-def test_a_mistake_is_one_line_and_2_and_comes_last(capsys):
+@pytest.mark.parametrize("error, code, line", [
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (UserError("give another --data"), 2, "error: give another --data")])
+def test_ctrl_c_in_a_program_and_a_mistake_are_one_line(capsys, error, code, line):
     def mistaken():
         print("so far")
-        raise UserError("give another --data")
+        raise error
     with pytest.raises(SystemExit) as stopped:
         main_with_user_errors(mistaken)
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: give another --data\n"
+    assert stopped.value.code == code and capsys.readouterr().err.strip() == line
 
 
 def test_another_programs_ctrl_c_is_left_alone():
@@ -50,15 +42,17 @@ def test_another_programs_ctrl_c_is_left_alone():
 
 
 def test_a_reader_that_goes_away_does_not_end_the_program():
-    code = ("import sys, time; from plumbing.start import main_with_user_errors as m, output_gone\n"
+    code = ("import sys; from plumbing.start import main_with_user_errors as m, output_gone\n"
             "def main():\n"
-            "    print('first', flush=True); time.sleep(1); print('second', flush=True)\n"
+            "    print('first', flush=True); sys.stdin.read(); print('second', flush=True)\n"
             "    print('gone', output_gone(), file=sys.stderr)\n"
             "m(main)")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     assert process.stdout.readline() == "first\n"
     process.stdout.close()
+    process.stdin.close()
     assert process.stderr.read().strip() == "gone True" and process.wait(timeout=60) == 0
 
 

@@ -1,11 +1,10 @@
 """Promises of checkpoint.py about what goes into a checkpoint and lies beside it."""
 import pytest
 import torch
-from helpers import names, same_content
+from helpers import names, refused, same_content
 from torch import nn
 
 from plumbing import checkpoint
-from plumbing.flags import UserError
 
 # ------------------------------------------------------------------------------------------------
 # states
@@ -14,27 +13,19 @@ def test_a_strict_load_names_the_keys_and_changes_nothing():
     module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     before = {k: v.clone() for k, v in module.state_dict().items()}
     state = {k: v + 1 for k, v in before.items()}
+    checkpoint.load_strict(module, state, "x")
+    assert same_content(dict(module.state_dict()), state)
+    checkpoint.load_strict(module, before, "x")
     del state["1.bias"]
     state["2.bias"] = torch.zeros(1)
     state["0.weight"] = torch.zeros(5, 2)
-    with pytest.raises(UserError) as error:
-        checkpoint.load_strict(module, state, "tokenizer.pt, model")
-    assert str(error.value) == (
-        "tokenizer.pt, model does not fit this configuration (missing: 1.bias; unexpected: 2.bias; "
-        "wrong shape: 0.weight (5, 2), not (3, 2)); use the settings it was trained with")
+    refused(checkpoint.load_strict, module, state, "tokenizer.pt, model",
+            names=["tokenizer.pt, model does not fit", "missing: 1.bias", "unexpected: 2.bias",
+                   "wrong shape: 0.weight (5, 2), not (3, 2)"])
     assert same_content(dict(module.state_dict()), before)
-
-
-def test_a_strict_load_counts_what_it_does_not_name():
-    module = nn.Sequential(*(nn.Linear(1, 1) for _ in range(4)))
-    with pytest.raises(UserError, match=r"missing: 0.weight, 0.bias, 1.weight and 5 more\)"):
-        checkpoint.load_strict(module, {}, "x")
-
-
-def test_a_strict_load_of_fitting_weights_loads_them():
-    a, b = nn.Linear(2, 3), nn.Linear(2, 3)
-    checkpoint.load_strict(b, dict(a.state_dict()), "x")
-    assert same_content(dict(a.state_dict()), dict(b.state_dict()))
+    many = nn.Sequential(*(nn.Linear(1, 1) for _ in range(4)))
+    refused(checkpoint.load_strict, many, {}, "x",
+            names=["missing: 0.weight, 0.bias, 1.weight and 5 more)"])
 
 
 def test_random_numbers_go_on_where_the_state_was_saved(tmp_path):
@@ -58,7 +49,6 @@ def test_a_fingerprint_changes_with_one_bit_one_name_one_shape_one_type_one_sett
         ({**state, "step": torch.tensor(2)},),
         (state, {"lr": 1}), (state, {"lr": 2}), (state, {"lr": 1}, {}))]
     assert len(set(prints)) == len(prints)
-    assert all(len(p) == 16 and int(p, 16) >= 0 for p in prints)
 
 
 def test_a_fingerprint_depends_on_values_and_not_on_order_or_memory():
@@ -71,12 +61,10 @@ def test_a_fingerprint_depends_on_values_and_not_on_order_or_memory():
 
 def test_changed_settings_are_refused_with_every_difference_shown():
     checkpoint.check_same({"lr": 0.1, "seed": 0}, {"seed": 0, "lr": 0.1}, "the configuration")
-    with pytest.raises(UserError) as error:
-        checkpoint.check_same({"lr": 0.1, "seed": 0, "old": 1}, {"lr": 0.2, "seed": 0, "new": [2]},
-                              "the configuration")
-    assert str(error.value) == ("the configuration changed "
-                                "(lr: 0.1 -> 0.2, old: 1 -> absent, new: absent -> [2]); "
-                                "use another --run folder, or the old values")
+    refused(checkpoint.check_same, {"lr": 0.1, "seed": 0, "old": 1},
+            {"lr": 0.2, "seed": 0, "new": [2]}, "the configuration",
+            names=["the configuration changed (lr: 0.1 -> 0.2, old: 1 -> absent, "
+                   "new: absent -> [2])", "--run"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -93,29 +81,22 @@ def test_a_log_is_trimmed_to_the_rows_that_are_kept_and_loses_its_torn_line(tmp_
     checkpoint.append_jsonl(log, {"step": 3, "again": True})
     assert log.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
     assert names(tmp_path) == ["log.jsonl"]
-
-
-def test_a_last_line_that_only_lacks_its_end_is_kept(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 0}\n{"step": 1}')
-    checkpoint.trim_jsonl(log, lambda row: True)
-    assert log.read_text() == '{"step": 0}\n{"step": 1}\n'
-
-
-def test_a_log_that_needs_no_trimming_is_not_written_again(tmp_path):
-    log = tmp_path / "log.jsonl"
-    checkpoint.append_jsonl(log, {"step": 0})
     before = log.stat()
     checkpoint.trim_jsonl(log, lambda row: True)
-    assert (log.stat().st_ino, log.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert log.stat().st_ino == before.st_ino, "nothing to trim, so nothing is written"
 
 
-def test_a_log_damaged_in_the_middle_is_refused_with_the_line(tmp_path):
+@pytest.mark.parametrize("text, kept", [
+    ('{"step": 0}\n{"step": 1}', '{"step": 0}\n{"step": 1}\n'),  # only its end was lost
+    ('{"step": 0}\n{"st\n{"step": 2}\n', None)])
+def test_a_log_damaged_in_the_middle_is_refused_with_the_line(tmp_path, text, kept):
     log = tmp_path / "log.jsonl"
-    log.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(UserError, match="log.jsonl line 2 is not JSON"):
+    log.write_text(text)
+    if kept is None:
+        refused(checkpoint.trim_jsonl, log, lambda row: True, names=["log.jsonl line 2"])
+    else:
         checkpoint.trim_jsonl(log, lambda row: True)
-    assert log.read_text() == '{"step": 0}\n{"st\n{"step": 2}\n'
+    assert log.read_text() == (kept or text)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
@@ -123,7 +104,6 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     checkpoint.write_json(file, {"a": [1, 2]})
     with pytest.raises(TypeError):
         checkpoint.write_json(file, {"a": object()})
-    assert file.read_text() == '{\n  "a": [\n    1,\n    2\n  ]\n}\n'
+    assert checkpoint.read_json(file) == {"a": [1, 2]}
     assert names(tmp_path) == ["config.json"]
-    with pytest.raises(UserError, match="cannot write"):
-        checkpoint.append_jsonl(tmp_path / "absent" / "log.jsonl", {})
+    refused(checkpoint.append_jsonl, tmp_path / "absent" / "log.jsonl", {}, names=["cannot write"])

@@ -60,6 +60,10 @@ def test_the_cache_holds_each_image_and_its_mirror_image_beside_its_label(tmp_pa
         assert ids[i, 0].tolist() == encode(image)[0].tolist()
         turned = encode(torch.from_numpy(mirrored))[0].tolist()
         assert ids[i, 1].tolist() == turned != ids[i, 0].tolist()
+    for others in (cached(tmp_path / "others", dataset, workers=1)[0],
+                   cached(tmp_path / "one", dataset, flip=False)[0]):
+        assert np.array_equal(ids[:, :others.shape[1]], others)
+    assert others.shape == (11, 1, SIZE), "without flip there is one copy"
 
 
 def test_an_image_that_stands_in_for_a_bad_one_brings_its_own_label(tmp_path, dataset):
@@ -73,29 +77,13 @@ def test_an_image_that_stands_in_for_a_bad_one_brings_its_own_label(tmp_path, da
     assert np.array_equal(ids[1], ids[2]) and labels[1] == labels[2] == 2 and labels[0] == 0
 
 
-def test_without_flip_there_is_one_copy(tmp_path, dataset):
-    ids, _ = cached(tmp_path / "tokens", dataset, flip=False)
-    assert ids.shape == (11, 1, SIZE)
-    assert np.array_equal(ids, cached(tmp_path / "others", dataset)[0][:, :1])
-
-
-def test_workers_change_nothing(tmp_path, dataset):
-    alone, _ = cached(tmp_path / "a", dataset)
-    assert np.array_equal(alone, cached(tmp_path / "b", dataset, workers=1)[0])
-
-
-def test_a_finished_cache_is_read_and_nothing_is_encoded(tmp_path, dataset):
-    before, _ = cached(tmp_path / "tokens", dataset)
-    counting = Counting()
-    after, _ = cached(tmp_path / "tokens", dataset, encode=counting)
-    assert counting.seen == [] and np.array_equal(before, after)
-
-
 def test_only_a_missing_shard_is_encoded_again(tmp_path, dataset):
     before, _ = cached(tmp_path / "tokens", dataset, flip=False)
+    counting = Counting()
+    after, _ = cached(tmp_path / "tokens", dataset, flip=False, encode=counting)
+    assert counting.seen == [] and np.array_equal(before, after)
     (tmp_path / "tokens" / "00001.npz").unlink()
     (tmp_path / "tokens" / f".00001.npz.tmp-{os.getpid()}").write_bytes(b"half of a killed run")
-    counting = Counting()
     after, _ = cached(tmp_path / "tokens", dataset, flip=False, encode=counting)
     assert counting.seen == [dataset.load(i).tobytes() for i in range(4, 8)]
     assert np.array_equal(before, after)
@@ -129,13 +117,6 @@ def test_tokens_of_another_tokenizer_or_of_other_images_are_refused_and_kept(tmp
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("offset", [65535 - 255, 65536, 200_000])
-def test_ids_of_large_codebooks_are_kept(tmp_path, dataset, offset):
-    plain, _ = cached(tmp_path / "plain", dataset)
-    ids, _ = cached(tmp_path / "large", dataset, encode=lambda images: encode(images) + offset)
-    assert np.array_equal(ids.astype(np.int64), plain.astype(np.int64) + offset)
-
-
 def test_a_single_id_above_65535_spoils_no_other_shard(tmp_path, dataset):
     last = torch.from_numpy(dataset.load(10))
 
@@ -145,6 +126,10 @@ def test_a_single_id_above_65535_spoils_no_other_shard(tmp_path, dataset):
     ids, _ = cached(tmp_path / "large", dataset, flip=False, encode=one_large)
     assert np.array_equal(ids[:10], plain[:10])
     assert np.array_equal(ids[10], plain[10].astype(np.int64) + 65536)
+    for offset in (65535 - 255, 200_000):  # of large codebooks
+        ids, _ = cached(tmp_path / str(offset), dataset, flip=False,
+                        encode=lambda images, offset=offset: encode(images) + offset)
+        assert np.array_equal(ids.astype(np.int64), plain.astype(np.int64) + offset)
 
 
 def test_a_signal_ends_the_caching_and_what_is_there_is_kept(tmp_path, dataset, capsys):
@@ -202,6 +187,8 @@ def test_batches_are_rows_of_ids_with_their_labels():
         assert labels.tolist() == (image % 7).tolist()
         # all tokens of a row come from the same copy
         assert np.array_equal(ids.numpy(), IDS[image, copy])
+    image, copy = images_and_copies(take(stream(ids=IDS[:, :1]), 9))
+    assert copy.sum() == 0 and len(set(image.tolist())) == N, "the only copy is taken"
 
 
 def test_the_order_is_the_same_for_one_and_two_and_three_ranks():
@@ -241,11 +228,6 @@ def test_every_epoch_shows_every_image_once_in_about_half_of_the_cases_mirrored(
         assert 150 < (by_image[a] == by_image[a + 1]).sum() < 250
     # Nor does it follow from its place: neighbours in the order differ as often as not.
     assert all(150 < (copy[1:] == copy[:-1]).sum() < 250 for _, copy in epochs)
-
-
-def test_with_a_single_copy_that_one_is_taken():
-    image, copy = images_and_copies(take(stream(ids=IDS[:, :1]), 9))
-    assert copy.sum() == 0 and len(set(image.tolist())) == N
 
 
 def test_a_batch_that_cannot_be_shared_is_a_user_error():

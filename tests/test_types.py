@@ -58,10 +58,10 @@ def mocet(form: str) -> nn.ModuleList:
     return nn.ModuleList([MoCET(cfg), VectorQuantizer(cfg)])
 
 
-def generator(kind: str):
+def generator(kind: str, num_tokens: int = 4, codebook_size: int = 8):
     """With a head of unit scale, so that the likeliest id is likelier by far than the next one."""
     cfg = GeneratorConfig(generator_width=32, generator_depth=2, generator_heads=2)
-    model = GENERATORS[kind](cfg, 4, 8, CLASSES)
+    model = GENERATORS[kind](cfg, num_tokens, codebook_size, CLASSES)
     nn.init.normal_(model.head.weight)
     nn.init.normal_(model.label.weight)
     return model
@@ -84,10 +84,7 @@ def content() -> Content:
 
 
 def d2it() -> D2iT:
-    grain = generator("ar")
-    grain = type(grain)(grain.cfg, 16, 2, CLASSES)
-    nn.init.normal_(grain.head.weight)
-    return D2iT(dvae(), grain, content(), list("abcd"))
+    return D2iT(dvae(), generator("ar", 16, 2), content(), list("abcd"))
 
 
 def inception() -> FIDInceptionV3:
@@ -182,20 +179,31 @@ def answers(name: str, model: nn.Module) -> tuple:
         return MODULES[name][1](model)
 
 
-# torch's CPU kernels know float16 too, so all of it runs here.
-@pytest.mark.parametrize("dtype", ERROR, ids=str)
-@pytest.mark.parametrize("name", MODULES)
+def agree(name: str, dtype: torch.dtype, told: tuple, expected: tuple) -> None:
+    for answer, wanted in zip(told, expected, strict=True):
+        answer = answer.cpu()
+        assert answer.shape == wanted.shape
+        assert answer.is_floating_point() == wanted.is_floating_point()
+        if wanted.is_floating_point():
+            error = (answer.double() - wanted.double()).norm() / wanted.double().norm()
+            assert error <= ERROR.get(dtype, 1e-3), f"{name}: {error:.2g}"
+        else:
+            share = (answer == wanted).double().mean()
+            assert share >= SHARE.get(dtype, 0.99), f"{name}: {share:.2f}"
+
+
+# torch's CPU kernels know float16 too, but its convolutions there are slow.
+SLOW = [("DVAE", torch.float16), ("D2iT", torch.float16), ("FIDInceptionV3", torch.bfloat16)]
+QUICK = [(name, dtype) for name in MODULES for dtype in ERROR
+         if name != "FIDInceptionV3" and (name, dtype) not in SLOW]
+
+
+@pytest.mark.parametrize("name, dtype", [
+    *QUICK, *(pytest.param(*case, marks=pytest.mark.faults) for case in SLOW)], ids=str)
 def test_answers_are_those_of_float32(name, dtype):
     model = made(name)
     expected = answers(name, model)
-    for told, wanted in zip(answers(name, model.to(dtype)), expected, strict=True):
-        assert told.shape == wanted.shape and told.is_floating_point() == wanted.is_floating_point()
-        if wanted.is_floating_point():
-            error = (told.double() - wanted.double()).norm() / wanted.double().norm()
-            assert error <= ERROR[dtype], f"{error:.2g}"
-        else:
-            share = (told == wanted).double().mean()
-            assert share >= SHARE[dtype], f"{share:.2f}"
+    agree(name, dtype, answers(name, model.to(dtype)), expected)
 
 
 @pytest.mark.parametrize("name", ["MIT", "MoCET query", "MoCET block", "Decoder", "Decoder linear",
@@ -214,18 +222,18 @@ def test_float64_is_computed_in_float64(name):
         assert 0 < (after - before).norm() < 1e-7 * before.norm()
 
 
-@pytest.mark.parametrize("dtype", ERROR, ids=str)
-def test_maps_angles_and_statistics_are_exact_whatever_the_weights_are(dtype):
+def test_maps_angles_and_statistics_are_exact_whatever_the_weights_are():
     model = d2it()
     model.dvae.measure([PIXELS])
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert {"dvae.limit", "dvae.latent_std", "grain.rotary", "content.time.omega"} <= set(before)
-    for name, buffer in model.to(dtype).named_buffers():
-        assert buffer.dtype == before[name].dtype and torch.equal(buffer, before[name]), name
+    for dtype in ERROR:
+        for name, buffer in model.to(dtype).named_buffers():
+            assert buffer.dtype == before[name].dtype and torch.equal(buffer, before[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_a_model_of_another_type_can_learn_grow_and_revive_codes(dtype):
+def test_a_tokenizer_of_another_type_can_learn_grow_and_revive_codes(dtype):
     torch.manual_seed(0)
     model = NativeTok(TokenizerConfig(**SMALL, tail_drop=0.5, decoder_reads="both")).to(dtype)
     model.grow(4)
@@ -234,19 +242,23 @@ def test_a_model_of_another_type_can_learn_grow_and_revive_codes(dtype):
     (recon.square().mean() + sum(losses.values())).backward()
     model.quantizer.count.zero_()
     model.quantizer.restart_dead_codes()
-    ids = torch.randint(8, (B, 4))
-    for net, loss in [(net, net.loss(ids, LABELS)[0]) for kind in GENERATORS
-                      for net in [generator(kind).to(dtype)]]:
-        loss.backward()
-        assert all(p.grad.isfinite().all() for p in net.parameters())
-    for net in (dvae().to(dtype), content().to(dtype)):
-        if isinstance(net, DVAE):
-            loss = sum(part.square().mean() for part in net(IMAGES, GRAIN))
-        else:
-            loss, _ = diffusion.loss(net, some(B, 4, 8, 8), LABELS, GRAIN)
-        loss.backward()
-        assert all(p.grad.isfinite().all() for p in net.parameters())
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+IDS = torch.arange(4).expand(B, 4)
+LOSSES = {
+    "ARGenerator": lambda model: model.loss(IDS, LABELS)[0],
+    "MaskGITGenerator": lambda model: model.loss(IDS, LABELS)[0],
+    "DVAE": lambda model: sum(part.square().mean() for part in model(IMAGES, GRAIN)),
+    "Content": lambda model: diffusion.loss(model, some(B, 4, 8, 8), LABELS, GRAIN)[0],
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_other_model_of_another_type_can_learn(name):
+    model = made(name).to(torch.bfloat16)
+    LOSSES[name](model).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -270,12 +282,4 @@ def test_answers_on_a_gpu_are_those_of_the_cpu(dtype, monkeypatch):
     monkeypatch.setitem(globals(), "some", lambda *shape: torch.randn(
         shape, generator=torch.Generator().manual_seed(0)).cuda())
     for name, model in models.items():
-        told = answers(name, model.to("cuda", dtype))
-        for answer, wanted in zip(told, expected[name], strict=True):
-            answer = answer.cpu()
-            if wanted.is_floating_point():
-                error = (answer.double() - wanted.double()).norm() / wanted.double().norm()
-                assert error <= ERROR.get(dtype, 1e-3), f"{name}: {error:.2g}"
-            else:
-                share = (answer == wanted).double().mean()
-                assert share >= SHARE.get(dtype, 0.99), f"{name}: {share:.2f}"
+        agree(name, dtype, answers(name, model.to("cuda", dtype)), expected[name])

@@ -6,9 +6,9 @@ import pytest
 
 from d2it import train
 from d2it.presets import parse_run
-from helpers import some_shapes
+from helpers import SMALL_D2IT, some_shapes
 from plumbing import run as run_folder
-from small_d2it import SMALL
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
@@ -30,7 +30,7 @@ def shapes_npz(tmp_path_factory):
 def training(shapes_npz):
     """training(folder, *flags): run d2it.train as its command line would."""
     def run(folder, *flags):
-        train.main(parse_run("", [*SMALL, "--run", str(folder), "--data", shapes_npz, *flags]))
+        train.main(parse_run("", [*SMALL_D2IT, "--run", str(folder), "--data", shapes_npz, *flags]))
     return run
 
 

@@ -45,11 +45,13 @@ def test_at_first_the_output_is_zero_and_the_loss_the_mean_square_of_the_noise()
     assert diffusion.loss(model, z, labels, grain)[0].item() == pytest.approx(1, abs=0.05)
 
 
-def test_coarse_cells_are_the_same_bits_with_and_without_refinement():
+def test_coarse_cells_are_constant_and_the_same_bits_with_and_without_refinement():
     model, (z, t, labels, grain) = network(), inputs()
     rough, refined = model(z, t, labels, grain, refine=False), model(z, t, labels, grain)
     changed = (rough != refined).any(dim=1)
     assert torch.equal(changed, spread(grain[:, None])[:, 0])
+    blocks = refined.view(5, C, n, 2, n, 2).transpose(3, 4).flatten(4)
+    assert torch.equal((blocks == blocks[..., :1]).all(-1).all(1), ~grain)
 
 
 def test_an_image_is_the_same_whatever_else_is_in_the_batch():
@@ -70,12 +72,6 @@ def test_every_parameter_gets_a_finite_gradient_whatever_the_maps(share):
     assert all(p.grad.isfinite().all() for p in model.parameters())
     refined = any(p.grad.any() for p in model.refine.parameters())
     assert refined == (share != "none")
-
-
-def test_coarse_blocks_of_the_output_are_constant_and_fine_ones_are_not():
-    model, (z, t, labels, grain) = network(), inputs()
-    blocks = model(z, t, labels, grain).view(5, C, n, 2, n, 2).transpose(3, 4).flatten(4)
-    assert torch.equal((blocks == blocks[..., :1]).all(-1).all(1), ~grain)
 
 
 def test_refinement_reads_the_fine_codes_the_time_the_class_and_the_place():

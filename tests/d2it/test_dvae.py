@@ -79,6 +79,8 @@ def test_kl_is_that_of_torch_counted_once_per_code(model, pixels):
 
 def test_standardised_codes_have_mean_0_and_std_1_in_each_channel_and_grain(model, pixels):
     calibrated(model, pixels)
+    with torch.no_grad():
+        model.encoder.coarse[-1][-1].bias[:4] += 50.0  # or the grains would hardly differ
     torch.manual_seed(1)
     model.measure(pixels.split(16))
     torch.manual_seed(1)
@@ -87,17 +89,8 @@ def test_standardised_codes_have_mean_0_and_std_1_in_each_channel_and_grain(mode
     for fine in (True, False):
         own = slots(z)[grain == fine]                         # (cells, C, 4)
         own = own.transpose(1, 2).reshape(-1, 4) if fine else own[..., 0]
-        assert torch.allclose(own.mean(0), torch.zeros(4), atol=1e-4)
+        assert torch.allclose(own.mean(0), torch.zeros(4), atol=1e-3)
         assert torch.allclose(own.std(0, correction=0), torch.ones(4), atol=1e-4)
-
-
-def test_statistics_of_the_two_grains_differ_and_are_not_mixed(model, pixels):
-    calibrated(model, pixels)
-    with torch.no_grad():
-        model.encoder.coarse[-1][-1].bias[:4] += 50.0
-    model.measure([pixels])
-    assert (model.latent_mean[0] - model.latent_mean[1] > 40).all()
-    assert (model.latent_std < 10).all()
 
 
 def test_a_grain_that_never_occurs_keeps_mean_0_and_std_1(model, pixels):
@@ -132,10 +125,10 @@ def test_the_decoder_can_tell_the_corners_of_a_copied_code_apart(model):
 
 def test_encoding_twice_draws_twice_and_a_generator_repeats(model, pixels):
     calibrated(model, pixels)
-    first, second = model.encode(pixels[:2]).z, model.encode(pixels[:2]).z
-    assert not torch.equal(first, second)
-    a, b = (model.encode(pixels[:2], torch.Generator().manual_seed(3)).z for _ in range(2))
-    assert torch.equal(a, b)
+    first, second, a, b = (
+        model.encode(pixels[:2], generator).z
+        for generator in (None, None, *(torch.Generator().manual_seed(3) for _ in range(2))))
+    assert not torch.equal(first, second) and torch.equal(a, b)
 
 
 def test_a_checkpoint_brings_back_weights_threshold_statistics_and_fingerprint(
@@ -171,10 +164,12 @@ def test_the_ends_of_the_scale_are_ordinary_autoencoders(policy, codes, pixels):
     assert all(not p.grad.any() for p in unused.parameters())
 
 
-def learned_by_heart(width: int, few: torch.Tensor, steps: int, rate: float) -> float:
-    """PSNR, in dB, of these images by a DVAE that has seen no others."""
+@pytest.mark.parametrize("width, n, steps, rate, dB", [
+    (8, 2, 60, 8e-3, 20),
+    pytest.param(16, 8, 500, 4e-3, 30, marks=pytest.mark.faults)])  # half a minute
+def test_a_few_images_are_learned_by_heart(width, n, steps, rate, dB, pixels):
     torch.manual_seed(0)
-    model = DVAE(replace(CFG, dvae_width=width))
+    model, few = DVAE(replace(CFG, dvae_width=width)), pixels[:n]
     grain, images = calibrated(model, few).grain_of(few), to_float(few)
     optimizer = new_optimizer(model, "adamw", 0.0, 0.99)
     for step in range(steps):
@@ -185,13 +180,4 @@ def learned_by_heart(width: int, few: torch.Tensor, steps: int, rate: float) -> 
         (loss + 1e-6 * divergence).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return to_db(loss).item()
-
-
-def test_a_few_images_are_learned_by_heart(pixels):
-    assert learned_by_heart(8, pixels[:4], 100, 8e-3) > 20
-
-
-@pytest.mark.faults  # half a minute
-def test_eight_images_are_learned_by_heart_to_30_db(pixels):
-    assert learned_by_heart(16, pixels[:8], 500, 4e-3) > 30
+    assert to_db(loss).item() > dB

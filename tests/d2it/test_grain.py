@@ -6,23 +6,8 @@ import pytest
 import torch
 
 from d2it.grain import (
-    POLICIES,
-    code_weights,
-    count_codes,
-    entropy,
-    grain_map,
-    grained_noise,
-    gray,
-    heat,
-    kernel,
-    merge,
-    pack,
-    painted,
-    per_code,
-    spread,
-    threshold,
-    unpack,
-)
+    POLICIES, code_weights, count_codes, entropy, grain_map, grained_noise, gray, heat, kernel,
+    merge, pack, painted, per_code, spread, threshold, unpack)
 from plumbing.datasets import open_images
 
 FLAT = math.log(255 * 0.01) + 0.5 * math.log(2 * math.pi * math.e)  # of a Gaussian 2.55 levels wide
@@ -50,12 +35,12 @@ def test_all_256_flat_cells_score_the_same_whatever_their_brightness():
     assert abs(scores[0].item() - FLAT) < 1e-3
 
 
-@pytest.mark.parametrize("share", [1 / 64, 1 / 4, 1 / 2])
-def test_two_far_levels_add_the_entropy_of_their_shares(share):
-    one = torch.zeros(64)
-    one[:round(64 * share)] = 255
-    told = -share * math.log(share) - (1 - share) * math.log(1 - share)
-    assert abs(entropy(cells(one.view(1, 8, 8)), 8).item() - FLAT - told) < 1e-3
+def test_two_far_levels_add_the_entropy_of_their_shares():
+    for share in (1 / 64, 1 / 4, 1 / 2):
+        one = torch.zeros(64)
+        one[:round(64 * share)] = 255
+        told = -share * math.log(share) - (1 - share) * math.log(1 - share)
+        assert abs(entropy(cells(one.view(1, 8, 8)), 8).item() - FLAT - told) < 1e-3
 
 
 def test_counting_levels_first_gives_the_papers_sum_over_pixels_to_the_bit():
@@ -69,14 +54,6 @@ def test_counting_levels_first_gives_the_papers_sum_over_pixels_to_the_bit():
     assert kernel().shape == (256, 296)
 
 
-def test_the_score_knows_which_levels_a_cell_has_and_not_where():
-    pixels = shapes(20)
-    shuffled = pixels.clone()
-    corner = pixels[:, 8:16, 16:24].reshape(20, 64, 3)
-    shuffled[:, 8:16, 16:24] = corner[:, torch.randperm(64)].view(20, 8, 8, 3)
-    assert torch.equal(entropy(pixels, 8), entropy(shuffled, 8))
-
-
 def test_a_change_in_one_cell_changes_the_score_of_that_cell_only():
     pixels = shapes(1).clone()
     before = entropy(pixels, 8)
@@ -84,16 +61,15 @@ def test_a_change_in_one_cell_changes_the_score_of_that_cell_only():
     assert (before != entropy(pixels, 8)).nonzero().tolist() == [[0, 1, 2]]
 
 
-@pytest.mark.parametrize("ratio", [0, 0.25, 0.5, 1])
-def test_on_the_calibration_images_the_share_of_fine_cells_is_the_ratio(ratio):
+def test_on_the_calibration_images_the_share_of_fine_cells_is_the_ratio():
     pixels = torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8)
     scores = entropy(pixels, 8)
-    limit = threshold(scores, ratio)
-    # whatever the batch: calibration and run time are the same function
-    fine = torch.cat([grain_map(part, 8, limit) for part in pixels.split(7)])
-    missing = ratio * fine.numel() - fine.sum().item()
-    assert 0 <= missing <= max(0, (scores == limit).sum().item() - 1)
-    assert missing <= 4
+    for ratio in (0, 0.25, 0.5, 1):
+        limit = threshold(scores, ratio)
+        # whatever the batch: calibration and run time are the same function
+        fine = torch.cat([grain_map(part, 8, limit) for part in pixels.split(7)])
+        missing = ratio * fine.numel() - fine.sum().item()
+        assert 0 <= missing <= min(4, max(0, (scores == limit).sum().item() - 1))
 
 
 def test_flat_cells_are_coarse_even_when_more_than_half_are_flat():
@@ -159,12 +135,8 @@ def test_noise_is_one_draw_per_code_with_unit_variance_and_no_relation_between_c
     fine = slots[grain[:, None].expand_as(same)][:, :2].T
     for pair in (neighbours, channels, fine):
         assert abs(torch.corrcoef(pair)[0, 1].item()) < 0.03
-
-
-def test_the_same_generator_state_draws_the_same_noise():
-    grain = random_maps()
-    draws = [grained_noise(grain, 4, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    again, other = (grained_noise(grain, 4, torch.Generator().manual_seed(s)) for s in (0, 1))
+    assert torch.equal(noise, again) and not torch.equal(noise, other)
 
 
 @pytest.mark.parametrize("tail", [(), (5,), (4, 3)])

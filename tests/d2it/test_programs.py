@@ -1,11 +1,13 @@
 """All programs of both systems: one guard for places, empty values and processes."""
 import importlib
-import os
+import re
 import shutil
 
 import numpy as np
 import pytest
 
+import config
+from d2it import presets
 from helpers import ROOT, refused
 from plumbing.flags import UserError
 
@@ -71,19 +73,14 @@ def test_every_program_looks_at_its_places_before_it_works(program, words, flag,
 
 def test_the_list_of_programs_is_whole():
     """Who writes a file or a folder by a flag stands above."""
-    root = str(ROOT)
     found = set()
-    for folder, prefix in ((".", ""), ("d2it", "d2it."), ("experiments", "experiments.")):
-        for name in sorted(os.listdir(os.path.join(root, folder))):
-            path = os.path.join(root, folder, name)
-            if name.endswith(".py"):
-                with open(path, encoding="utf-8") as file:
-                    text = file.read()
-                flags = ("--out", "--json", "--npz", "--save_stats")
-                own = "Parser(" in text and any(f'"{flag}"' in text for flag in flags)
-                # made elsewhere, --out among them: the flags of order.py, those of samples.py
-                if own or "parser_of(" in text or "sample_parser(" in text:
-                    found.add(prefix + name[:-3])
+    for folder in ("", "d2it/", "experiments/"):
+        for path in ROOT.glob(f"{folder}*.py"):
+            text = path.read_text(encoding="utf-8")
+            own = "Parser(" in text and re.search('"--(out|json|npz|save_stats)"', text)
+            # made elsewhere, --out among them: the flags of order.py, those of samples.py
+            if own or "parser_of(" in text or "sample_parser(" in text:
+                found.add(f"{folder}{path.stem}".replace("/", "."))
     assert found == set(PROGRAMS)
 
 
@@ -99,13 +96,11 @@ def test_one_file_for_two_outputs_and_an_output_that_is_read(here, tmp_path, mon
             started(monkeypatch, program, here(words))
 
 
-def test_an_unset_variable_does_not_start_another_run(here, monkeypatch):
-    for program in ("train", "d2it.train"):
-        parse = {"train": "config", "d2it.train": "d2it.presets"}[program]
-        parse = importlib.import_module(parse).parse_run
+def test_an_unset_variable_does_not_start_another_run():
+    for module in (config, presets):
         for flag in ("--run", "--data", "--preset"):
-            refused(parse, "", [flag, ""], names=[flag, "empty"])
-        assert parse("", ["--val_data", ""]).train.val_data == ""
+            refused(module.parse_run, "", [flag, ""], names=[flag, "empty"])
+        assert module.parse_run("", ["--val_data", ""]).train.val_data == ""
 
 
 SHARED = ("eval_fid", "experiments.order", "experiments.grain")  # several processes may work at it

@@ -2,9 +2,11 @@
 import dataclasses
 
 import pytest
+import torch
 
 import config
 from d2it import presets
+from d2it.dvae import DVAE
 from loop import learning_rate
 from plumbing.flags import UserError
 
@@ -12,8 +14,10 @@ SYSTEMS = {"train.py": config, "d2it.train": presets}
 ABSURD = {int: ("-1", "0", "99999999999999", "18446744073709551616", "1.5", "many"),
           float: ("-1", "nan", "inf", "-inf", "1e300", "many"),
           tuple: ("0", "-3", "99999999999999", "1.5"), str: ("absurd", "\0"), bool: ()}
+# What both have is tried in one of them: it is one class, with one set of checks.
 FIELDS = [(system, field) for system, module in SYSTEMS.items() for c in module.CONFIGS
-          for field in dataclasses.fields(c)]
+          for field in dataclasses.fields(c)
+          if module is config or field not in dataclasses.fields(config.RunConfig)]
 
 
 def refusal(module, *words) -> str | None:
@@ -38,37 +42,24 @@ def test_an_absurd_value_is_refused_or_taken_never_an_error_of_python(system, fi
             assert field.name in said, f"--{field.name} {value}: {said}"
 
 
-@pytest.mark.parametrize("name, value", (
-    ("seed", "4294967296"), ("beta2", "1"), ("beta2", "-0.1"), ("ema_decay", "1.1"),
-    ("batch_size", "0"), ("workers", "5000"), ("precision", "fp8"), ("optimizer", "sgd"),
-    ("timeout", "0"), ("warmup_steps", "-1"), ("holdout", "0"), ("grad_clip", "nan")))
-def test_both_systems_say_the_same_of_what_they_share(name, value):
-    first, second = (refusal(module, f"--{name}", value) for module in SYSTEMS.values())
-    assert first == second is not None and name in first
+def test_both_systems_say_the_same_of_what_they_share():
+    for name, value in (
+            ("seed", "4294967296"), ("beta2", "1"), ("beta2", "-0.1"), ("ema_decay", "1.1"),
+            ("batch_size", "0"), ("workers", "5000"), ("precision", "fp8"), ("optimizer", "sgd"),
+            ("timeout", "0"), ("warmup_steps", "-1"), ("holdout", "0"), ("grad_clip", "nan")):
+        first, second = (refusal(module, f"--{name}", value) for module in SYSTEMS.values())
+        assert first == second is not None and name in first
 
 
 @pytest.mark.parametrize("width, mults, near", (
     (36, (1, 2, 2, 4), 40), (132, (1, 2, 2, 4), 160), (48, (1, 2, 3, 4), 64), (6, (1, 1, 1, 1), 8),
-    (44, (1, 3, 4, 5), None)))
+    (44, (1, 3, 4, 5), 64), (40, (1, 2, 2, 4), None), (4, (2, 2, 2, 2), None)))
 def test_a_width_that_cannot_be_normed_is_refused_with_one_that_can(width, mults, near):
-    from d2it.dvae import DVAE
-    words = ["--dvae_mults", *map(str, mults), "--dvae_width"]
+    words = ["--cell_size", "8", "--dvae_mults", *map(str, mults), "--dvae_width"]
     said = refusal(presets, *words, str(width))
-    assert near is None or f"try --dvae_width {near}" in said
-    DVAE(presets.parse_run("", [*words, said.split()[-1] if said else str(width)]).dvae)
-
-
-def test_no_width_is_refused_that_works_and_none_taken_that_does_not():
-    from torch import nn
-    for width in range(1, 200):
-        for mults in ((1, 2, 2, 4), (1, 3, 4, 5), (2, 2, 2, 2)):
-            said = refusal(presets, "--dvae_mults", *map(str, mults), "--dvae_width", str(width))
-            if said is None:
-                for mult in mults:
-                    nn.GroupNorm(presets.norm_groups(mult * width), mult * width)
-            else:
-                assert refusal(presets, "--dvae_mults", *map(str, mults), "--dvae_width",
-                               said.split()[-1]) is None
+    assert said is None if near is None else said.endswith(f"try --dvae_width {near}")
+    with torch.device("meta"):  # GroupNorm refuses what is not equal
+        DVAE(presets.parse_run("", [*words, str(near or width)]).dvae)
 
 
 @pytest.mark.parametrize("peak", (0, 1e-6, 1e-4, 1.0))
