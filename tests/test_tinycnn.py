@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from evaluation.tinycnn import TinyCNN, load_judge, random_twin, train_judge
-from helpers import folder_of, program, refused, some_shapes
+from helpers import folder_of, refused
 from plumbing.datasets import open_images
 
 
@@ -47,15 +47,3 @@ def test_the_random_twin_is_the_same_every_time_and_leaves_random_numbers_alone(
 def test_images_of_other_sizes_are_looked_at_in_32_pixels():
     net = TinyCNN(4)
     assert [tuple(t.shape) for t in net(torch.rand(2, 3, 48, 64))] == [(2, 4), (2, 128)]
-
-
-def test_the_judge_learns_without_importing_a_compiler(tmp_path):
-    """torch's own optimizers import it, which takes longer than the demo's judge learns."""
-    data = some_shapes(tmp_path / "shapes.npz", 40)
-    code = ("import sys, torch; from evaluation.tinycnn import train_judge; "
-            "from plumbing.datasets import open_images; "
-            f"data = open_images({data!r}); "
-            f"train_judge({str(tmp_path / 'j.pt')!r}, data, data, 32, False, 2, "
-            "torch.device('cpu')); sys.exit('torch._dynamo' in sys.modules)")
-    done = program("-c", code)
-    assert done.returncode == 0, done.stderr
