@@ -241,7 +241,7 @@ def test_pages_say_of_intervention_what_its_result_file_says():
     exact = [f"{made['images']} images", f"{first['original']:.2f}", f"{first['broken']:.2f} dB",
              f"{first['answered']:.2f} dB", f"{first['later_ids_changed']:.0%} of their tokens"]
     assert [words for words in exact if words not in section("CIFAR-10")] == []
-    rough = (f"{first['broken']:.1f} dB, and the error", f"{first['answered']:.1f} dB, of "
+    rough = (f"{first['broken']:.1f} dB (picture and error)", f"{first['answered']:.1f} dB, of "
              f"{first['original']:.1f}")
     assert [words for words in rough if words not in README] == []
 
