@@ -2,13 +2,14 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import free_port, program, refused
+from helpers import ROOT, free_port, program, refused
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from plumbing import processes
@@ -281,3 +282,32 @@ def test_freed_memory_is_used_again_instead_of_being_fetched_anew():
         done = program("-c", PAGE_FAULTS, way)
         faults[way] = int(done.stdout)
     assert faults["keep"] < 1000 and faults["keep"] <= faults["plain"], faults
+
+
+# ------------------------------------------------------------------------------------------------
+# its end
+
+LEAVES = """
+import time
+import torch
+import torch.distributed as dist
+from plumbing.processes import Processes
+torch.set_num_threads(1)
+procs = Processes("cpu")
+for _ in range(3):
+    dist.all_reduce(torch.ones(2))
+if procs.main:
+    time.sleep(0.5)
+"""
+
+
+@pytest.mark.faults  # 16 starts of torch
+def test_a_process_that_ends_right_after_an_exchange_is_not_aborted():
+    """Python's own end, which a forked child has not, so real processes."""
+    for _ in range(8):
+        place = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                     MASTER_PORT=str(free_port()))
+        both = [subprocess.Popen([sys.executable, "-c", LEAVES], cwd=ROOT, stderr=subprocess.PIPE,
+                                 env=dict(place, RANK=str(rank)), text=True) for rank in (0, 1)]
+        for process in both:
+            assert process.wait(120) == 0, process.stderr.read()
