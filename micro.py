@@ -4,7 +4,8 @@ It imports nothing of the project. Each part has the name that it has there, whe
 at length: mit.py, mocet.py, quantizer.py, decoder.py, train.py, generator.py.
 
 Run       python micro.py      (CPU, about a minute)
-Makes     micro.png: held-out images, their first 1, 2, 4, 8 tokens decoded, token 1 swapped, samples
+Makes     micro.png: held-out images, their first 1, 2, 4, 8 tokens decoded, token 1 swapped, later
+          tokens re-encoded, new images
 """
 import copy
 import math
@@ -20,6 +21,7 @@ S, P, N = 32, 8, 16  # side of an image and of a patch in pixels, patches of an 
 D, E = 96, 64        # channels of MIT, decoder and generator; channels of an expert
 K, d = 128, 8        # codes in the codebook, channels of a code
 SHORT, L = 4, 8      # tokens of an image at first, and after growth
+TRAIN = 8000         # images to learn from
 
 # ------------------------------------------------------------------------------------------------
 # Images: five shapes, four colours, any place and size. So many are possible that no held-out image
@@ -230,7 +232,7 @@ class Generator(nn.Module):
         self.layers, self.head = nn.ModuleList(Layer(D, 4) for _ in range(2)), nn.Linear(D, K)
 
     def forward(self, labels, ids):
-        """labels (B,), ids (B, T) -> logits (B, T+1, K): row i predicts token i from those before."""
+        """labels (B,), ids (B, T) -> logits (B, T+1, K), each of the next token."""
         x = torch.cat([self.label(labels)[:, None], self.token(ids)], dim=1)
         x = x + self.position[:x.shape[1]]
         for layer in self.layers:
@@ -293,7 +295,7 @@ def psnr(a, b):
 def main(base=600, grow=200, finetune=400, ar=500, out="micro.png"):
     """Everything in turn -> the figures that it prints."""
     torch.manual_seed(0)
-    (images, labels), (held, _) = draw(8000, seed=0), draw(500, seed=1)
+    (images, labels), (held, _) = draw(TRAIN, seed=0), draw(500, seed=1)
 
     # A short sequence first, then twice as many tokens while the old experts are frozen, then all.
     model = Tokenizer()

@@ -100,9 +100,9 @@ def test_later_tokens_do_not_reach_earlier_predictions_of_the_generator():
 def test_alone_in_an_empty_folder_it_tells_its_story(tmp_path):
     """A few steps of each phase, in a Python that finds nothing of the project."""
     shutil.copy(ROOT / "micro.py", tmp_path)
-    program = "import micro; print(micro.main(base=2, grow=1, finetune=1, ar=1))"
+    program = "import micro; micro.TRAIN = 200; print(micro.main(2, 1, 1, 1))"
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=120)
+                          text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     figures = eval(done.stdout.splitlines()[-1])
     assert set(figures) == {"1 token", "2 tokens", "4 tokens", "8 tokens", "swapped", "re-encoded",
