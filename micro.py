@@ -292,9 +292,10 @@ def psnr(a, b):
     return 10 * math.log10(4 / F.mse_loss(a, b).item())
 
 
-def main(base=600, grow=200, finetune=400, ar=500, out="micro.png"):
+def main(base=450, grow=120, finetune=200, ar=350, out="micro.png"):
     """Everything in turn -> the figures that it prints."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # beside other work, two threads mostly wait for each other
     (images, labels), (held, _) = draw(TRAIN, seed=0), draw(500, seed=1)
 
     # A short sequence first, then twice as many tokens while the old experts are frozen, then all.

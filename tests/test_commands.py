@@ -106,7 +106,8 @@ NUMBERS = {"--num_samples": "20", "--num_images": "5", "--train_features": "5", 
            "--prefixes": "1 2 6", "--batch_size": "8", "--per_class": "1"}
 NEW = ("--npz", "--out", "--json")  # files and folders that are made
 # Many seconds of a core; run with make test-faults, like all trainings but the small presets'.
-SLOW = ("experiments/order.py", "experiments/grain.py", "evaluation/tinycnn.py")
+SLOW = ("experiments/order.py", "experiments/grain.py", "evaluation/tinycnn.py", "micro.py",
+        "experiments/tour.py")
 
 
 def reason(line: str, file: str) -> str:
