@@ -59,18 +59,15 @@ def test_ar_token_5_cannot_influence_predictions_up_to_5():
     assert (changed[:, 5:] > 1e-3).all(), "and it does influence all later ones"
 
 
-def test_maskgit_last_token_influences_all_predictions():
-    model, ids = loud(MaskGITGenerator), some_ids()
-    other = torch.where(torch.arange(L) == L - 1, (ids + 1) % K, ids)
-    assert ((model(LABELS, ids) - model(LABELS, other)).abs().amax(dim=2) > 1e-3).all()
-
-
 @KINDS
 def test_every_row_depends_on_the_class_and_its_place(Kind):
     model, ids = loud(Kind), torch.zeros(4, L - 1, dtype=torch.int64)
     changed = (model(LABELS, ids) - model((LABELS + 1) % C, ids)).abs().amax(dim=2)
     assert (changed > 1e-3).all()
     assert torch.pdist(model(LABELS, ids)[0, 1:]).min() > 0.1, "although all tokens are alike"
+    if Kind is MaskGITGenerator:  # the last token reaches all
+        other = torch.where(torch.arange(L - 1) == L - 2, 1, ids)
+        assert ((model(LABELS, ids) - model(LABELS, other)).abs().amax(dim=2) > 1e-3).all()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -132,21 +129,18 @@ def test_maskgit_loss_is_the_weighted_smoothed_cross_entropy_of_a_masked_input()
     assert info["masked_accuracy"].item() == pytest.approx(right / masked.sum().item())
 
 
-def test_label_dropout_hides_its_share_in_training_only():
-    model, labels = small(ARGenerator, label_dropout=0.1), torch.ones(20000, dtype=torch.int64)
+@KINDS
+def test_label_dropout_hides_its_share_in_training_only(Kind):
+    model, labels = small(Kind, label_dropout=0.1), torch.ones(20000, dtype=torch.int64)
     assert torch.equal(model.hide_labels(labels), labels)
     hidden = model.train().hide_labels(labels)
     assert set(hidden.tolist()) == {1, C}
     assert (hidden == C).float().mean().item() == pytest.approx(0.1, abs=0.01)
-
-
-@KINDS
-def test_training_loss_with_all_labels_hidden_is_the_unconditional_loss(Kind):
     model, ids, losses = loud(Kind, label_dropout=1.0).train(), some_ids(), []
     for labels in (LABELS, (LABELS + 1) % C):
         torch.manual_seed(0)
         losses.append(model.loss(ids, labels)[0].item())
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1], "all hidden: the loss of no class"
 
 
 @KINDS
@@ -217,14 +211,6 @@ def test_cached_sampling_equals_uncached(cfg_scale):
     model = loud(ARGenerator)
     cached = model.sample(LABELS, cfg_scale, generator=seeded())
     assert torch.equal(cached, model.sample(LABELS, cfg_scale, generator=seeded(), use_cache=False))
-
-
-@torch.no_grad()
-def test_cached_logits_equal_uncached():
-    model, ids = loud(ARGenerator), some_ids()[:, :-1]
-    _, newest = model.begin(LABELS, cfg_scale=1)
-    rows = torch.cat([newest(LABELS, ids[:, :t]) for t in range(L)], dim=1)
-    torch.testing.assert_close(rows, model(LABELS, ids), rtol=1e-4, atol=1e-4)
 
 
 @KINDS
