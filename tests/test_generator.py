@@ -1,5 +1,4 @@
 """Promises of generator.py: what each generator may see, how it learns, what sampling keeps."""
-import inspect
 import math
 from functools import partial
 
@@ -229,20 +228,6 @@ def test_sampling_has_no_dropout_and_restores_the_mode(Kind):
     assert torch.equal(ids, expected) and model.training and model.blocks[0].training
     losses = [model.loss(ids, LABELS)[0].item() for _ in range(2)]
     assert losses[0] != losses[1], "while training has dropout"
-
-
-@KINDS
-def test_options_name_all_settings_of_sample_but_those_that_only_a_program_can_give(Kind):
-    settings = set(inspect.signature(Kind.sample).parameters)
-    assert set(Kind.options) == settings - {"self", "labels", "generator", "use_cache", "trace"}
-    assert len(set(Kind.options)) == len(Kind.options)
-
-
-@pytest.mark.parametrize("num_tokens, steps", [(5, 5), (12, 8)])
-def test_maskgit_takes_8_steps_by_default_but_never_more_than_it_has_tokens(num_tokens, steps):
-    model, trace = small(MaskGITGenerator, num_tokens=num_tokens), []
-    model.sample(LABELS, trace=trace)
-    assert len(trace) == steps == model.default_steps
 
 
 @KINDS

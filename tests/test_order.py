@@ -242,14 +242,6 @@ def test_guidance_is_chosen_on_other_samples_than_are_reported(best, monkeypatch
 # ------------------------------------------------------------------------------------------------
 # tables
 
-def test_a_result_lies_above_the_pca_code_of_as_many_bits_and_nothing_is_said_beyond_it():
-    points = [[10, 15.0], [20, 17.0]]
-    above = [order_table.above_pca({"psnr": 16.5, "ar_bits_total": bits}, points)
-             for bits in (10, 200 ** 0.5, 20, 9, 21)]
-    assert above[:3] == pytest.approx([1.5, 0.5, -0.5]) and above[3:] == [None, None]
-    assert order_table.above_pca({"psnr": 16.5, "ar_bits_total": 15}, []) is None
-
-
 def test_both_tables_have_one_row_per_arm_and_figures_a_curve(out):
     tables = (out / "table.md").read_text().split("## ")[1:]
     assert [table.splitlines()[0] for table in tables] == list(order_table.TABLES)
@@ -260,14 +252,6 @@ def test_both_tables_have_one_row_per_arm_and_figures_a_curve(out):
     for name in ("recovered.svg", "bits.svg"):
         drawing = (out / name).read_text()
         assert drawing.startswith("<svg xmlns=") and drawing.count("<polyline") == len(TRIED)
-
-
-def test_several_seeds_become_mean_and_spread(results, tmp_path):
-    for seed, db in ((0, 20.0), (1, 22.0)):
-        result = {**results["nativetok-hnt"], "seed": seed, "psnr": db}
-        (tmp_path / f"nativetok-hnt-{seed}.json").write_text(json.dumps(result))
-    text = good(order, "--table", "--out", tmp_path)
-    assert "| nativetok-hnt | 2 | 21.00 ± 1.4 | " in text
 
 
 # ------------------------------------------------------------------------------------------------
