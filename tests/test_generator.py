@@ -230,6 +230,13 @@ def test_sampling_has_no_dropout_and_restores_the_mode(Kind):
     assert losses[0] != losses[1], "while training has dropout"
 
 
+@pytest.mark.parametrize("num_tokens, steps", [(5, 5), (12, 8)])
+def test_maskgit_takes_8_steps_by_default_but_never_more_than_it_has_tokens(num_tokens, steps):
+    model, trace = small(MaskGITGenerator, num_tokens=num_tokens), []
+    model.sample(LABELS, trace=trace)
+    assert len(trace) == steps == model.default_steps
+
+
 @KINDS
 def test_one_token_is_enough(Kind):
     model = small(Kind, num_tokens=1)
