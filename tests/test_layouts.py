@@ -17,14 +17,17 @@ import torch
 from test_types import CLASSES, made, some
 from torch import Tensor, nn
 
+import flow_decoder
 import losses
 import nativetok
 import quantizer
-from d2it import diffusion, grain
+from config import FlowDecoderConfig
+from d2it import content, grain
 from layers import Attention, rotary_table
 
 FILES = ("layers", "mit", "mocet", "titok", "quantizer", "decoder", "nativetok", "generator",
-         "losses", "d2it.grain", "d2it.dvae", "d2it.diffusion", "d2it.content", "d2it.model")
+         "losses", "diffusion", "flow_decoder", "d2it.grain", "d2it.dvae", "d2it.content",
+         "d2it.model")
 MODULES = [importlib.import_module(file) for file in FILES]
 MODELS = [name for name in test_types.MODULES if name not in ("TinyCNN", "FIDInceptionV3")]
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.02}
@@ -49,8 +52,24 @@ def tokenizer(dtype) -> None:
     ids = model.tokenize(test_types.IMAGES)[1]
     model.encode(test_types.IMAGES, {0: ids[:, 0]})
     quantizer.usage(ids, 8)
-    nativetok.sample_batch(
-        test_types.generator("ar").to(dtype), model, test_types.LABELS, {}, 0, 0)
+    nativetok.sample_batch(test_types.generator("ar").to(dtype), flow_decoder.Decoding(model),
+                           test_types.LABELS, {}, 0, 0)
+
+
+def flow(dtype) -> None:
+    """The second decoder of the tokenizer."""
+    model = test_types.tokenizer().to(dtype)
+    cfg = FlowDecoderConfig(flow_decoder_width=8, flow_decoder_depth=1, flow_decoder_heads=2,
+                            flow_decoder_patch_size=8)
+    net, images = flow_decoder.FlowNet(cfg, model.cfg).to(dtype), test_types.IMAGES.to(dtype)
+    for p in net.parameters():
+        if not p.any():  # as after training
+            nn.init.normal_(p, std=0.1)
+    z_q = some(test_types.B, 4, 4).to(dtype)
+    flow_decoder.image_noise(images)
+    flow_decoder.loss(net, images, z_q, images / 2)
+    flow_decoder.FlowDecoder(model, net).decode(
+        model.encode(test_types.IMAGES), 2, torch.Generator().manual_seed(0))
 
 
 def generators(dtype) -> None:
@@ -84,9 +103,9 @@ def codes(dtype) -> None:
     model.dvae(test_types.IMAGES, test_types.GRAIN)
     z = model.dvae.encode(test_types.PIXELS).z
     for path in ("noise", "flow"):
-        diffusion.loss(model.content.train(), z, test_types.LABELS, test_types.GRAIN, path)
-        diffusion.sample(model.content, z, test_types.LABELS, test_types.GRAIN, CLASSES, path, 2,
-                         2.0, float(path == "noise"), torch.Generator().manual_seed(0))
+        content.loss(model.content.train(), z, test_types.LABELS, test_types.GRAIN, path)
+        content.sample(
+            model.content, z, test_types.LABELS, test_types.GRAIN, CLASSES, path, 2, 2.0)
     model.draw(test_types.LABELS, {"steps": 2}, 0, 0, test_types.GRAIN)
     model.obeyed(test_types.PIXELS, test_types.GRAIN)
     for policy in grain.POLICIES:
@@ -100,7 +119,7 @@ def codes(dtype) -> None:
 def everything(dtype) -> None:
     for name in MODELS:
         test_types.answers(name, made(name).to(dtype))
-    for scene in (attention, tokenizer, generators, judges, codes):
+    for scene in (attention, tokenizer, flow, generators, judges, codes):
         scene(dtype)
 
 

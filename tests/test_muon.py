@@ -128,7 +128,7 @@ def test_weight_decay_touches_matrices_only(kind):
 
 def test_muon_has_the_hidden_matrices_and_adamw_everything_else():
     """adaLN's six vectors come from six matrices; a cell's split into four codes from four."""
-    tok, gen, _ = config.load_preset("tiny")
+    tok, gen, *_ = config.load_preset("tiny")
     convolutions = DVAE(presets.load_preset("d2it-tiny")[0])
     for model, hidden, others in (
             (NativeTok(tok),

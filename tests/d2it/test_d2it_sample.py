@@ -88,14 +88,11 @@ def test_an_npz_names_its_classes_and_what_is_said_of_it_can_be_kept(run, tmp_pa
     said = json.loads((run / "samples.json").read_text())
     assert said["n"] == 12 and 16 <= said["codes"] <= 64 and 0 <= said["maps_obeyed"] <= 1
     assert said["command"].startswith("python -m d2it.sample --run") and said["steps"] == 2
-    # record.py keeps it, with the last words of each stage
+    # record.py keeps it
     monkeypatch.setattr(sys, "argv", ["record", "--run", str(run), "--by", "make it", "--out",
                                       str(tmp_path / "kept.json")])
     record.main()
-    kept = json.loads((tmp_path / "kept.json").read_text())
-    assert kept["samples"] == said and kept["settings"]["preset"] == "d2it-tiny"
-    assert [row["phase"] for row in kept["phases"]] == ["dvae", "grain", "content"]
-    assert kept["phases"][0]["psnr"] > 0 and kept["settings"]["content_steps"] == 5
+    assert json.loads((tmp_path / "kept.json").read_text())["samples"] == said
 
 
 def test_eval_fid_judges_the_npz_by_one_judge_for_both_systems(run, shapes_npz, tmp_path):
