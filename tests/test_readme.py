@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import mse_loss
 
 import config
 import train
@@ -15,7 +16,8 @@ from helpers import SMALL, some_shapes
 from nativetok import NativeTok
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("README.md", "EXERCISES.md", "experiments/README.md", "CONTRIBUTING.md", "tests/README.md")
+NAMES = ("README.md", "PAPER.md", "EXERCISES.md", "experiments/README.md", "CONTRIBUTING.md",
+         "tests/README.md")
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = PAGES["README.md"]
 HOUSE = [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("evaluation/*.py")]
@@ -137,12 +139,27 @@ def test_the_table_of_phases_is_the_plan_of_the_program():
     tok, _, settings = config.load_preset("tiny")
     plan = {phase.name: phase for phase in train.phases(tok, settings)}
     row = r"^\| (base|grow|finetune).*?\| (\d) \| (.*) \|$"
-    rows = re.findall(row, section("Stages and commands"), flags=re.M)
+    rows = re.findall(row, section("How it trains"), flags=re.M)
     assert len(rows) == 3
     for name, stage, cells in rows:
         phase = next(phase for key, phase in plan.items() if key.startswith(name))
         learns = ["learns" if part in phase.learns else "frozen" for part in train.PARTS]
         assert int(stage) == phase.stage and cells.split(" | ") == learns, name
+
+
+def test_the_training_step_of_the_front_page_learns():
+    """As it stands there, 20 times, on eight noisy images."""
+    code, = re.findall(r"```python\n(model = .*?)```", section("How it trains"), flags=re.S)
+    losses = []
+
+    def loss_and_note(recon, images):
+        losses.append(mse_loss(recon, images))
+        return losses[-1]
+    torch.manual_seed(0)
+    images = torch.rand(8, 3, 32, 32) * 2 - 1
+    exec(code, {"NativeTok": NativeTok, "load_preset": config.load_preset, "torch": torch,
+                "mse_loss": loss_and_note, "batches": [images] * 20})
+    assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("labels", ([0], [0, 3, 7], [0, 3, 7, 9, 1]), ids=len)
