@@ -16,7 +16,8 @@ import torch
 import config
 import generator
 import loop
-from d2it import diffusion, dvae, presets
+import diffusion
+from d2it import content, dvae, presets
 from plumbing import run
 from plumbing.start import main_with_user_errors
 
@@ -57,7 +58,7 @@ def noise_of_row(i, grain, channels, noise=None):
 
 by_row(generator, "random_masks", lambda i, batch, *more: (1, *more))
 by_row(diffusion, "random_times", lambda i, batch, *more: (1, *more))
-by_row(diffusion, "grained_noise", noise_of_row)
+by_row(content, "grained_noise", noise_of_row)
 by_row(dvae, "grained_noise", noise_of_row)
 
 
