@@ -8,12 +8,14 @@
 
 In       a finished run of train.py with an AR generator
 Run      python -m experiments.moving --run runs/demo --out moving.gif
-Makes    a GIF with a frame for each k; the first and the last one stay longer
+Makes    a GIF with a frame for each k; the first and the last one stay longer. Where the run has a
+         flow decoder, it draws all frames from one noise, so that a picture keeps what it has
 Exit     0 done, 1 failure, 2 user error
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -21,10 +23,11 @@ from PIL import Image
 from torch import Tensor
 
 from config import CONFIGS
+from flow_decoder import FlowDecoder
 from generator import Generator
-from nativetok import NativeTok, from_checkpoint
+from nativetok import from_checkpoint
 from plumbing import checkpoint
-from plumbing.flags import Parser, need, number
+from plumbing.flags import Parser, number
 from plumbing.images import to_float, to_uint8
 from plumbing.outputs import need_places
 from plumbing.processes import Processes, need_one_process
@@ -33,6 +36,7 @@ from plumbing.run import held_out, open_run
 GIF = (".gif", b"GIF8")
 MARGIN, BAR = 2, 4  # pixels, before enlargement
 STEP, PAUSE = 220, 1800  # milliseconds
+COLORS = 64  # of a frame; 256 make the file half as large again, and look the same
 GRAY, BLUE, WHITE = (225, 225, 225), (60, 120, 220), 255
 
 
@@ -51,20 +55,20 @@ def sheet(rows: list[Tensor], k: int, L: int) -> np.ndarray:
     return picture
 
 
-def frames(model: NativeTok, real: Tensor, new: Tensor) -> list[np.ndarray]:
-    """real uint8 (n, H, W, 3), new ids (n, L) -> a picture for each k from 1 to L."""
-    ids = model.encode(to_float(real.to(new.device)))                       # (n, L)
-    L, pictures = model.num_tokens, []
-    for k in range(1, L + 1):
-        decoded = [to_uint8(model.decode(x[:, :k])).cpu() for x in (ids, new)]
-        pictures.append(sheet([real, *decoded], k, L))
-    return pictures
+def frames(decode: Callable, real: Tensor, *ids: Tensor) -> list[np.ndarray]:
+    """real uint8 (n, H, W, 3), and ids (n, L) for each row below it -> pictures for k = 1 .. L.
+
+    decode   ids (n, k) -> images (n, 3, H, W)
+    """
+    L = ids[0].shape[1]
+    return [sheet([real, *(to_uint8(decode(x[:, :k])).cpu() for x in ids)], k, L)
+            for k in range(1, L + 1)]
 
 
 def write_gif(pictures: list[np.ndarray], path: str, scale: int) -> None:
-    """Each picture has a palette of its own: 256 colours are few for all of them together."""
+    """Each picture has a palette of its own: a few colours are enough for one, not for all."""
     big = [Image.fromarray(picture.repeat(scale, axis=0).repeat(scale, axis=1))
-           .quantize(256, dither=Image.Dither.NONE) for picture in pictures]
+           .quantize(COLORS, dither=Image.Dither.NONE) for picture in pictures]
     times = [PAUSE // 2, *[STEP] * (len(big) - 2), PAUSE][-len(big):]
     with checkpoint.replacing(path) as file:
         big[0].save(file, format="GIF", save_all=True, append_images=big[1:], duration=times,
@@ -77,6 +81,10 @@ def parse(argv=None):
     parser.add_argument("--out", required=True, metavar="FILE", help="the GIF to write")
     parser.add_argument("--scale", type=number(int, 1), default=2, metavar="N",
                         help="how many times the images are enlarged (default: 2)")
+    parser.add_argument("--decoder", choices=("mean", "flow"),
+                        help="which decoder (default: flow where the run has one)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N",
+                        help="of the new images, and of the flow decoder's noise (default: 0)")
     return parser.parse_args(argv)
 
 
@@ -87,13 +95,20 @@ def main(args) -> None:
     run = open_run(args.run, CONFIGS)
     model = from_checkpoint(run.saved, os.path.join(args.run, "tokenizer.pt")).to(device)
     ar = Generator.of_run(args.run, "ar", model, device)
+    has_flow = checkpoint.exists(os.path.join(args.run, "flow-decoder.pt"))
+    decode = model.decode
+    if args.decoder == "flow" or (args.decoder is None and has_flow):
+        flow = FlowDecoder.of_run(args.run, model)
+
+        def decode(ids):
+            return flow.decode(ids, generator=torch.Generator().manual_seed(args.seed))
     pixels, labels = held_out(run)
-    # One image of each class, of at most ten; one without labels shows its first image.
+    # One image of each class, of at most ten classes.
     shown = [int((labels == c).nonzero()[0]) for c in labels.unique()[:10]]
-    need(shown, f"{run.val.name} has no held-out image; give train.py --val_data")
+    ids = model.encode(to_float(pixels[shown].to(device)))                  # (n, L)
     new = ar.sample(labels[shown].to(device), cfg_scale=ar.default_cfg_scale,
-                    generator=torch.Generator().manual_seed(0))
-    write_gif(frames(model, pixels[shown], new), args.out, args.scale)
+                    generator=torch.Generator().manual_seed(args.seed))     # (n, L)
+    write_gif(frames(decode, pixels[shown], ids, new), args.out, args.scale)
     print(f"wrote {args.out}")
 
 
