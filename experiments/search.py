@@ -97,7 +97,7 @@ def measured(tokenizer: NativeTok, batches: list[Tensor], nearest: int, answer: 
             "ms_per_image": round(1000 * seconds / len(error), 2)}
 
 
-HEAD = ("codes tried", "later tokens", "PSNR", "ids that are others", "passes", "ms an image")
+HEAD = ("codes tried", "later tokens", "PSNR", "ids changed", "passes", "ms an image")
 
 
 def cells(row: dict) -> str:

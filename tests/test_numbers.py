@@ -23,6 +23,8 @@ RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECORDS = (ROOT / "experiments" / "RECORDS.md").read_text(encoding="utf-8")
 MEASURED = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+SPEED = (ROOT / "experiments" / "SPEED.md").read_text(encoding="utf-8")
+IMAGENET = (ROOT / "experiments" / "IMAGENET.md").read_text(encoding="utf-8")
 
 
 def section(title: str, page: str = MEASURED) -> str:
@@ -132,7 +134,7 @@ def imagenet_costs() -> dict[str, tuple[int, float, int, int]]:
 @pytest.mark.faults  # half a minute: each of 128 experts is called and counted
 def test_costs_of_imagenet_are_what_the_operations_add_up_to():
     """Operations of an image, then steps times images, on eight GPUs of 300 TFLOP/s each."""
-    rows = tables(section("ImageNet, several GPUs, several machines"))[0]
+    rows = tables(section("Several GPUs, several machines", IMAGENET))[0]
     found, flops = imagenet_costs(), 8 * 300e12
     assert [row[0] for row in rows] == list(found)
     for row, (tokens, cost, steps, batch) in zip(rows, found.values()):
@@ -181,8 +183,8 @@ def test_the_table_of_cifar_is_that_of_its_result_file():
     check_table(on_a_gpu, right)
 
 
-def test_second_thoughts_are_those_of_their_result_files():
-    made, text = results("cifar-joint"), section("Second thoughts")
+def test_the_gains_of_a_search_are_those_of_their_result_files():
+    made, text = results("cifar-joint"), section("Searching for better tokens")
     learned, = made["phases"]
     assert made["command"] in text.replace("\\\n        ", "")
     assert f"{learned['seconds'] / 60:.1f} minutes" in text
@@ -267,8 +269,14 @@ def test_the_table_of_exercises_is_that_of_its_result_file():
 
 
 def test_the_table_of_speed_is_what_bench_makes_of_its_rows():
-    right = bench.table(results("bench-cpu")["rows"])
-    assert right in section("Speed") + "\n", f"the right table:\n{right}"
+    rows = results("bench-cpu")["rows"]
+    times, share = ([row["value"] for row in rows if row["name"].startswith(name)]
+                    for name in ("query against block", "whole encoder against"))
+    text = section("Speed").replace("\n", " ")
+    assert f"is {min(times):.0f} to {max(times):.0f} times as fast" in text
+    assert f"takes {min(share):.0%} to {max(share):.0%} of TiTok-B's time" in text
+    right = bench.table(rows)
+    assert right in section("The bench", SPEED) + "\n", f"the right table:\n{right}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -360,7 +368,7 @@ def test_the_table_of_gpu_steps_is_that_of_its_result_file():
             share = eager["gflop"] / best["ms"] / made["tflops"]
             right.append([name, f"{eager['ms']:.1f}", *ms, f"{best['per_second']:,.0f}",
                           f"{share:.1%}", f"{best['gib']:.1f}"])
-    check_table(tables(section("Speed"))[3], right)
+    check_table(tables(section("Speed"))[0], right)
 
 
 def test_the_table_of_a_sampling_step_is_that_of_its_result_file():
@@ -376,11 +384,12 @@ def test_the_table_of_a_sampling_step_is_that_of_its_result_file():
             cells.append(" → ".join(f"{one[case]['ms'][kind]:.1f}{call}"
                                     for one, call in zip((before, now), calls)))
         right.append([kind, *cells])
-    check_table(tables(section("Speed"))[1], right)
+    check_table(tables(section("A sampling step", SPEED))[0], right)
 
 
 def test_the_table_of_growing_sizes_is_that_of_its_result_file():
-    made, shown_rows, right = results("scaling"), tables(section("Speed"))[2], []
+    made, right = results("scaling"), []
+    shown_rows, = tables(section("How time and memory grow", SPEED))
     for what in ("tokens", "patches", "width"):
         values = made[what]["points"]
         for work in ("encoding", "training step"):

@@ -16,8 +16,8 @@ from helpers import SMALL, some_shapes
 from nativetok import NativeTok
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("README.md", "PAPER.md", "EXERCISES.md", "experiments/README.md", "CONTRIBUTING.md",
-         "tests/README.md")
+NAMES = ("README.md", "PAPER.md", "EXERCISES.md", "CONTRIBUTING.md", "experiments/README.md",
+         "experiments/SPEED.md", "experiments/IMAGENET.md", "tests/README.md")
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = PAGES["README.md"]
 HOUSE = [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("evaluation/*.py")]
