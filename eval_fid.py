@@ -20,7 +20,7 @@ Exit     0 done, 1 failure, 2 something to mend, 130 stopped by Ctrl-C
 
 One row of results for each of these:
   real             as many training images: the floor, what nothing can be expected to beat
-  reconstruction   the reference images, encoded and decoded (rFID)
+  reconstruction   the reference images, encoded and decoded (rFID), also from --prefixes
   ar, maskgit      samples, every class equally often (gFID)
   --images         a folder, an archive or an .npz in their place
   --controls       real images made worse on purpose: does the measure notice?
@@ -48,6 +48,7 @@ from evaluation.judging import (
 from evaluation.measures import SSIM_WINDOW, frechet_distance
 from evaluation.report import headline, phases_table, run_summary, table
 from evaluation.tinycnn import images_of_judge, is_to_be_trained, train_judge
+from flow_decoder import Decoding
 from generator import GENERATORS, Generator, need_guidance
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
@@ -58,7 +59,8 @@ from plumbing.outputs import JSON, NPZ, need_places
 from plumbing.processes import Processes, need_room, provenance
 from plumbing.run import OpenRun, open_run
 from plumbing.samples import (
-    add_batch_flags, add_sampling_flags, fill, refuse, sampling_options, unfinished_maker)
+    add_batch_flags, add_decoder_flags, add_sampling_flags, fill, refuse, sampling_options,
+    unfinished_maker)
 
 __all__ = ["frechet_distance", "main", "parse"]  # the first for others to call
 
@@ -97,7 +99,10 @@ def parse(argv=None) -> argparse.Namespace:
     add("--image_size", type=number(int, 1), metavar="N", help="crop and resize to this (default: "
         "the run's size, else that of the first image)")
     add_sampling_flags(parser, SAMPLING)
+    add_decoder_flags(parser)
     to = parser.add_argument_group("which samples, and where")
+    to.add_argument("--prefixes", type=number(int, 1), nargs="+", metavar="INT",
+                    help="also reconstructions from the first so many tokens")
     to.add_argument("--sweep", type=values_to_try, nargs="+", metavar="NAME=A,B,C",
                     help=f"every combination of these, of {' '.join(SAMPLING)}")
     add_batch_flags(to, 250)
@@ -122,8 +127,8 @@ def parse(argv=None) -> argparse.Namespace:
 
     # Nothing that this use would not read.
     if args.images or not args.run:
-        refuse(args, ("generator", "controls", "sweep", "seed", *SAMPLING),
-               "belongs to a run's samples")
+        refuse(args, ("generator", "controls", "sweep", "prefixes", "seed", "decoder", "flow_steps",
+                      *SAMPLING), "belongs to a run")
     if not (args.images or args.run):
         refuse(args, ("num_samples", "json"), "belongs to what is judged, --run or --images")
     if not args.judge:
@@ -138,7 +143,7 @@ def parse(argv=None) -> argparse.Namespace:
         refuse(args, ("inception",), "belongs to --features inception")
 
     fill(args, generator="both", num_samples=2000, num_reference=50000, seed=0, batch_size=250,
-         sweep=[], train_features=0)
+         sweep=[], prefixes=[], train_features=0)
     names = [name for name, _ in args.sweep]
     args.sweep, args.kinds = dict(args.sweep), generator_kinds(args)
     for name in SAMPLING:
@@ -201,6 +206,7 @@ class Given:
     """What the command line names, opened."""
     run: OpenRun | None
     tokenizer: NativeTok | None  # of the run
+    decode: Decoding | None      # its tokens
     train: TrainConfig           # of the run; without one, as a judge's images are read
     images: ImageSet | None      # --images
     data: ImageSet | None        # what the TinyCNN learned from, and what was held out of it
@@ -210,7 +216,7 @@ class Given:
 
 
 def open_given(args, procs: Processes) -> Given:
-    run = tokenizer = data = val = None
+    run = tokenizer = decode = data = val = None
     train = TrainConfig(flip=False)
     if args.run:
         run = open_run(args.run, CONFIGS)
@@ -219,6 +225,10 @@ def open_given(args, procs: Processes) -> Given:
         need("base" in run.saved.get("results", {}),
              f"{args.run} has no finished phase yet; let train.py go on")
         train, data, val = run.configs[-1], run.data, run.val
+        decode = Decoding.of_run(args.run, tokenizer, args.decoder, args.flow_steps)
+        L = tokenizer.num_tokens
+        need(all(k < L for k in args.prefixes), f"--prefixes {' '.join(map(str, args.prefixes))} "
+             f"must be below {L}, the number of this tokenizer's tokens")
     images = open_images(args.images) if args.images else None
     if args.judge:
         data, val = images_of_judge(args.judge, args.data, args.val_data or "")
@@ -233,7 +243,8 @@ def open_given(args, procs: Processes) -> Given:
             tell_seen(run.data, compared, args.data, f"the data of {args.run}")
     else:
         size = min((images or compared).load(0).shape[:2])
-    return Given(run, tokenizer, train, images, data, val, compared, args.image_size or size)
+    size = args.image_size or size
+    return Given(run, tokenizer, decode, train, images, data, val, compared, size)
 
 
 def labelled(args, given: Given, images: ImageSet, path: str) -> bool:
@@ -312,28 +323,34 @@ def image_sources(args, given: Given, originals: ImageSource | None, how: Batchi
     if originals is not None:
         path = args.data or given.train.val_data
         originals = replace(originals, labelled=labelled(args, given, given.compared, path))
-        source = reconstruction(given.tokenizer, originals, procs.device)
-        sources.append(replace(source, unfinished=given.tokenizer.unfinished))
+        for k in (*args.prefixes, given.tokenizer.num_tokens):
+            source = reconstruction(given.decode, originals, how, procs.device, k)
+            sources.append(replace(source, unfinished=unfinished_of(given)))
         if given.size < SSIM_WINDOW:
             note(f"ssim of reconstruction is left out: it takes {SSIM_WINDOW} pixels or more, and "
                  f"these images have {given.size}")
     for kind in args.kinds:
-        sources += samples(args, kind, given.tokenizer, how, procs)
+        sources += samples(args, kind, given, how, procs)
     return sources
 
 
-def samples(args, kind: str, tokenizer: NativeTok, how: Batching,
-            procs: Processes) -> list[ImageSource]:
+def unfinished_of(given: Given, *others: str) -> str:
+    flow = given.decode.flow
+    return "; ".join(filter(None, (given.tokenizer.unfinished, flow and flow.unfinished, *others)))
+
+
+def samples(args, kind: str, given: Given, how: Batching, procs: Processes) -> list[ImageSource]:
     """Of one generator, once for each combination of the swept values that it reads."""
+    tokenizer = given.tokenizer
     model = Generator.of_run(args.run, kind, tokenizer, procs.device)
     options = sampling_options(args, {name: SAMPLING[name] for name in model.options}, model)
-    unfinished = "; ".join(filter(None, (tokenizer.unfinished, model.unfinished)))
+    unfinished = unfinished_of(given, model.unfinished)
     names = [name for name in args.sweep if name in model.options]
     sources = []
     for values in itertools.product(*(args.sweep[name] for name in names)):
         tried = dict(zip(names, values))
         need_guidance({**options, **tried}["cfg_scale"], model.cfg.label_dropout)
-        source = generated(kind, model, tokenizer, args.num_samples, options, tried, how,
+        source = generated(kind, model, given.decode, args.num_samples, options, tried, how,
                            procs.device)
         sources.append(replace(source, unfinished=unfinished))
     return sources

@@ -19,6 +19,7 @@ Differs  from FlexTok: pixels instead of a VAE's latents, and the mean image as 
 Try      python flow_decoder.py      (CPU, ten seconds)
 """
 import os
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +173,46 @@ class FlowDecoder:
         decoder = FlowDecoder(tokenizer, net.to(tokenizer.quantizer.codebook.device).eval())
         decoder.unfinished = unfinished(saved, path)
         return decoder
+
+
+# ------------------------------------------------------------------------------------------------
+# which decoder a program uses
+
+@dataclass(frozen=True)
+class Decoding:
+    """ids (B, k), noise -> images (B, 3, H, W): by the mean, or drawn if there is a flow decoder.
+
+    noise   a torch.Generator on the CPU, or None; the mean needs none
+    """
+    tokenizer: NativeTok
+    flow: FlowDecoder | None = None
+    steps: int = STEPS
+
+    def __call__(self, ids: Tensor, noise: torch.Generator | None = None) -> Tensor:
+        if self.flow:
+            return self.flow.decode(ids, self.steps, noise)
+        return self.tokenizer.decode(ids)
+
+    @property
+    def settings(self) -> dict:
+        return {"decoder": "flow", "flow_steps": self.steps} if self.flow else {"decoder": "mean"}
+
+    @staticmethod
+    def of_run(folder: str, tokenizer: NativeTok, wanted: str | None = None,
+               steps: int | None = None) -> "Decoding":
+        """wanted "mean" or "flow"; None: the flow decoder if the run has a finished one.
+
+        Raises UserError for a flow decoder that is not there, and for steps that nothing reads.
+        """
+        path = os.path.join(folder, "flow-decoder.pt")
+        if wanted is None:
+            found = checkpoint.exists(path) and checkpoint.load(path).get("phase") == "finished"
+            wanted = "flow" if found else "mean"
+        need(wanted == "flow" or steps is None, "--flow_steps is for the flow decoder, and this is "
+             "--decoder mean; leave it out")
+        if wanted == "mean":
+            return Decoding(tokenizer)
+        return Decoding(tokenizer, FlowDecoder.of_run(folder, tokenizer), steps or STEPS)
 
 
 if __name__ == "__main__":

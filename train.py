@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 
 import config
+import flow_decoder
 from config import TokenizerConfig, TrainConfig, settings
 from evaluation.progress import (
     drawn_psnr, evaluate, held_out_loss, show_drawn, show_reconstructions, show_samples)
-from flow_decoder import FlowDecoder, FlowNet, loss as flow_loss, prefix_length
+from flow_decoder import FlowDecoder, FlowNet
 from generator import GENERATORS, Generator
 from loop import LossOf, Stage, make_ema, need_equal_pieces
 from losses import Adversary, Perceptual, reconstruction
@@ -320,10 +321,10 @@ def train_flow_decoder(run: Run, change_model: Callable) -> None:
             images = to_float(pixels)                               # (B, 3, H, W) in [-1, 1]
             # Encoded anew at each step: a cache of ids knows neither crop nor mirror image.
             # A prefix, so that any number of tokens is a sharp image.
-            ids = tokenizer.encode(images)[:, :prefix_length(tokenizer.num_tokens)]     # (B, k)
+            ids = tokenizer.encode(images)[:, :flow_decoder.prefix_length(run.tok.num_tokens)]
             mean, z_q = tokenizer.decode(ids), tokenizer.quantizer.lookup(ids)
             with stage.autocast():
-                loss, terms = flow_loss(stage.model, images, z_q.detach(), mean)
+                loss, terms = flow_decoder.loss(stage.model, images, z_q.detach(), mean)
             stage.backward(loss, terms)
             stage.save_or_show(show)
         result = drawn_psnr(run, FlowDecoder(tokenizer, stage.ema))

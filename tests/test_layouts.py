@@ -28,6 +28,7 @@ import diffusion
 from d2it import content, dvae, grain
 from d2it.model import D2iT
 from d2it.presets import ContentConfig, DVAEConfig
+from flow_decoder import Decoding
 from mit import MIT
 from nativetok import NativeTok, sample_batch
 from titok import TiTok
@@ -333,7 +334,8 @@ TABLE = {
         c.images(), c.ids(K, c.B)),
     "nativetok.NativeTok.decode": lambda c: (model("nativetok", c).decode, c.ids(K, c.B, c.T)),
     "nativetok.sample_batch": lambda c: (
-        lambda labels: sample_batch(model("ar", c), model("nativetok", c), labels, {}, 0, 0),
+        lambda labels: sample_batch(model("ar", c), Decoding(model("nativetok", c)), labels, {}, 0,
+                                    0),
         c.ids(C, c.B)),
     "generator.guide": lambda c: (lambda *x: generator.guide(*x, 2.0), *two(c, c.B, c.T, K)),
     "generator.top_k_top_p": lambda c: (
