@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from config import CONFIGS
-from flow_decoder import FlowDecoder
+from flow_decoder import Decoding
 from generator import Generator
 from nativetok import from_checkpoint
 from plumbing import checkpoint
@@ -32,6 +32,7 @@ from plumbing.images import to_float, to_uint8
 from plumbing.outputs import need_places
 from plumbing.processes import Processes, need_one_process
 from plumbing.run import held_out, open_run
+from plumbing.samples import add_decoder_flags
 
 GIF = (".gif", b"GIF8")
 MARGIN, BAR = 2, 4  # pixels, before enlargement
@@ -81,8 +82,7 @@ def parse(argv=None):
     parser.add_argument("--out", required=True, metavar="FILE", help="the GIF to write")
     parser.add_argument("--scale", type=number(int, 1), default=2, metavar="N",
                         help="how many times the images are enlarged (default: 2)")
-    parser.add_argument("--decoder", choices=("mean", "flow"),
-                        help="which decoder (default: flow where the run has one)")
+    add_decoder_flags(parser)
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N",
                         help="of the new images, and of the flow decoder's noise (default: 0)")
     return parser.parse_args(argv)
@@ -95,13 +95,10 @@ def main(args) -> None:
     run = open_run(args.run, CONFIGS)
     model = from_checkpoint(run.saved, os.path.join(args.run, "tokenizer.pt")).to(device)
     ar = Generator.of_run(args.run, "ar", model, device)
-    has_flow = checkpoint.exists(os.path.join(args.run, "flow-decoder.pt"))
-    decode = model.decode
-    if args.decoder == "flow" or (args.decoder is None and has_flow):
-        flow = FlowDecoder.of_run(args.run, model)
+    decoding = Decoding.of_run(args.run, model, args.decoder, args.flow_steps)
 
-        def decode(ids):
-            return flow.decode(ids, generator=torch.Generator().manual_seed(args.seed))
+    def decode(ids):
+        return decoding(ids, torch.Generator().manual_seed(args.seed))
     pixels, labels = held_out(run)
     # One image of each class, of at most ten classes.
     shown = [int((labels == c).nonzero()[0]) for c in labels.unique()[:10]]
