@@ -68,7 +68,7 @@ def read_map(path: str, side: int) -> Tensor:
 
     What is transparent counts as black. Of two colours the brighter one is fine, whichever they
     are: 1 beside 0, or the red and blue of our own pictures. A note where all cells come out alike
-    though the picture is not of one colour: its painter wanted something else.
+    though the picture is not of one colour, which cannot be what was meant.
     """
     image = read_image(path, background="black")
     height, width = image.shape[:2]
