@@ -88,7 +88,8 @@ def random_times(batch: int, device=None) -> Tensor:
 
 
 def image_noise(images: Tensor) -> Tensor:
-    return torch.randn_like(images)
+    # TRAP: randn_like draws in the order in which the images lie in memory.
+    return torch.randn(images.shape, device=images.device)
 
 
 def prefix_length(L: int) -> int:

@@ -52,14 +52,14 @@ def show_drawn(run: Run, decoder: FlowDecoder, name: str) -> None:
 
 def drawn_psnr(run: Run, decoder: FlowDecoder) -> dict:
     """PSNR over held-out images, drawn and by the tokenizer's own decoder."""
-    errors = {"psnr": [], "psnr_mean": []}
+    errors = {"psnr_drawn": [], "psnr_mean": []}
     noise = torch.Generator().manual_seed(run.train.seed)
     batches = eval_batches(run.val, run.tok.image_size, 250, run.eval_indices,
                            skip_bad=run.train.skip_bad)
     for images, _ in batches:
         images = to_float(images.to(run.procs.device))
         ids = decoder.tokenizer.encode(images)
-        errors["psnr"].append(mse(decoder.decode(ids, generator=noise).clamp(-1, 1), images))
+        errors["psnr_drawn"].append(mse(decoder.decode(ids, generator=noise).clamp(-1, 1), images))
         errors["psnr_mean"].append(mse(decoder.tokenizer.decode(ids).clamp(-1, 1), images))
     found = {name: round(to_db(torch.cat(parts).mean()).item(), 3)
              for name, parts in errors.items()}

@@ -69,7 +69,7 @@ class Bench:
 
     def preset(self, name: str) -> tuple:
         """-> TokenizerConfig, GeneratorConfig, TrainConfig"""
-        tok, gen, settings = load_preset(name)
+        tok, gen, _, settings = load_preset(name)
         tiny = TINY if self.quick else ({}, {})
         return replace(tok, **tiny[0]), replace(gen, **tiny[1]), settings
 

@@ -42,6 +42,39 @@ from plumbing.processes import Processes, need_one_process, provenance
 from plumbing.run import held_out, open_run
 
 
+def table(rows: list[dict]) -> str:
+    """Markdown: what was decoded, by which decoder, then a column for each number.
+
+    Of samples only each generator's best guidance by each decoder, by the distance in the trained
+    classifier: rows[0], real images, says which key that is.
+    """
+    fd, fd_random = (next(key for key in rows[0] if key.startswith(f"fd_{net}"))
+                     for net in ("tinycnn", "random"))
+    keys = {"PSNR": "psnr", "SSIM": "ssim", "FD": fd, "FD, random net": fd_random,
+            "precision": "precision", "recall": "recall", "class seen": "class_accuracy"}
+    best = {}
+    for row in rows:
+        key = (row["name"], row.get("decoder"))
+        if row["name"] in GENERATORS and row[fd] <= best.get(key, row)[fd]:
+            best[key] = row
+    lines = ["| what | decoder | " + " | ".join(keys) + " |", "|---" * (2 + len(keys)) + "|"]
+    for row in rows:
+        if row["name"] in GENERATORS and row not in best.values():
+            continue
+        what = row["name"]
+        if "num_tokens" in row:
+            what += f", {row['num_tokens']} tokens"
+        if row["name"] in GENERATORS:
+            what += f", guidance {row['cfg_scale']:g}"
+        how = row.get("decoder", "-")
+        if how == "flow":
+            how += f", {row['flow_steps']} steps"
+        cells = [format(row[key], ".2f" if key == "psnr" else ".3f") if key in row else "-"
+                 for key in keys.values()]
+        lines.append(f"| {what} | {how} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def draw_pictures(folder: str, flow: FlowDecoder, pixels: torch.Tensor, seed: int) -> None:
     """pixels uint8 (n, H, W, 3): two pictures, a row for each image."""
     device = flow.tokenizer.quantizer.codebook.device

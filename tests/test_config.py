@@ -8,9 +8,7 @@ import re
 import pytest
 
 import config
-from config import (
-    CONFIGS, PRESETS, RUN_ONLY, GeneratorConfig, TokenizerConfig, TrainConfig, load_preset,
-    parse_run)
+from config import CONFIGS, PRESETS, RUN_ONLY, TokenizerConfig, load_preset, parse_run
 from d2it import presets
 from helpers import ROOT, refused
 from plumbing.flags import Parser, UserError, as_dict, build, need, read_run
@@ -238,7 +236,8 @@ def test_settings_puts_each_field_on_one_side_and_those_of_the_run_on_neither():
                                   for kind in ("tokenizer", "generator", "flow_decoder"))
     assert set(RUN_ONLY) <= everything.keys(), "no misspelt name"
     assert len({**tokenizer, **generator, **flow}) == sum(map(len, (tokenizer, generator, flow)))
-    assert {**tokenizer, **generator, **flow} == {k: v for k, v in everything.items() if k not in RUN_ONLY}
+    fixed = {k: v for k, v in everything.items() if k not in RUN_ONLY}
+    assert {**tokenizer, **generator, **flow} == fixed
     # A finished tokenizer must not be refused because a generator's setting changed, nor the other
     # way round.
     assert {"codebook_size", "batch_size", "learning_rate", "seed"} <= tokenizer.keys()

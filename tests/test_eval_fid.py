@@ -374,7 +374,7 @@ def test_each_split_of_the_inception_score_has_all_classes(grays):
 
 class Perfect:
     """A tokenizer that loses nothing."""
-    num_tokens = 1
+    num_tokens = 3  # its ids are the images, cut after so many channels
 
     def encode(self, images):
         return images

@@ -18,23 +18,26 @@ import torch
 from torch import Tensor, nn
 
 import decoder
+import diffusion
+import flow_decoder
 import generator
 import layers
 import losses
 import mocet
 import quantizer
-from config import GeneratorConfig, TokenizerConfig
-import diffusion
+from config import FlowDecoderConfig, GeneratorConfig, TokenizerConfig
 from d2it import content, dvae, grain
 from d2it.model import D2iT
 from d2it.presets import ContentConfig, DVAEConfig
-from flow_decoder import Decoding
+from diffusion import T
+from flow_decoder import Decoding, FlowDecoder
 from mit import MIT
 from nativetok import NativeTok, sample_batch
 from titok import TiTok
 
 FILES = ("layers", "mit", "mocet", "titok", "quantizer", "decoder", "nativetok", "generator",
-         "losses", "d2it.grain", "d2it.dvae", "diffusion", "d2it.content", "d2it.model")
+         "losses", "diffusion", "flow_decoder", "d2it.grain", "d2it.dvae", "d2it.content",
+         "d2it.model")
 D, HEADS, K, d, C, P = 8, 2, 8, 4, 3, 4  # width, heads, codes, channels of one, classes, patch
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 
@@ -101,6 +104,9 @@ def model(kind: str, case: Case):
         "maskgit": lambda: generator.MaskGITGenerator(gen, T, K, C),
         "maps": lambda: generator.ARGenerator(gen, T, 2, C),
         "res": lambda: dvae.ResBlock(D, 4), "dvae": lambda: dvae.DVAE(dv),
+        "flow": lambda: flow_decoder.FlowNet(FlowDecoderConfig(
+            flow_decoder_width=D, flow_decoder_depth=1, flow_decoder_heads=HEADS,
+            flow_decoder_patch_size=P), cfg),
         "time": lambda: layers.TimeEmbedding(D), "dit": lambda: layers.DiTBlock(D, HEADS),
         "last": lambda: layers.LastNorm(D),
         "refine": lambda: content.RefineNet(con, d, side),
@@ -201,6 +207,18 @@ def measured(c):
 def noisy(c):
     """z, time, labels, map: what a content transformer reads."""
     return (c.x(c.B, d, 2 * c.side, 2 * c.side), c.ids(1000, c.B) + 1, c.ids(C, c.B), c.grain())
+
+
+def flowing(c):
+    """x_t, t, z_q and mean, as FlowNet takes them."""
+    return c.images(), 500 + c.x(c.B).abs(), c.x(c.B, c.T, d, seed=1), c.images() / 2
+
+
+def diffused_plainly(c):
+    def call(z):
+        return [diffusion.sample(lambda z_t, t: z_t * t.view(-1, 1, 1, 1) / T, z, path, 3)
+                for path in ("noise", "flow")]
+    return call, noisy(c)[0].float()
 
 
 def diffused(c):
@@ -427,16 +445,25 @@ TABLE = {
     "diffusion.estimates": lambda c: (
         lambda *x: [diffusion.estimates(*x, path) for path in ("noise", "flow")],
         latent(c), latent(c, seed=1), noisy(c)[1]),
+    "diffusion.sample": diffused_plainly,
+    "flow_decoder.FlowNet.forward": lambda c: (model("flow", c), *flowing(c)),
+    "flow_decoder.image_noise": lambda c: (flow_decoder.image_noise, c.images()),
+    "flow_decoder.loss": lambda c: (
+        lambda x, z_q, mean: flow_decoder.loss(model("flow", c), x, z_q, mean),
+        *(flowing(c)[i] for i in (0, 2, 3))),
+    "flow_decoder.FlowDecoder.decode": lambda c: (
+        lambda ids: FlowDecoder(model("nativetok", c), model("flow", c)).decode(ids, 2, draw()),
+        c.ids(K, c.B, c.T)),
     "d2it.content.loss": lambda c: (
         lambda z, labels, map: content.loss(model("content", c), z, labels, map),
         *(noisy(c)[i] for i in (0, 2, 3))),
     "d2it.content.guided": lambda c: (
         lambda *x: content.guided(model("content", c), *x, C, 2.0), *noisy(c)),
     "d2it.content.sample": diffused,
-    "d2it.layers.TimeEmbedding.forward": lambda c: (model("time", c), noisy(c)[1]),
+    "layers.TimeEmbedding.forward": lambda c: (model("time", c), noisy(c)[1]),
     "layers.modulate": lambda c: (layers.modulate, *scaled(c)),
-    "d2it.layers.DiTBlock.forward": lambda c: (model("dit", c), *scaled(c)[:2]),
-    "d2it.layers.LastNorm.forward": lambda c: (model("last", c), *scaled(c)[:2]),
+    "layers.DiTBlock.forward": lambda c: (model("dit", c), *scaled(c)[:2]),
+    "layers.LastNorm.forward": lambda c: (model("last", c), *scaled(c)[:2]),
     "d2it.content.RefineNet.forward": lambda c: (
         model("refine", c), c.x(c.B, c.T, D), c.x(c.B, c.T, 4 * d, seed=1), c.x(c.B, D, seed=2),
         c.grain()),
