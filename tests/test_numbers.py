@@ -337,9 +337,11 @@ def test_the_front_page_says_of_the_demo_and_of_gpus_what_their_files_say():
     tokenizer = [phase for phase in results("cifar-gpu")["phases"] if "psnr" in phase]
     right = [
         f"{60 * minutes(demo):.0f} seconds of them for training",
-        f"at {psnr['4']:.2f} dB from 4 tokens, {psnr['8']:.2f} dB from 8 and {psnr['16']:.2f} dB",
-        f"of {judged(demo, 'ar')['n']} new images {judged(demo, 'ar')['class_accuracy']:.1%} (AR) "
-        f"and {judged(demo, 'maskgit')['class_accuracy']:.1%} (MaskGIT)",
+        f"a PSNR of {psnr['4']:.2f} dB from 4 numbers, {psnr['8']:.2f} dB from 8 and "
+        f"{psnr['16']:.2f} dB from 16",
+        f"Of {judged(demo, 'ar')['n']} new images",
+        f"{judged(demo, 'ar')['class_accuracy']:.1%} with one generator (AR) and in "
+        f"{judged(demo, 'maskgit')['class_accuracy']:.1%} with another (MaskGIT)",
         f"took {minutes(photos):.1f} minutes of one thread",
         f"reached {photos['phases'][3]['psnr']:.2f} dB",
         f"[{eager['ms'] / recorded['ms']:.1f} times as fast]", f"takes {recorded['gib']:.1f} GiB",

@@ -3,8 +3,11 @@
 Their tables of numbers: test_numbers.py. Their commands: test_commands.py.
 """
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +17,7 @@ import config
 import train
 from helpers import SMALL, some_shapes
 from nativetok import NativeTok
+from plumbing.datasets import open_images
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("README.md", "PAPER.md", "EXERCISES.md", "CONTRIBUTING.md", "experiments/README.md",
@@ -164,6 +168,24 @@ def test_the_training_step_of_the_front_page_learns():
     exec(code, {"NativeTok": NativeTok, "load_preset": config.load_preset, "torch": torch,
                 "mse_loss": loss_and_note, "batches": [images] * 20})
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_cifar_10_as_the_front_page_makes_it_is_read(tmp_path, monkeypatch):
+    """From torchvision's data set, of which this test has a small one."""
+    code, = re.findall(r"```python\n(import numpy.*?)```", README, flags=re.S)
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+    def cifar10(folder, train, download):
+        return SimpleNamespace(data=np.full((20, 32, 32, 3), 50 + train, np.uint8),
+                               targets=[*range(10)] * 2, classes=names)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", SimpleNamespace(CIFAR10=cifar10))
+    (tmp_path / "cifar10").mkdir()  # where torchvision lays what it has loaded
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    train, test = (open_images(f"cifar10/{name}.npz") for name in ("train", "test"))
+    assert train.classes == test.classes == names and len(train) == len(test) == 20
+    assert (train.load(0) == 51).all() and (test.load(0) == 50).all()
 
 
 @pytest.mark.parametrize("labels", ([0], [0, 3, 7], [0, 3, 7, 9, 1]), ids=len)
