@@ -146,7 +146,8 @@ def reconstruction(tokenizer: NativeTok, originals: ImageSource,
             recon = tokenizer.decode(tokenizer.encode(to_float(images.to(device))))
             yield to_uint8(recon).cpu(), labels, images
     return ImageSource("reconstruction", originals.n, batches, originals.labelled,
-                       settings={"num_tokens": tokenizer.num_tokens})
+                       settings={"num_tokens": tokenizer.num_tokens},
+                       unfinished=tokenizer.unfinished)
 
 
 def generated(kind: str, model: Generator, tokenizer: NativeTok, n: int, options: dict,
@@ -165,7 +166,8 @@ def generated(kind: str, model: Generator, tokenizer: NativeTok, n: int, options
             images = sample_batch(model, tokenizer, part.to(device), options, how.seed, b)
             yield images, part, None
     settings = {**options, "seed": how.seed, "batch_size": how.batch_size}
-    return ImageSource(kind, n, batches, settings=settings, swept=swept)
+    unfinished = "; ".join(filter(None, (tokenizer.unfinished, model.unfinished)))
+    return ImageSource(kind, n, batches, settings=settings, swept=swept, unfinished=unfinished)
 
 
 def blurred(images: Tensor, rng) -> Tensor:
