@@ -33,8 +33,6 @@ from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from h
 import argparse
 import itertools
 import os
-import shlex
-import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -66,7 +64,8 @@ SAMPLED = ("generator", "controls", "sweep", "seed", *SAMPLING)  # flags of a ru
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line. Raises UserError for a flag that would not be read."""
-    parser = Parser(prog="eval_fid.py", usage="%(prog)s --run RUN [flags]", description=__doc__)
+    parser = Parser(prog="python eval_fid.py", usage="%(prog)s --run RUN [flags]",
+                    description=__doc__)
     add = parser.add_argument_group("what is judged").add_argument
     add("--run", help="folder of a run of train.py: reconstructions and generators")
     add("--images", metavar="PATH",
@@ -106,8 +105,6 @@ def parse(argv=None) -> argparse.Namespace:
     to.add_argument("--json", metavar="FILE",
                     help="write all numbers there (default: RUN/summary.json)")
     args = parser.parse_args(argv)
-    words = sys.argv[1:] if argv is None else map(str, argv)
-    args.command = "python eval_fid.py " + shlex.join(words)
 
     # Enough to judge something by something, and not two of a kind.
     need(args.run or args.images or (args.data and args.save_stats), "give --run, or --images with "

@@ -41,7 +41,7 @@ from plumbing.samples import (
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line. Raises UserError for a flag that would not be read."""
-    parser, to = sample_parser("sample.py", __doc__)
+    parser, to = sample_parser("python sample.py", __doc__)
     to.add_argument("--generator", choices=tuple(GENERATORS), help="which one (default: ar)")
     to.add_argument("--single", action="store_true", default=None,
                     help="also write every sample as OUT/NNN_CLASS.png")
