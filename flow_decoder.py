@@ -198,6 +198,11 @@ class Decoding:
     def settings(self) -> dict:
         return {"decoder": "flow", "flow_steps": self.steps} if self.flow else {"decoder": "mean"}
 
+    @property
+    def unfinished(self) -> str:
+        return "; ".join(filter(None, (self.tokenizer.unfinished,
+                                       self.flow and self.flow.unfinished)))
+
     @staticmethod
     def of_run(folder: str, tokenizer: NativeTok, wanted: str | None = None,
                steps: int | None = None) -> "Decoding":

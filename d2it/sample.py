@@ -17,7 +17,6 @@ from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from h
 
 import argparse
 import os
-import shlex
 import sys
 
 import numpy as np
@@ -56,10 +55,7 @@ def parse(argv=None) -> argparse.Namespace:
     to.add_argument("--json", metavar="FILE",
                     help="with --npz: write what is said of the samples there, too")
     add_sampling_flags(parser, SAMPLING)
-    args = parse_samples(parser, argv, samples=("grain", *SAMPLING), npz=("json",))
-    words = sys.argv[1:] if argv is None else map(str, argv)
-    args.command = "python -m d2it.sample " + shlex.join(words)
-    return args
+    return parse_samples(parser, argv, samples=("grain", *SAMPLING), npz=("json",))
 
 
 def read_map(path: str, side: int) -> Tensor:

@@ -45,7 +45,6 @@ import math
 import os
 import shlex
 import signal
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -518,7 +517,7 @@ def make_pca(args, data: ImageSet, val: ImageSet) -> None:
 def parser_of(name: str, doc: str, plans: Iterable[str], arms: Iterable[str],
               extra: Iterable[str]) -> Parser:
     """The flags of order.py and grain.py. arms: trained by default; extra: when asked for."""
-    parser = Parser(prog=f"{name}.py", description=doc)
+    parser = Parser(prog=f"python -m experiments.{name}", description=doc)
     add = parser.add_argument
     add("--preset", choices=[plan for plan in plans if plan != "quick"], default="tiny",
         help="sizes and steps (default: tiny)")
@@ -540,13 +539,11 @@ def parser_of(name: str, doc: str, plans: Iterable[str], arms: Iterable[str],
 
 def parse_for(name: str, parser: Parser, argv: list[str] | None, plans: dict,
               arms: Iterable[str]) -> argparse.Namespace:
-    """The command line -> namespace, with .plan, .out and .command, the line itself.
+    """The command line -> namespace, with .plan and .out.
 
     Raises UserError for wrong use.
     """
     args = parser.parse_args(argv)
-    words = sys.argv[1:] if argv is None else argv
-    args.command = f"python -m experiments.{name} " + shlex.join(words)
     plan = "quick" if args.quick else args.preset
     args.plan, args.out = plans[plan], args.out or os.path.join("runs", f"{name}-{plan}")
     for seed in args.seeds:

@@ -56,7 +56,7 @@ def phases(run: OpenRun) -> list[dict]:
 
 
 def main() -> None:
-    parser = Parser(prog="record.py", description=__doc__)
+    parser = Parser(prog="python -m experiments.record", description=__doc__)
     parser.add_argument("--run", required=True, help="folder of a run of train.py or d2it.train")
     parser.add_argument("--by", required=True, metavar="COMMAND", help="what was typed to make it")
     parser.add_argument("--out", required=True, metavar="FILE", help="the JSON to write")

@@ -16,8 +16,6 @@ Makes    a table, a line for each way, with PSNR over held-out images; --json FI
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
-import shlex
-import sys
 import time
 from collections.abc import Callable
 
@@ -112,7 +110,7 @@ def table(rows: list[dict]) -> str:
 
 
 def parse(argv=None):
-    parser = Parser(prog="search.py", description=__doc__)
+    parser = Parser(prog="python -m experiments.search", description=__doc__)
     parser.add_argument("--run", required=True, help="folder of a run of train.py")
     parser.add_argument("--nearest", type=number(int, 1), nargs="+", default=[1], metavar="N",
                         help="codes tried in each token's place (default: 1)")
@@ -143,8 +141,7 @@ def main(args) -> None:
             rows.append(measured(tokenizer, batches, nearest, answer))
             print(cells(rows[-1]), flush=True)
     if args.json:
-        command = "python -m experiments.search " + shlex.join(sys.argv[1:])
-        checkpoint.write_json(args.json, {**provenance(command, device), "seed": 0,
+        checkpoint.write_json(args.json, {**provenance(args.command, device), "seed": 0,
                                           "images": len(plain), "rows": rows})
 
 

@@ -17,7 +17,6 @@ from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from h
 import glob
 import os
 import re
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ BITS = 144
 
 
 def parse(argv=None):
-    parser = Parser(prog="speedrun.py", description=__doc__)
+    parser = Parser(prog="python -m experiments.speedrun", description=__doc__)
     add = parser.add_argument
     add("--data", required=True, help="images to learn from, in any form that train.py takes")
     add("--val_data", required=True, help="images to be judged by, all of them")
@@ -112,8 +111,7 @@ def main(args) -> None:
              "it; leave it out")
     train_and_val(args.data, args.val_data, settings.train.holdout, settings.train.seed)
     empty_folder(args.out)
-    command = "python -m experiments.speedrun " + shlex.join(sys.argv[1:])
-    checkpoint.write_json(os.path.join(args.out, MARK), {"command": command})
+    checkpoint.write_json(os.path.join(args.out, MARK), {"command": args.command})
     run.EVAL_IMAGES = 1  # all of them are looked at below, when the clock has stopped
 
     began = time.perf_counter()
@@ -125,7 +123,7 @@ def main(args) -> None:
     tokenizer = NativeTok.of_run(args.out, judged.procs.device)
     result = evaluate(tokenizer, judged)
     judged.end()
-    row = {**provenance(command, judged.procs.device),
+    row = {**provenance(args.command, judged.procs.device),
            "minutes": round(minutes, 2), "steps": args.steps, "seed": settings.train.seed,
            "threads": torch.get_num_threads(), "psnr": result["psnr"], "images": result["images"],
            "peak_mb": peak_memory(judged.procs.device) >> 20, "passed": result["psnr"] >= TARGET}
