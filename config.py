@@ -324,7 +324,7 @@ def parse_run(doc: str, argv=None) -> argparse.Namespace:
     Later wins: default, preset, flag. A run folder that exists stands for the preset it was made
     with, and for the settings that were given then.
     """
-    parser = Parser(prog="train.py", description=doc, epilog=(
+    parser = Parser(prog="python train.py", description=doc, epilog=(
         f"Presets: {', '.join(PRESETS)}. Defaults above are those of the imagenet presets; "
         "python config.py shows what the others change."))
     args, (tok, gen, flow, train) = parse_command(parser, PRESETS, "tiny", CONFIGS,

@@ -44,7 +44,7 @@ from plumbing.samples import (
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line. Raises UserError for a flag that would not be read."""
-    parser, to = sample_parser("sample.py", __doc__)
+    parser, to = sample_parser("python sample.py", __doc__)
     to.add_argument("--generator", choices=tuple(GENERATORS), help="which one (default: ar)")
     to.add_argument("--single", action="store_true", default=None,
                     help="also write every sample as OUT/NNN_CLASS.png")
@@ -82,8 +82,7 @@ def samples(args: argparse.Namespace, decode: Decoding, device: torch.device) ->
 
     # 3. Write, and only then say so.
     if args.npz:
-        unfinished = "; ".join(filter(None, (tokenizer.unfinished, model.unfinished,
-                                             decode.flow and decode.flow.unfinished)))
+        unfinished = "; ".join(filter(None, (decode.unfinished, model.unfinished)))
         made = [write_npz(args.npz, images, labels, model.classes, unfinished)]
     else:
         save_grid(images, path, columns=args.per_class, scale=max(1, 64 // images.shape[1]))

@@ -154,7 +154,8 @@ def reconstruction(decode: Decoding, originals: ImageSource, how: Batching, devi
             yield to_uint8(decode(ids, noise)).cpu(), labels, images
     part = {"num_tokens": k} if k < tokenizer.num_tokens else {}
     return ImageSource("reconstruction", originals.n, batches, originals.labelled,
-                       settings={"num_tokens": k, **decode.settings}, swept=part)
+                       settings={"num_tokens": k, **decode.settings}, swept=part,
+                       unfinished=decode.unfinished)
 
 
 def generated(kind: str, model: Generator, decode: Decoding, n: int, options: dict,
@@ -173,7 +174,8 @@ def generated(kind: str, model: Generator, decode: Decoding, n: int, options: di
             images = sample_batch(model, decode, part.to(device), options, how.seed, b)
             yield images, part, None
     settings = {**options, **decode.settings, "seed": how.seed, "batch_size": how.batch_size}
-    return ImageSource(kind, n, batches, settings=settings, swept=swept)
+    unfinished = "; ".join(filter(None, (decode.unfinished, model.unfinished)))
+    return ImageSource(kind, n, batches, settings=settings, swept=swept, unfinished=unfinished)
 
 
 def blurred(images: Tensor, rng) -> Tensor:
@@ -225,7 +227,7 @@ def why_unlabelled(images: ImageSet, path: str, classes: list[str]) -> str:
 # features
 
 class FeatureStats:
-    """What a FeatureNet says of an ImageSource: mean and covariance, the first features, hits."""
+    """An ImageSource through a FeatureNet: mean and covariance, the first features, hits."""
 
     def __init__(self, net: FeatureNet, n: int, classes: int = 0):
         self.statistics = Statistics(net.features)  # of all images

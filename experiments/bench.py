@@ -363,7 +363,8 @@ def table(measured: list[dict]) -> str:
 
 def parse(argv=None) -> argparse.Namespace:
     names = "; ".join(f"{name}: {text}" for name, (_, text) in ROWS.items())
-    parser = Parser(prog="bench.py", description=__doc__, epilog=f"Rows: {names}")
+    parser = Parser(prog="python -m experiments.bench", description=__doc__,
+                    epilog=f"Rows: {names}")
     add = parser.add_argument
     add("--rows", nargs="+", metavar="ROW", help="only these (default: all of a CPU, or of a GPU)")
     add("--device", choices=DEVICES, default="auto", help="where to compute")
@@ -380,8 +381,7 @@ def main(argv=None) -> None:
     args = parse(argv)
     need_one_process("experiments.bench")
     bench = Bench(args.device, args.quick)
-    words = sys.argv[1:] if argv is None else argv
-    origin = provenance(shlex.join(["python", "-m", "experiments.bench", *words]), bench.device)
+    origin = provenance(args.command, bench.device)
     made = origin | {"seed": 0, "gflops": {"float32": bench.peak(FP32) / 1e9,
                                            "bf16": bench.peak(BF16) / 1e9}}
     print(f"{made['device']}, torch {made['torch']}, {made['command']}\nmatrix peak "

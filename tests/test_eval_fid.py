@@ -374,7 +374,7 @@ def test_each_split_of_the_inception_score_has_all_classes(grays):
 
 class Perfect:
     """A tokenizer that loses nothing."""
-    num_tokens = 3  # its ids are the images, cut after so many channels
+    num_tokens, unfinished = 3, ""  # its ids are the images, cut after so many channels
 
     def encode(self, images):
         return images
@@ -425,11 +425,11 @@ def test_a_sweep_tries_every_combination_that_a_generator_reads(run, tmp_path):
     (("--run", "RUN", "--seed", "99999999999999999999"), ("--seed",)),
     (("--run", "RUN", "--image_size", "0"), ("--image_size",)),
     (("--run", "RUN", "--sweep", "seed=1,2"), ("seed", "cfg_scale")),
-    (("--run", "RUN", "--sweep", "cfg_scale=1;2"), ("1;2", "not numbers")),
+    (("--run", "RUN", "--sweep", "cfg_scale=1;2"), ("1;2", "--sweep")),
     (("--run", "RUN", "--sweep", "cfg_scale=1,nan"), ("nan",)),
     # given twice
     (("--run", "RUN", "--sweep", "cfg_scale=1", "cfg_scale=2"), ("twice",)),
-    (("--run", "RUN", "--cfg_scale", "2", "--sweep", "cfg_scale=1,2"), ("one of them",)),
+    (("--run", "RUN", "--cfg_scale", "2", "--sweep", "cfg_scale=1,2"), ("twice", "A,B,C")),
     # nothing would read it
     (("--run", "RUN", "--generator", "ar", "--steps", "4"), ("no generator", "steps")),
     (("--run", "RUN", "--generator", "maskgit", "--sweep", "top_k=1"), ("no generator", "top_k")),

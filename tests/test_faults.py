@@ -1,4 +1,4 @@
-"""What must survive, each proved by doing it: `make test-faults`. The table is in tests/README.md.
+"""Faults that a run survives, each made to happen: `make test-faults`. Table: tests/README.md.
 
 Training runs as a user would start it, in processes of its own, and faulty_train.py builds the
 accident in.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from config import GeneratorConfig, TokenizerConfig
+from config import FlowDecoderConfig, GeneratorConfig, TokenizerConfig
 from d2it.content import Content, loss
 from d2it.dvae import DVAE
 from d2it.model import D2iT
@@ -19,6 +19,7 @@ from d2it.presets import CONFIGS, PRESETS
 from decoder import Decoder
 from evaluation.inception import FIDInceptionV3
 from evaluation.tinycnn import TinyCNN
+from flow_decoder import FlowNet
 from generator import GENERATORS
 from losses import Discriminator, Perceptual
 from mit import MIT
@@ -87,6 +88,17 @@ def content() -> Content:
         if not p.any():
             nn.init.normal_(p, std=0.1)
     return model
+
+
+def flow_net() -> FlowNet:
+    """With heads and conditions that are not zero, as after training."""
+    cfg = FlowDecoderConfig(flow_decoder_width=32, flow_decoder_depth=1, flow_decoder_heads=2,
+                            flow_decoder_patch_size=8)
+    net = FlowNet(cfg, TokenizerConfig(**SMALL))
+    for p in net.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.1)
+    return net
 
 
 def d2it() -> D2iT:
@@ -160,6 +172,8 @@ MODULES = {
     "NativeTok block": (lambda: tokenizer(expert="block"), tokens),
     "titok": (lambda: tokenizer(tokenizer="titok", token_schedule=(4,)), tokens),
     "titok-causal": (lambda: tokenizer(tokenizer="titok-causal", token_schedule=(4,)), tokens),
+    "FlowNet": (flow_net, lambda model: (model(IMAGES, LABELS * 300 + 1.0, some(B, 4, 4),
+                                               IMAGES / 2),)),
     "ARGenerator": (lambda: generator("ar"), sampled),
     "MaskGITGenerator": (lambda: generator("maskgit"), sampled),
     "DVAE": (dvae, coded),
@@ -213,8 +227,8 @@ def test_answers_are_those_of_float32(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["MIT", "MoCET query", "MoCET block", "Decoder", "Decoder linear",
-                                  "Decoder both, overlap 2", "ARGenerator", "MaskGITGenerator",
-                                  "Content", "TinyCNN", "Discriminator"])
+                                  "Decoder both, overlap 2", "FlowNet", "ARGenerator",
+                                  "MaskGITGenerator", "Content", "TinyCNN", "Discriminator"])
 def test_float64_is_computed_in_float64(name):
     """A change of 1e-11 in the weights shows in the numbers, where float32 would lose it."""
     model = made(name).double()
