@@ -46,7 +46,7 @@ from evaluation.judging import (
 from evaluation.measures import SSIM_WINDOW, frechet_distance
 from evaluation.report import headline, phases_table, run_summary, table
 from evaluation.tinycnn import images_of_judge, is_to_be_trained, train_judge
-from generator import GENERATORS, Generator, need_guidance
+from generator import GENERATORS, Generator
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
 from plumbing.archives import note
@@ -310,7 +310,6 @@ def samples(args, kind: str, tokenizer: NativeTok, how: Batching,
     sources = []
     for values in itertools.product(*(args.sweep[name] for name in names)):
         tried = dict(zip(names, values))
-        need_guidance({**options, **tried}["cfg_scale"], model.cfg.label_dropout)
         sources.append(generated(kind, model, tokenizer, args.num_samples, options, tried, how,
                                  procs.device))
     return sources

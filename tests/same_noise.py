@@ -16,7 +16,7 @@ import torch
 import config
 import generator
 import loop
-from d2it import diffusion, dvae, presets
+from d2it import content, diffusion, dvae, presets
 from plumbing import run
 from plumbing.start import main_with_user_errors
 
@@ -26,6 +26,7 @@ args = (presets if name == "d2it.train" else config).parse_run("", words)
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 pieces, calls = args.train.accumulate, Counter()
 run.EVAL_IMAGES = 20
+generator.LABEL_DROPOUT = content.LABEL_DROPOUT = 0
 
 
 def by_row(module, function: str, one_row) -> None:

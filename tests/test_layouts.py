@@ -248,9 +248,8 @@ def moved_anchors(c):
 
 
 def hidden_labels(c, function):
-    """In training, with a chance of a half."""
-    net = SimpleNamespace(training=True, cfg=SimpleNamespace(label_dropout=0.5), num_classes=C,
-                          classes=C)
+    """In training."""
+    net = SimpleNamespace(training=True, num_classes=C, classes=C)
     return functools.partial(function, net), c.ids(C, c.B)
 
 
