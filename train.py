@@ -161,7 +161,7 @@ def train_phase(run: Run, phase: Phase, number: int, steps_before: int, change: 
                 codebook_rate=train.codebook_rate, cuda_graph=train.cuda_graph)
 
     # 3. Learn. Every term is a mean over the batch; this is the one place that weighs them.
-    weights = {"pixels": 1.0, "codebook": 1.0, "commitment": tok.commitment_weight,
+    weights = {"pixels": 1.0, "codebook": 1.0, "commitment": 0.25,  # [TiTok]
                "entropy": tok.entropy_weight, "perceptual": train.perceptual_weight,
                "adversarial": train.adversarial_weight}
 

@@ -372,8 +372,8 @@ def test_two_processes_with_micro_batches_take_the_steps_of_one(
         whole, data, tmp_path, name, missing, phases):
     """Where masks, times and noise are the same: tests/same_noise.py sees to that. The phases of
     the tokenizer, which has no such noise: test_train.py."""
-    flags = [*FLAGS[name], "--data", data, "--label_dropout", 0, "--save_every", 1000,
-             "--sample_every", 1000, "--optimizer", "adamw"]
+    flags = [*FLAGS[name], "--data", data, "--save_every", 1000, "--sample_every", 1000,
+             "--optimizer", "adamw"]
     if name == "train":
         flags += ["--generator_dropout", 0]
     if phases == ("dvae",):

@@ -191,16 +191,6 @@ def test_what_python_users_hand_over_is_looked_at(model):
     assert model.decode(codes).shape == (2, 3, 32, 32)
 
 
-def test_guidance_needs_a_row_of_no_class_that_was_learned(run):
-    """As after --label_dropout 0."""
-    saved = checkpoint.load(run / "content.pt")
-    saved["content_config"]["label_dropout"] = 0.0
-    checkpoint.save(run / "content.pt", saved)
-    refused(command, run, "--cfg_scale", 2, names=["label_dropout 0", "cfg_scale 1"])
-    command(run, "--per_class", 1, "--steps", 2)  # plain without a word
-    assert D2iT.of_run(str(run), torch.device("cpu")).default_cfg_scale == 1
-
-
 def painted(kind: str):
     """7 fine cells of 16, as people paint them."""
     grain = np.zeros((4, 4), bool)
