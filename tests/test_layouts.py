@@ -103,9 +103,6 @@ def model(kind: str, case: Case):
         "last": lambda: content.LastNorm(D),
         "refine": lambda: content.RefineNet(con, d, side),
         "content": lambda: content.Content(con, d, side, C),
-        "perceptual": lambda: losses.Perceptual(nn.Sequential(nn.Conv2d(3, 4, 32, 32),
-                                                              nn.Flatten())),
-        "discriminator": lambda: losses.Discriminator(32),
         "d2it": lambda: D2iT(dvae.DVAE(dv), generator.ARGenerator(gen, T, 2, C),
                              content.Content(con, d, side, C), ["a", "b", "c"]),
     }
@@ -214,37 +211,6 @@ def diffused(c):
 def unpacked(c):
     packed, keep, index = grain.pack(c.x(c.B, c.T, D), c.grain())
     return lambda *x: grain.unpack(*x, c.T), packed, keep, index
-
-
-def adversary(c):
-    """-> an Adversary with a narrow discriminator."""
-    made = losses.Adversary.__new__(losses.Adversary)
-    made.net, made.seen = model("discriminator", Case(1, 1, c.dtype)), []
-    return made
-
-
-def seen_by_the_adversary(c):
-    def call(images, recon):
-        made = adversary(c)
-        made.see(images, recon)
-        return made.seen
-    return call, c.images(32), c.images(32).neg()
-
-
-def judged(c):
-    def call(images, recon):
-        with torch.enable_grad():
-            recon = recon.requires_grad_() if recon.is_leaf else recon
-            return adversary(c).judge(recon, losses.reconstruction(recon, images)).detach()
-    return call, c.images(32), c.images(32).neg()
-
-
-def moved_anchors(c):
-    def call(real, fake):
-        lecam = losses.LeCam(0.5)
-        lecam.update(real, fake)
-        return lecam.real_anchor, lecam.fake_anchor, lecam(real, fake)
-    return call, c.x(c.B, 1, 2, 2), c.x(c.B, 1, 2, 2, seed=1)
 
 
 def hidden_labels(c, function):
@@ -365,18 +331,6 @@ TABLE = {
     "losses.mse": lambda c: (losses.mse, c.images(), c.images().neg()),
     "losses.to_db": lambda c: (losses.to_db, c.x(c.B, c.T).square()),
     "losses.psnr": lambda c: (losses.psnr, c.images(), c.images().neg()),
-    "losses.Perceptual.forward": lambda c: (
-        model("perceptual", Case(1, 1, c.dtype)), c.images(), c.images().neg()),
-    "losses.Perceptual.logits": lambda c: (
-        model("perceptual", Case(1, 1, c.dtype)).logits, c.images()),
-    "losses.Discriminator.forward": lambda c: (
-        model("discriminator", Case(1, 1, c.dtype)), c.images(32)),
-    "losses.discriminator_loss": lambda c: (losses.discriminator_loss, *two(c, c.B, 1, 2, 2)),
-    "losses.generator_loss": lambda c: (losses.generator_loss, c.x(c.B, 1, 2, 2)),
-    "losses.LeCam.forward": lambda c: (losses.LeCam(), *two(c, c.B, 1, 2, 2)),
-    "losses.LeCam.update": moved_anchors,
-    "losses.Adversary.see": seen_by_the_adversary,
-    "losses.Adversary.judge": judged,
     "d2it.grain.gray": lambda c: (grain.gray, c.pixels()),
     "d2it.grain.entropy": lambda c: (lambda x: grain.entropy(x, 4), c.pixels()),
     "d2it.grain.threshold": lambda c: (
