@@ -20,7 +20,7 @@ Exit     0 done, 1 failure, 2 something to mend, 130 stopped by Ctrl-C
 
 One row of results for each of these:
   real             as many training images: the floor, what nothing can be expected to beat
-  reconstruction   the reference images, encoded and decoded (rFID)
+  reconstruction   the reference images, encoded and decoded (rFID), also from --prefixes
   ar, maskgit      samples, every class equally often (gFID)
   --images         a folder, an archive or an .npz in their place
   --controls       real images made worse on purpose: does the measure notice?
@@ -46,6 +46,7 @@ from evaluation.judging import (
 from evaluation.measures import SSIM_WINDOW, frechet_distance
 from evaluation.report import headline, phases_table, run_summary, table
 from evaluation.tinycnn import images_of_judge, is_to_be_trained, train_judge
+from flow_decoder import Decoding
 from generator import GENERATORS, Generator
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
@@ -56,10 +57,12 @@ from plumbing.outputs import JSON, NPZ, need_places
 from plumbing.processes import Processes, need_room, provenance
 from plumbing.run import OpenRun, open_run
 from plumbing.samples import (
-    add_batch_flags, add_sampling_flags, fill, refuse, sampling_options, unfinished_maker)
+    add_batch_flags, add_decoder_flags, add_sampling_flags, fill, refuse, sampling_options,
+    unfinished_maker)
 
 __all__ = ["frechet_distance", "main", "parse"]  # the first for others to call
-SAMPLED = ("generator", "controls", "sweep", "seed", *SAMPLING)  # flags of a run's samples
+# Flags of what a run makes.
+SAMPLED = ("generator", "controls", "sweep", "prefixes", "seed", "decoder", "flow_steps", *SAMPLING)
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -97,7 +100,10 @@ def parse(argv=None) -> argparse.Namespace:
     add("--image_size", type=number(int, 1), metavar="N", help="crop and resize to this (default: "
         "the run's size, else that of the first image)")
     add_sampling_flags(parser, SAMPLING)
+    add_decoder_flags(parser)
     to = parser.add_argument_group("which samples, and where")
+    to.add_argument("--prefixes", type=number(int, 1), nargs="+", metavar="INT",
+                    help="also reconstructions from the first so many tokens")
     to.add_argument("--sweep", type=values_to_try, nargs="+", metavar="NAME=A,B,C",
                     help=f"every combination of these, of {' '.join(SAMPLING)}")
     add_batch_flags(to, 250)
@@ -121,7 +127,7 @@ def parse(argv=None) -> argparse.Namespace:
     # Nothing that this use would not read: what a flag belongs to, is that asked for, the flags.
     inception = args.features == "inception"
     for owner, asked, flags in (
-            ("a run's samples", args.run and not args.images, SAMPLED),
+            ("what a run makes", args.run and not args.images, SAMPLED),
             ("what is judged, --run or --images", args.run or args.images, ("num_samples", "json")),
             ("--judge; --data is what is compared with", args.judge, ("val_data",)),
             ("reference images, not to --reference", not args.reference,
@@ -133,7 +139,7 @@ def parse(argv=None) -> argparse.Namespace:
             refuse(args, flags, f"belongs to {owner}")
 
     fill(args, generator="both", num_samples=2000, num_reference=50000, seed=0, batch_size=250,
-         sweep=[], train_features=0)
+         sweep=[], prefixes=[], train_features=0)
     given = [name for name in SAMPLING if getattr(args, name) is not None]
     given += [name for name, _ in args.sweep]
     args.sweep, args.kinds = dict(args.sweep), generator_kinds(args)
@@ -185,6 +191,7 @@ class Given:
     """What the command line names, opened."""
     run: OpenRun | None
     tokenizer: NativeTok | None  # of the run
+    decode: Decoding | None      # its tokens
     train: TrainConfig           # of the run; without one, as a judge's images are read
     images: ImageSet | None      # --images
     data: ImageSet | None        # what the TinyCNN learned from, and what was held out of it
@@ -194,7 +201,7 @@ class Given:
 
 
 def open_given(args, procs: Processes) -> Given:
-    run = tokenizer = data = val = compared = None
+    run = tokenizer = decode = data = val = compared = None
     train = TrainConfig(flip=False)
     if args.run:
         run = open_run(args.run, CONFIGS)
@@ -203,6 +210,10 @@ def open_given(args, procs: Processes) -> Given:
         need("base" in run.saved.get("results", {}),
              f"{args.run} has no finished phase yet; let train.py go on")
         train, data, val = run.configs[-1], run.data, run.val
+        decode = Decoding.of_run(args.run, tokenizer, args.decoder, args.flow_steps)
+        L = tokenizer.num_tokens
+        need(all(k < L for k in args.prefixes), f"--prefixes {' '.join(map(str, args.prefixes))} "
+             f"must be below {L}, the number of this tokenizer's tokens")
     elif args.judge:
         data, val = images_of_judge(args.judge, args.data, args.val_data or "")
     images = open_images(args.images) if args.images else None
@@ -213,7 +224,8 @@ def open_given(args, procs: Processes) -> Given:
     size = tokenizer.cfg.image_size if run else min((images or compared).load(0).shape[:2])
     need(images or not run or args.image_size in (None, size), f"--image_size {args.image_size} "
          f"does not fit this run, whose images have {size} pixels; leave it out")
-    return Given(run, tokenizer, train, images, data, val, compared, args.image_size or size)
+    size = args.image_size or size
+    return Given(run, tokenizer, decode, train, images, data, val, compared, size)
 
 
 def labelled(args, given: Given, images: ImageSet, path: str) -> bool:
@@ -292,25 +304,25 @@ def image_sources(args, given: Given, originals: ImageSource | None, how: Batchi
     if originals is not None:
         path = args.data or given.train.val_data
         originals = replace(originals, labelled=labelled(args, given, given.compared, path))
-        sources.append(reconstruction(given.tokenizer, originals, procs.device))
+        for k in (*args.prefixes, given.tokenizer.num_tokens):
+            sources.append(reconstruction(given.decode, originals, how, procs.device, k))
         if given.size < SSIM_WINDOW:
             note(f"ssim of reconstruction is left out: it takes {SSIM_WINDOW} pixels or more, and "
                  f"these images have {given.size}")
     for kind in args.kinds:
-        sources += samples(args, kind, given.tokenizer, how, procs)
+        sources += samples(args, kind, given, how, procs)
     return sources
 
 
-def samples(args, kind: str, tokenizer: NativeTok, how: Batching,
-            procs: Processes) -> list[ImageSource]:
+def samples(args, kind: str, given: Given, how: Batching, procs: Processes) -> list[ImageSource]:
     """Of one generator, once for each combination of the swept values that it reads."""
-    model = Generator.of_run(args.run, kind, tokenizer, procs.device)
+    model = Generator.of_run(args.run, kind, given.tokenizer, procs.device)
     options = sampling_options(args, {name: SAMPLING[name] for name in model.options}, model)
     names = [name for name in args.sweep if name in model.options]
     sources = []
     for values in itertools.product(*(args.sweep[name] for name in names)):
         tried = dict(zip(names, values))
-        sources.append(generated(kind, model, tokenizer, args.num_samples, options, tried, how,
+        sources.append(generated(kind, model, given.decode, args.num_samples, options, tried, how,
                                  procs.device))
     return sources
 

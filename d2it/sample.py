@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 import config
-from d2it.diffusion import T
 from d2it.dvae import DVAE
 from d2it.grain import count_codes, gray, heat, painted
 from d2it.model import D2iT
+from diffusion import T
 from losses import psnr
 from plumbing import checkpoint
 from plumbing.flags import need, number

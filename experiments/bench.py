@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from config import load_preset
+from flow_decoder import Decoding
 from generator import GENERATORS, ARGenerator, Generator
 from loop import LossOf, make_ema, new_optimizer, update_ema
 from losses import reconstruction
@@ -68,7 +69,7 @@ class Bench:
 
     def preset(self, name: str) -> tuple:
         """-> TokenizerConfig, GeneratorConfig, TrainConfig"""
-        tok, gen, settings = load_preset(name)
+        tok, gen, _, settings = load_preset(name)
         tiny = TINY if self.quick else ({}, {})
         return replace(tok, **tiny[0]), replace(gen, **tiny[1]), settings
 
@@ -335,7 +336,7 @@ def samples(bench: Bench) -> None:
     """Of a batch, drawn and decoded as sample.py does."""
     for kind in GENERATORS:
         gpu_row(bench, f"samples of {kind}, guided", lambda kind=kind: partial(
-            sample_batch, generator(bench, kind), tokenizer(bench, "imagenet-128", 128),
+            sample_batch, generator(bench, kind), Decoding(tokenizer(bench, "imagenet-128", 128)),
             zeros(bench, bench.batch(GPU_BATCH)), dict(cfg_scale=2.0), 0, 0), 20)
 
 

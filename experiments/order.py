@@ -70,6 +70,7 @@ from evaluation.judging import (
 from evaluation.tinycnn import train_judge
 from experiments.order_table import costs, fd_key, read_results, write_tables
 from experiments.pca import transform_code
+from flow_decoder import Decoding
 from generator import GENERATORS, Generator
 from layers import count_parameters
 from losses import mse, to_db
@@ -442,11 +443,11 @@ def measure(arm: str, seed: int, train_args, args, procs: Processes, data: Image
     models = {kind: Generator.of_run(folder, kind, tokenizer, device) for kind in GENERATORS}
 
     def judged(kind: str, noise: int, **options) -> dict:
-        return jury.row(generated(kind, models[kind], tokenizer, n, {}, options,
+        return jury.row(generated(kind, models[kind], Decoding(tokenizer), n, {}, options,
                                   replace(jury.how, seed=noise), device))
 
     chosen = np.random.default_rng(0).permutation(len(data))[:n]
-    rebuilt = jury.row(reconstruction(inside, jury.held_out, device))
+    rebuilt = jury.row(reconstruction(Decoding(inside), jury.held_out, jury.how, device))
     return {"psnr": rebuilt["psnr"], "ssim": rebuilt["ssim"], jury.net.key: rebuilt[jury.net.key],
             "reconstruction": rebuilt, "real": jury.row(real("real", data, chosen, size, jury.how)),
             "judge_accuracy": round(jury.accuracy, 4),

@@ -45,7 +45,7 @@ def settings(run: OpenRun) -> dict:
 
 def phases(run: OpenRun) -> list[dict]:
     """One row per finished phase: quality on held-out images, seconds, loss over its tenths."""
-    _, _, train_config = run.configs
+    train_config = run.configs[-1]
     cost, rows = costs(run.folder, train_config), []
     for row in read_log(run.folder):
         if "seconds" in row:

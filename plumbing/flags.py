@@ -226,7 +226,7 @@ def read_run(folder: str) -> dict:
 
 
 def parse_command(parser: Parser, presets: dict, default: str, configs: tuple[type, ...],
-                  argv=None) -> tuple[argparse.Namespace, tuple]:
+                  stages: tuple[int, ...], argv=None) -> tuple[argparse.Namespace, tuple]:
     """The command line of a training program -> .run .preset .stage .device, and its settings.
 
     Later wins: default, preset, flag. A run folder that exists stands for the preset it was made
@@ -236,7 +236,7 @@ def parse_command(parser: Parser, presets: dict, default: str, configs: tuple[ty
     add("--preset",
         help=f"settings to start from (default: those of an existing --run, else {default})")
     add("--run", help="folder of this run (default: runs/PRESET)")
-    add("--stage", type=int, choices=(1, 2, 3),
+    add("--stage", type=int, choices=stages,
         help="only this stage (default: all that are not finished yet)")
     add("--device", choices=DEVICES, default="auto",
         help="where to compute (default: a GPU if there is one)")

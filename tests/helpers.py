@@ -37,7 +37,8 @@ SMALL = ("--preset tiny --encoder_width 32 --encoder_heads 2 --expert_width 32 -
          "--decoder_width 32 --decoder_heads 2 --token_schedule 2 4 6 --codebook_size 16 "
          "--batch_size 8 --base_steps 6 --continuous_steps 3 --grow_steps 4 --finetune_steps 4 "
          "--generator_width 32 --generator_depth 1 --generator_heads 2 --generator_batch_size 8 "
-         "--generator_steps 5 --tail_drop 0.5 "
+         "--generator_steps 5 --tail_drop 0.5 --flow_decoder_width 16 --flow_decoder_heads 2 "
+         "--flow_decoder_depth 1 --flow_decoder_steps 5 "
          "--reseed_every 2 --log_every 1 --save_every 2 --sample_every 3 --device cpu").split()
 # d2it.train's, with all stages in it.
 SMALL_D2IT = (

@@ -18,21 +18,26 @@ import torch
 from torch import Tensor, nn
 
 import decoder
+import diffusion
+import flow_decoder
 import generator
 import layers
 import losses
 import mocet
 import quantizer
-from config import GeneratorConfig, TokenizerConfig
-from d2it import content, diffusion, dvae, grain
+from config import FlowDecoderConfig, GeneratorConfig, TokenizerConfig
+from d2it import content, dvae, grain
 from d2it.model import D2iT
 from d2it.presets import ContentConfig, DVAEConfig
+from diffusion import T
+from flow_decoder import Decoding, FlowDecoder
 from mit import MIT
 from nativetok import NativeTok, sample_batch
 from titok import TiTok
 
 FILES = ("layers", "mit", "mocet", "titok", "quantizer", "decoder", "nativetok", "generator",
-         "losses", "d2it.grain", "d2it.dvae", "d2it.diffusion", "d2it.content", "d2it.model")
+         "losses", "diffusion", "flow_decoder", "d2it.grain", "d2it.dvae", "d2it.content",
+         "d2it.model")
 D, HEADS, K, d, C, P = 8, 2, 8, 4, 3, 4  # width, heads, codes, channels of one, classes, patch
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 
@@ -99,8 +104,11 @@ def model(kind: str, case: Case):
         "maskgit": lambda: generator.MaskGITGenerator(gen, T, K, C),
         "maps": lambda: generator.ARGenerator(gen, T, 2, C),
         "res": lambda: dvae.ResBlock(D, 4), "dvae": lambda: dvae.DVAE(dv),
-        "time": lambda: content.TimeEmbedding(D), "dit": lambda: content.DiTBlock(D, HEADS),
-        "last": lambda: content.LastNorm(D),
+        "flow": lambda: flow_decoder.FlowNet(FlowDecoderConfig(
+            flow_decoder_width=D, flow_decoder_depth=1, flow_decoder_heads=HEADS,
+            flow_decoder_patch_size=P), cfg),
+        "time": lambda: layers.TimeEmbedding(D), "dit": lambda: layers.DiTBlock(D, HEADS),
+        "last": lambda: layers.LastNorm(D),
         "refine": lambda: content.RefineNet(con, d, side),
         "content": lambda: content.Content(con, d, side, C),
         "d2it": lambda: D2iT(dvae.DVAE(dv), generator.ARGenerator(gen, T, 2, C),
@@ -198,11 +206,23 @@ def noisy(c):
     return (c.x(c.B, d, 2 * c.side, 2 * c.side), c.ids(1000, c.B) + 1, c.ids(C, c.B), c.grain())
 
 
+def flowing(c):
+    """x_t, t, z_q and mean, as FlowNet takes them."""
+    return c.images(), 500 + c.x(c.B).abs(), c.x(c.B, c.T, d, seed=1), c.images() / 2
+
+
+def diffused_plainly(c):
+    def call(z):
+        return [diffusion.sample(lambda z_t, t: z_t * t.view(-1, 1, 1, 1) / T, z, path, 3)
+                for path in ("noise", "flow")]
+    return call, noisy(c)[0].float()
+
+
 def diffused(c):
     def call(z, labels, grain):
         paths = (("noise", 1.0), ("flow", 0.0))
         net = model("content", c)
-        return [diffusion.sample(net, z, labels, grain, C, path, 3, 2.0, eta, draw())
+        return [content.sample(net, z, labels, grain, C, path, 3, 2.0, eta, draw())
                 for path, eta in paths]
     z, _, labels, grain = noisy(c)
     return call, z.float(), labels, grain
@@ -297,7 +317,8 @@ TABLE = {
         c.images(), c.ids(K, c.B)),
     "nativetok.NativeTok.decode": lambda c: (model("nativetok", c).decode, c.ids(K, c.B, c.T)),
     "nativetok.sample_batch": lambda c: (
-        lambda labels: sample_batch(model("ar", c), model("nativetok", c), labels, {}, 0, 0),
+        lambda labels: sample_batch(model("ar", c), Decoding(model("nativetok", c)), labels, {}, 0,
+                                    0),
         c.ids(C, c.B)),
     "generator.guide": lambda c: (lambda *x: generator.guide(*x, 2.0), *two(c, c.B, c.T, K)),
     "generator.top_k_top_p": lambda c: (
@@ -369,24 +390,33 @@ TABLE = {
         lambda z, map: model("dvae", c).decode(dvae.Codes(z, map)), latent(c), c.grain()),
     "d2it.dvae.DVAE.measure": measured,
     "d2it.dvae.kl": lambda c: (dvae.kl, *two(c, c.B, d, 2, 2)),
-    "d2it.diffusion.alpha_sigma": lambda c: (
+    "diffusion.alpha_sigma": lambda c: (
         lambda t: [diffusion.alpha_sigma(t, path) for path in ("noise", "flow")], noisy(c)[1]),
-    "d2it.diffusion.target": lambda c: (
+    "diffusion.target": lambda c: (
         lambda *x: [diffusion.target(*x, path) for path in ("noise", "flow")],
         latent(c), latent(c, seed=1)),
-    "d2it.diffusion.estimates": lambda c: (
+    "diffusion.estimates": lambda c: (
         lambda *x: [diffusion.estimates(*x, path) for path in ("noise", "flow")],
         latent(c), latent(c, seed=1), noisy(c)[1]),
-    "d2it.diffusion.loss": lambda c: (
-        lambda z, labels, map: diffusion.loss(model("content", c), z, labels, map),
+    "diffusion.sample": diffused_plainly,
+    "flow_decoder.FlowNet.forward": lambda c: (model("flow", c), *flowing(c)),
+    "flow_decoder.image_noise": lambda c: (flow_decoder.image_noise, c.images()),
+    "flow_decoder.loss": lambda c: (
+        lambda x, z_q, mean: flow_decoder.loss(model("flow", c), x, z_q, mean),
+        *(flowing(c)[i] for i in (0, 2, 3))),
+    "flow_decoder.FlowDecoder.decode": lambda c: (
+        lambda ids: FlowDecoder(model("nativetok", c), model("flow", c)).decode(ids, 2, draw()),
+        c.ids(K, c.B, c.T)),
+    "d2it.content.loss": lambda c: (
+        lambda z, labels, map: content.loss(model("content", c), z, labels, map),
         *(noisy(c)[i] for i in (0, 2, 3))),
-    "d2it.diffusion.guided": lambda c: (
-        lambda *x: diffusion.guided(model("content", c), *x, C, 2.0), *noisy(c)),
-    "d2it.diffusion.sample": diffused,
-    "d2it.content.TimeEmbedding.forward": lambda c: (model("time", c), noisy(c)[1]),
-    "d2it.content.modulate": lambda c: (content.modulate, *scaled(c)),
-    "d2it.content.DiTBlock.forward": lambda c: (model("dit", c), *scaled(c)[:2]),
-    "d2it.content.LastNorm.forward": lambda c: (model("last", c), *scaled(c)[:2]),
+    "d2it.content.guided": lambda c: (
+        lambda *x: content.guided(model("content", c), *x, C, 2.0), *noisy(c)),
+    "d2it.content.sample": diffused,
+    "layers.TimeEmbedding.forward": lambda c: (model("time", c), noisy(c)[1]),
+    "layers.modulate": lambda c: (layers.modulate, *scaled(c)),
+    "layers.DiTBlock.forward": lambda c: (model("dit", c), *scaled(c)[:2]),
+    "layers.LastNorm.forward": lambda c: (model("last", c), *scaled(c)[:2]),
     "d2it.content.RefineNet.forward": lambda c: (
         model("refine", c), c.x(c.B, c.T, D), c.x(c.B, c.T, 4 * d, seed=1), c.x(c.B, D, seed=2),
         c.grain()),

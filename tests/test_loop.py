@@ -29,9 +29,10 @@ from plumbing import run as run_folder
 pytestmark = pytest.mark.usefixtures("quick")
 also = pytest.mark.faults  # another case of a promise that `make test` holds by its first one
 
-PHASES = {"train": ("base", "grow-4", "grow-6", "finetune", "ar", "maskgit"),
+PHASES = {"train": ("base", "grow-4", "grow-6", "finetune", "ar", "maskgit",
+                    "flow_decoder"),
           "d2it.train": ("dvae", "grain", "content")}
-FILES = {"train": ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt"),
+FILES = {"train": ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt", "flow-decoder.pt"),
          "d2it.train": ("dvae.pt", "grain.pt", "content.pt")}
 FLAGS = {"train": SMALL, "d2it.train": SMALL_D2IT}
 
@@ -382,7 +383,7 @@ def to_be_repeated(folder, copy, names, accumulate: int) -> None:
 
 
 @pytest.mark.parametrize("name, missing, phases", [
-    pytest.param("train", ("generator",), ("ar", "maskgit"), marks=also),
+    pytest.param("train", ("generator", "flow"), ("ar", "maskgit", "flow_decoder"), marks=also),
     pytest.param("d2it.train", ("dvae", "grain", "content"), ("dvae",), marks=also),
     ("d2it.train", ("grain", "content"), ("grain", "content"))])
 def test_two_processes_with_micro_batches_take_the_steps_of_one(

@@ -111,7 +111,7 @@ def test_the_codebook_and_nothing_else_learns_at_its_own_rate(kind):
 
 
 def test_muon_has_the_hidden_matrices_and_adamw_everything_else():
-    tok, gen, _ = config.load_preset("tiny")
+    tok, gen, *_ = config.load_preset("tiny")
     groups = {**groups_of(NativeTok(tok)), **groups_of(ARGenerator(gen, 16, 256, 10))}
     for name, count in (
             ("mit.blocks.0.attention.qkv", 3), ("mit.dimension_switcher", 1),

@@ -74,7 +74,7 @@ def test_result_files_say_where_they_come_from():
 
 def sizes(name: str) -> tuple[list[str], str]:
     """A preset's parameters in millions: tokenizer, MIT, experts, decoder, AR model."""
-    tok, gen, _ = config.load_preset(name)
+    tok, gen, *_ = config.load_preset(name)
     classes = 1000 if "imagenet" in name else 10
     with torch.device("meta"):  # counted without making them
         model = NativeTok(tok).grow_to(tok.num_tokens)
@@ -105,7 +105,7 @@ def gflop(step) -> float:
 
 def imagenet_costs() -> dict[str, tuple[int, float, int, int]]:
     """{phase of imagenet-128: tokens, GFLOP an image, steps, images a step}"""
-    tok, gen, settings = config.load_preset("imagenet-128")
+    tok, gen, _, settings = config.load_preset("imagenet-128")
     images = torch.zeros(1, 3, tok.image_size, tok.image_size, device="meta")
     with torch.device("meta"):
         model = NativeTok(tok).eval()

@@ -207,7 +207,7 @@ def test_results_hold_what_was_promised(results):
 def test_bits_under_ar_are_the_loss_of_the_model():
     """In bits of an image, over two batches of unequal size."""
     torch.manual_seed(0)
-    _, gen, _ = config.load_preset("tiny")
+    _, gen, *_ = config.load_preset("tiny")
     gen = dataclasses.replace(gen, generator_width=32, generator_depth=1, generator_heads=2)
     model = ARGenerator(gen, 6, 8, 2).eval()
     ids, labels = torch.randint(8, (order.BATCH + 30, 6)), torch.arange(order.BATCH + 30) % 2

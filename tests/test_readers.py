@@ -57,9 +57,9 @@ def test_settings_are_those_of_the_checkpoint_whatever_config_json_says_now(run)
     before = open_run(str(run), CONFIGS)
     change_config(run, seed=5, holdout=7, flip=True, encoder_width=64, workers=3)
     now = open_run(str(run), CONFIGS)
-    assert now.configs[0] == before.configs[0] and now.configs[2].seed == before.configs[2].seed
-    assert now.configs[2].holdout == before.configs[2].holdout and not now.configs[2].flip
-    assert now.configs[2].workers == 3, "how to run is not what was learned"
+    assert now.configs[0] == before.configs[0] and now.configs[-1].seed == before.configs[-1].seed
+    assert now.configs[-1].holdout == before.configs[-1].holdout and not now.configs[-1].flip
+    assert now.configs[-1].workers == 3, "how to run is not what was learned"
 
 
 @pytest.mark.parametrize("program", [eval_fid, explain])

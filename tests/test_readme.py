@@ -134,7 +134,7 @@ def test_an_expert_of_ones_own_trains_through_all_stages_and_loads(tmp_path):
 
 
 def test_the_table_of_phases_is_the_plan_of_the_program():
-    tok, _, settings = config.load_preset("tiny")
+    tok, *_, settings = config.load_preset("tiny")
     plan = {phase.name: phase for phase in train.phases(tok, settings)}
     row = r"^\| (base|grow|finetune).*?\| (\d) \| (.*) \|$"
     rows = re.findall(row, section("Stages and commands"), flags=re.M)

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from config import GeneratorConfig, TokenizerConfig
-from d2it import diffusion
-from d2it.content import Content
+from d2it.content import Content, loss
 from d2it.dvae import DVAE
 from d2it.model import D2iT
 from d2it.presets import load_preset
@@ -246,7 +245,7 @@ LOSSES = {
     "ARGenerator": lambda model: model.loss(IDS, LABELS)[0],
     "MaskGITGenerator": lambda model: model.loss(IDS, LABELS)[0],
     "DVAE": lambda model: sum(part.square().mean() for part in model(IMAGES, GRAIN)),
-    "Content": lambda model: diffusion.loss(model, some(B, 4, 8, 8), LABELS, GRAIN)[0],
+    "Content": lambda model: loss(model, some(B, 4, 8, 8), LABELS, GRAIN)[0],
 }
 
 

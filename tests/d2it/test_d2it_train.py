@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 import config
-from d2it import diffusion, presets, train
-from d2it.content import Content
+from d2it import presets, train
+from d2it.content import Content, loss
 from d2it.dvae import DVAE
 from d2it.model import D2iT
 from d2it.presets import CONFIGS, PRESETS, load_preset, parse_run
@@ -189,7 +189,7 @@ def test_the_256_pixel_preset_takes_a_step_with_small_widths():
     dvae.calibrate(dvae.entropy(pixels))
     codes = dvae.encode(pixels)
     assert codes.z.shape == (2, 4, 32, 32) and codes.grain.shape == (2, 16, 16)
-    diffusion.loss(content, codes.z, torch.tensor([0, 1]), codes.grain)[0].backward()
+    loss(content, codes.z, torch.tensor([0, 1]), codes.grain)[0].backward()
     assert dvae.decode(codes).shape == (2, 3, 256, 256)
 
 
