@@ -28,8 +28,8 @@ import diffusion
 from config import CONFIGS, FlowDecoderConfig, TokenizerConfig
 from diffusion import T
 from layers import (
-    DiTBlock, LastNorm, TimeEmbedding, as_weights, count_parameters, eval_mode, init_vit, patchify,
-    sincos_2d, unpatchify)
+    DiTBlock, LastNorm, TimeEmbedding, as_weights, at_least_float32, count_parameters, eval_mode,
+    init_vit, patchify, sincos_2d, unpatchify)
 from nativetok import NativeTok, doubling
 from plumbing import checkpoint
 from plumbing.flags import build, need
@@ -73,7 +73,7 @@ class FlowNet(nn.Module):
         for block in self.blocks:
             x = block(x, c)
         change = self.head(self.last(x[:, :N], c))                          # (B, N, 3 P P)
-        return mean + unpatchify(change, self.patch_size, self.image_size).float()
+        return mean + at_least_float32(unpatchify(change, self.patch_size, self.image_size))
 
 
 # ------------------------------------------------------------------------------------------------

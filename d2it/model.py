@@ -7,7 +7,7 @@ Paper    the map is predicted first, then the noise of both grains; samples of t
          are drawn under predicted maps
 In       the folder of a run of d2it.train
 Out      images uint8; for a given map too, which is how the paper compares true and random maps
-Differs  the grain transformer is generator.py's, left to right over n² words, fine or coarse.
+Differs  the grain transformer is generator.py's, left to right over n² tokens, fine or coarse.
          It *samples* a map. A network that only sees the class and learns by cross-entropy would
          answer with the class's mean map, and every disc would be in the middle
 Try      python -m d2it.sample --run runs/d2it-tiny

@@ -1,15 +1,15 @@
 """D²iT in three stages: codes, maps, content.
 
 stage 1   dvae      the threshold is calibrated, encoder and decoder learn, the codes are measured
-stage 2   grain     which cells are fine, given the class: generator.py over n² words of two
+stage 2   grain     which cells are fine, given the class: generator.py over n² tokens of two kinds
 stage 3   content   the DVAE is frozen; noise is predicted in its codes, encoded anew at each step
 
 Run       python -m d2it.train --preset d2it-tiny         all stages that are not finished yet
           torchrun --nproc_per_node=8 -m d2it.train -- --preset d2it-64 --data DIR \\
                    --run runs/mine      (the -- keeps torchrun from taking --run for its own)
 Makes     runs/NAME/ with config.json dvae.pt grain.pt content.pt log.jsonl samples/
-          Repeat the command to go on. SIGTERM and Ctrl-C save first, then exit with 3
-Exit      0 finished, 1 failure, 2 something to mend, 3 interrupted and saved
+          Repeat the command to resume. SIGTERM and Ctrl-C save first, then exit with 3
+Exit      0 finished, 1 failure, 2 user error, 3 interrupted and saved
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
@@ -117,7 +117,7 @@ def need_its_dvae(stage: Stage, dvae: DVAE, key: str) -> None:
 
 
 def train_grain(run: Run, change_dvae: Callable) -> None:
-    """A map is a sentence of n² words from a vocabulary of two: 1 fine, 0 coarse."""
+    """A map is a sequence of n² tokens from a vocabulary of two: 1 fine, 0 coarse."""
     train, cfg, classes = run.train, run.configs[1].generator(), len(run.data.classes)
     dvae, cells = finished_dvae(run, change_dvae), run.configs[0].side ** 2
     stage = Stage(run, FILES[2], "grain", lambda saved: ARGenerator(cfg, cells, 2, classes),

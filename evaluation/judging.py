@@ -227,7 +227,7 @@ def why_unlabelled(images: ImageSet, path: str, classes: list[str]) -> str:
 # features
 
 class FeatureStats:
-    """What a FeatureNet says of an ImageSource: mean and covariance, the first features, hits."""
+    """An ImageSource through a FeatureNet: mean and covariance, the first features, hits."""
 
     def __init__(self, net: FeatureNet, n: int, classes: int = 0):
         self.statistics = Statistics(net.features)  # of all images

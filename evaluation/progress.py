@@ -1,4 +1,4 @@
-"""How far a run has come: what train.py says and shows of held-out images at a phase's end.
+"""How far a run has come: numbers and pictures of held-out images at a phase's end.
 
 In       a Run, a tokenizer or a generator with averaged weights
 Out      numbers for log.jsonl and the checkpoint; pictures in RUN/samples

@@ -21,7 +21,7 @@ Sizes    encoders have as many parameters as NativeTok's, within 10%: titok's Vi
          as MIT and as wide as it takes; block experts and the shared expert are as wide as it takes
 Order    shows only where a token is forced and later ones answer (evaluation/intervention.py).
          Bits cannot show it: a perfect predictor pays the same in any order (the chain rule), and
-         tokens that say nothing cost nothing. Look at bits together with PSNR
+         tokens that carry nothing cost nothing. Look at bits together with PSNR
 Samples  are judged by the Fréchet distance in the features of one TinyCNN for all arms of a data
          set (not FID, see evaluation/tinycnn.py), at the guidance that was best on other samples
 
@@ -304,7 +304,7 @@ def handlers_of_its_own():
 def train_arm(arm: str, seed: int, flags: list[str]) -> None:
     """train.py in this process, tokenizer and generators; what is finished already is left out.
 
-    train.py knows nothing of other orders and need not: it is handed a tokenizer that has one. Its
+    train.py knows nothing of other orders and need not: it is given a tokenizer that has one. Its
     token cache, its pictures and the generators' mark of whose ids they have learned follow, so no
     other program can take these ids for the tokenizer's own.
     Exits with 3 when interrupted, as train.py does.
@@ -404,7 +404,7 @@ class Judge:
         self.reference = Reference.of(val.name, self.held_out.n, [self.net], stats)
 
     def row(self, source: ImageSource) -> dict:
-        """What there is to say of a set of images, in a flat dictionary."""
+        """The measures of a set of images, in a flat dictionary."""
         row = judge(source, [self.net], self.reference, self.how, self.procs)
         settings = row.pop("settings", {})
         row.pop("swept", None)
@@ -412,7 +412,7 @@ class Judge:
 
 
 def sample_rows(judged: Callable[..., dict], seed: int) -> dict[str, list[dict]]:
-    """What the judge says of samples: {"tried": rows to choose by, "samples": rows to report}.
+    """The judge's measures of samples: {"tried": rows to choose by, "samples": rows to report}.
 
     Each generator is tried at each guidance; the best one is reported, on samples of other noise.
 
@@ -429,7 +429,7 @@ def sample_rows(judged: Callable[..., dict], seed: int) -> dict[str, list[dict]]
 
 def measure(arm: str, seed: int, train_args, args, procs: Processes, data: ImageSet,
             val: ImageSet) -> dict:
-    """Everything that is said of one arm and seed but where it comes from.
+    """All measures of one arm and seed; not where they come from.
 
     train_args   the command line of train.py that made it
     args         the command line of order.py

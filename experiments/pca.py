@@ -1,4 +1,4 @@
-"""A yardstick for tokenizers: how well does a PCA transform code do at a given number of bits?
+"""A reference for tokenizers: how well does a PCA transform code do at a given number of bits?
 
 The images are projected on the principal components of the training images. The bits are handed
 out one by one, each to the component whose quantization error falls most; a component is quantized

@@ -3,8 +3,8 @@
 The pages' numbers are held against such files by tests/test_numbers.py. The commit in it is the one
 that is checked out now, so record a run before the next change.
 
-In       a finished run of train.py or d2it.train: its settings, of RUN/log.jsonl each phase's last
-         words; RUN/summary.json, if eval_fid.py has been there, RUN/explain/answers.json of
+In       a finished run of train.py or d2it.train: its settings, each phase's last row of
+         RUN/log.jsonl; RUN/summary.json, if eval_fid.py has been there, RUN/explain/answers.json of
          explain.py, and RUN/samples.json of d2it.sample
 Run      python -m experiments.record --run runs/demo --by "make demo" --out demo.json
 Makes    a JSON with command, commit, seed, device and the numbers

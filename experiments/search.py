@@ -1,11 +1,10 @@
-"""How much do the tokens say of an image, and how much could they? Each is thought over once more.
+"""How much better could the same tokens be? Search: other codes are tried in place of each.
 
-An expert says the code nearest to what it wants to say. Nearest among codes need not be nearest in
-pixels, and what the later experts say changes with it. So, from the first token to the last, the
-codes that lie next are tried in its place, all is decoded, and what comes out nearest to the image
-stays:
+An expert emits the code nearest to its output. The nearest code need not give the nearest pixels,
+and the later experts' tokens depend on it. So, from the first token to the last, the next nearest
+codes are tried in its place, all is decoded, and what comes closest to the image is kept:
 
-    answer   the later experts read the other code and choose anew: only ordered tokens can
+    answer   the later experts read the other code and re-encode: only ordered tokens can
     hold     the later tokens stay as they are
 
 It is a greedy search, not the best of all sequences of codes: a floor of what encoding leaves. The
@@ -36,7 +35,7 @@ from plumbing.processes import Processes, need_one_process, provenance
 from plumbing.run import held_out, open_run
 
 def others(tokenizer: NativeTok, images: Tensor, answer: bool) -> Callable:
-    """-> (ids (B, L), i, k) -> ids in which token i is the k-th next of what was wanted there."""
+    """-> (ids (B, L), i, k) -> ids in which token i is the k-th next nearest code."""
     L, quantizer = tokenizer.num_tokens, tokenizer.quantizer
     codes = quantizer.codes()
 
@@ -61,10 +60,10 @@ def others(tokenizer: NativeTok, images: Tensor, answer: bool) -> Callable:
 
 
 def search(tokenizer: NativeTok, images: Tensor, nearest: int, answer: bool = True) -> Tensor:
-    """images (B, 3, H, W) -> ids (B, L), each token thought over once. No image gets worse.
+    """images (B, 3, H, W) -> ids (B, L), each token searched once. No image gets worse.
 
-    nearest   how many codes are tried in a token's place, those next to what was wanted there
-    answer    the experts after it choose anew; False, or a baseline: their tokens are held
+    nearest   how many codes are tried in a token's place, those next nearest to the expert's output
+    answer    the experts after it re-encode; False, or a baseline: their tokens are held
     """
     ids = tokenizer.encode(images)
     best = errors(tokenizer, ids, images)
@@ -95,7 +94,7 @@ def measured(tokenizer: NativeTok, batches: list[Tensor], nearest: int, answer: 
             "ms_per_image": round(1000 * seconds / len(error), 2)}
 
 
-HEAD = ("codes tried", "later tokens", "PSNR", "ids that are others", "passes", "ms an image")
+HEAD = ("codes tried", "later tokens", "PSNR", "ids changed", "passes", "ms an image")
 
 
 def cells(row: dict) -> str:

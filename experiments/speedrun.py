@@ -1,4 +1,4 @@
-"""A speed run that others can beat: how soon do 144 bits say more than a PCA code of 144 bits?
+"""A speed run that others can beat: how soon do 144 bits beat a PCA code of 144 bits?
 
 The rule: train `cifar` at its full length, 16 tokens of 512 codes, in one piece, and be at 20.02 dB
 or more on all held-out images when the time is up (CIFAR-10's test set; 20.02 dB is what
@@ -10,7 +10,7 @@ Run      python -m experiments.speedrun --data cifar10/train --val_data cifar10/
 Makes    the run's folder under --out; minutes, steps, threads, peak memory, PSNR on stdout and in
          OUT/speedrun.json. What an earlier speed run has left in OUT goes; a folder that holds
          anything else is left as it is
-Exit     0 passed, 1 not passed, 2 something to mend, 3 interrupted (repeat to start anew)
+Exit     0 passed, 1 not passed, 2 user error, 3 interrupted (repeat to start anew)
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
