@@ -219,14 +219,6 @@ class TrainConfig(RunConfig):
     codebook_rate: float = 1.0
     # steps between replacements of codes that nothing chose, 0 for never [ours]
     reseed_every: int = 100
-    # weight of the ConvNeXt-S feature loss; needs torchvision [TiTok: 0.1 stage 2]
-    perceptual_weight: float = 0.0
-    # weight of the adversarial loss; at 1 it pulls as hard as the pixel error does [VQGAN: 0.8]
-    adversarial_weight: float = 0.0
-    adversarial_start: int = 20000  # tokenizer step at which the adversarial loss begins [TiTok]
-    # steps before adversarial_start in which the discriminator learns without being asked; one that
-    # judges with random weights throws the reconstruction back [ours]
-    adversarial_warmup: int = 1000
     # stage 3: the generators
     generators: str = "both"  # which generators to train: ar, maskgit or both
     generator_batch_size: int = 256  # token sequences per step over all processes [LlamaGen]
@@ -249,10 +241,8 @@ class TrainConfig(RunConfig):
         at_least_one(self, "base_steps", "grow_steps", "finetune_steps", "generator_steps")
         not_negative(self, "learning_rate", "codebook_rate",
                      "generator_learning_rate", "generator_min_learning_rate",
-                     "flow_decoder_steps", "flow_decoder_learning_rate",
-                     "perceptual_weight", "adversarial_weight", "generator_warmup_steps",
-                     "reseed_every", "adversarial_start",
-                     "adversarial_warmup")
+                     "generator_warmup_steps", "reseed_every", "flow_decoder_steps",
+                     "flow_decoder_learning_rate")
         need(not self.cuda_graph or self.accumulate == 1, "a recording's gradients cannot be added "
              "up: with --cuda_graph leave out --accumulate")
         need(0 <= self.continuous_steps < self.base_steps,

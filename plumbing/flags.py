@@ -70,7 +70,8 @@ def choose(name: str, value: str, options) -> None:
 
 # Settings of older versions that are constants by now. A file that still names one means the same.
 CONSTANTS = {"commitment_weight": 0.25, "generator_beta2": 0.95, "generator_weight_decay": 0.05,
-             "label_dropout": 0.1}
+             "label_dropout": 0.1, "perceptual_weight": 0.0, "adversarial_weight": 0.0,
+             "adversarial_start": 20000, "adversarial_warmup": 1000}
 
 
 def without_constants(values: dict) -> dict:
