@@ -1,7 +1,7 @@
 """Every setting of the program: frozen dataclasses, the presets, one command line.
 
 In       a preset's name, then command-line flags; the later one wins: default, preset, flag
-Out      TokenizerConfig, GeneratorConfig, TrainConfig
+Out      TokenizerConfig, GeneratorConfig, FlowDecoderConfig, TrainConfig
 How      each field below becomes a flag, and the comment behind it becomes the flag's --help line,
          so there is one list of settings and it cannot disagree with itself
 Sources  [paper] NativeTok, arXiv 2601.22837, as far as its summaries tell; [TiTok] the public
@@ -40,7 +40,6 @@ class TokenizerConfig:
     token_schedule: tuple[int, ...] = (32, 64, 128)
     codebook_size: int = 4096  # number of codes, shared by all positions [TiTok]
     code_dim: int = 12  # channels of a code [TiTok]
-    commitment_weight: float = 0.25  # weight of the commitment loss [TiTok]
     # weight of the loss that keeps each position from saying always the same, 0 for none [ours]
     entropy_weight: float = 0.05
     decoder_width: int = 768  # channels of the decoder [TiTok-B]
@@ -86,7 +85,7 @@ class TokenizerConfig:
              f"{self.tokenizer} has no experts to grow; give one length, "
              f"like --token_schedule {steps[-1]}")
         shares(self, "tail_drop")
-        not_negative(self, "commitment_weight", "entropy_weight", "decoder_overlap")
+        not_negative(self, "entropy_weight", "decoder_overlap")
         need(2 * self.decoder_overlap <= self.patch_size,
              f"decoder_overlap {self.decoder_overlap} is more than half of patch_size "
              f"{self.patch_size}")
@@ -106,19 +105,35 @@ class GeneratorConfig:
     generator_depth: int = 12  # transformer blocks [LlamaGen-B]
     generator_heads: int = 12  # attention heads [LlamaGen-B]
     generator_dropout: float = 0.1  # dropout after attention and MLP [LlamaGen, MaskGIT]
-    # share of labels hidden in training, so that guidance has an unconditional side [LlamaGen]
-    label_dropout: float = 0.1
     label_smoothing: float = 0.1  # MaskGIT only: label smoothing [MaskGIT]
 
     def __post_init__(self):
         sizes(self, "generator_width", "generator_heads")
         sizes(self, "generator_depth", most=1000)
-        shares(self, "label_dropout")
         below_one(self, "generator_dropout", "label_smoothing")  # at 1 nothing would be learned
         width, heads = self.generator_width, self.generator_heads
         need(width % heads == 0 and width // heads % 2 == 0,
              f"generator_width {width} must be generator_heads {heads} times an even number "
              "(rotary pairs)")
+
+
+# Share of labels hidden in training, so that guidance has an unconditional side [LlamaGen, DiT].
+LABEL_DROPOUT = 0.1
+
+
+@dataclass(frozen=True)
+class FlowDecoderConfig:
+    flow_decoder_width: int = 768  # channels [DiT-B]
+    flow_decoder_depth: int = 12  # DiT blocks [DiT-B]
+    flow_decoder_heads: int = 12  # attention heads [DiT-B]
+    flow_decoder_patch_size: int = 16  # side of its patches, in pixels [JiT-B/16]
+
+    def __post_init__(self):
+        sizes(self, "flow_decoder_width", "flow_decoder_heads", "flow_decoder_patch_size")
+        sizes(self, "flow_decoder_depth", most=1000)
+        width, both = self.flow_decoder_width, math.lcm(4, self.flow_decoder_heads)
+        need(width % both == 0, f"flow_decoder_width {width} is not a multiple of 4 and of "
+             f"flow_decoder_heads {self.flow_decoder_heads}; try {width // both * both + both}")
 
 
 class Optim(NamedTuple):
@@ -204,14 +219,6 @@ class TrainConfig(RunConfig):
     codebook_rate: float = 1.0
     # steps between replacements of codes that nothing chose, 0 for never [ours]
     reseed_every: int = 100
-    # weight of the ConvNeXt-S feature loss; needs torchvision [TiTok: 0.1 stage 2]
-    perceptual_weight: float = 0.0
-    # weight of the adversarial loss; at 1 it pulls as hard as the pixel error does [VQGAN: 0.8]
-    adversarial_weight: float = 0.0
-    adversarial_start: int = 20000  # tokenizer step at which the adversarial loss begins [TiTok]
-    # steps before adversarial_start in which the discriminator learns without being asked; one that
-    # judges with random weights throws the reconstruction back [ours]
-    adversarial_warmup: int = 1000
     # stage 3: the generators
     generators: str = "both"  # which generators to train: ar, maskgit or both
     generator_batch_size: int = 256  # token sequences per step over all processes [LlamaGen]
@@ -220,8 +227,9 @@ class TrainConfig(RunConfig):
     generator_min_learning_rate: float = 1e-4
     generator_warmup_steps: int = 1000  # steps until the learning rate has reached its peak [ours]
     generator_steps: int = 500000  # steps of each generator [MaskGIT]
-    generator_beta2: float = 0.95  # AdamW's second decay [LlamaGen]
-    generator_weight_decay: float = 0.05  # AdamW's weight decay, on matrices only [LlamaGen]
+    # stage 4: the flow decoder
+    flow_decoder_steps: int = 200000  # steps of the flow decoder; 0 for none [ours: not run]
+    flow_decoder_learning_rate: float = 1e-4  # peak learning rate [DiT]
     # how to run, beside what RunConfig has
     # one CUDA GPU: record the kernels of a training step and replay them, see plumbing/graphs.py
     cuda_graph: bool = False
@@ -229,14 +237,12 @@ class TrainConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         choose("generators", self.generators, ("ar", "maskgit", "both"))
-        below_one(self, "generator_beta2")
         sizes(self, "generator_batch_size")
         at_least_one(self, "base_steps", "grow_steps", "finetune_steps", "generator_steps")
         not_negative(self, "learning_rate", "codebook_rate",
                      "generator_learning_rate", "generator_min_learning_rate",
-                     "generator_weight_decay", "perceptual_weight", "adversarial_weight",
-                     "generator_warmup_steps", "reseed_every", "adversarial_start",
-                     "adversarial_warmup")
+                     "generator_warmup_steps", "reseed_every", "flow_decoder_steps",
+                     "flow_decoder_learning_rate")
         need(not self.cuda_graph or self.accumulate == 1, "a recording's gradients cannot be added "
              "up: with --cuda_graph leave out --accumulate")
         need(0 <= self.continuous_steps < self.base_steps,
@@ -245,10 +251,10 @@ class TrainConfig(RunConfig):
 
     @property
     def generator(self) -> Optim:
-        """How each generator learns."""
+        """How each generator learns; AdamW's second decay and weight decay are LlamaGen's."""
         return Optim(self.generator_batch_size, self.generator_steps, self.generator_learning_rate,
                      self.generator_min_learning_rate, self.generator_warmup_steps,
-                     self.generator_beta2, self.generator_weight_decay)
+                     beta2=0.95, weight_decay=0.05)
 
     @property
     def generator_kinds(self) -> tuple[str, ...]:
@@ -258,7 +264,7 @@ class TrainConfig(RunConfig):
 # May differ when a run is resumed.
 RUN_ONLY = ("data", "val_data", "generators", "workers", "precision", "cuda_graph", "timeout",
             "log_every", "save_every", "sample_every", "skip_bad")
-CONFIGS = (TokenizerConfig, GeneratorConfig, TrainConfig)
+CONFIGS = (TokenizerConfig, GeneratorConfig, FlowDecoderConfig, TrainConfig)
 GENERATOR_FIELDS = tuple(f.name for f in dataclasses.fields(GeneratorConfig))
 
 IMAGENET = dict(random_crop=True, workers=8)  # the defaults above are these presets' own
@@ -271,18 +277,21 @@ SMALL = dict(
     optimizer="muon", batch_size=64, learning_rate=3e-3, min_learning_rate=1.5e-4,
     warmup_steps=20, beta2=0.99, ema_decay=0.99, reseed_every=50,
     generator_heads=4, generator_learning_rate=1e-3, generator_min_learning_rate=1e-4,
-    generator_warmup_steps=20)
+    generator_warmup_steps=20, flow_decoder_width=160, flow_decoder_depth=4, flow_decoder_heads=5,
+    flow_decoder_patch_size=4, flow_decoder_learning_rate=2e-3)
 PRESETS = {
     "tiny": dict(  # the built-in shapes, stages 1 to 3 in minutes on a CPU
         SMALL, codebook_size=256, flip=False, continuous_steps=70, base_steps=420, grow_steps=175,
         finetune_steps=630, generator_width=128, generator_depth=4, generator_dropout=0.0,
-        label_smoothing=0.0, generator_batch_size=64, generator_steps=500, log_every=20,
+        label_smoothing=0.0, generator_batch_size=64, generator_steps=500, flow_decoder_steps=0,
+        log_every=20,
         save_every=250, sample_every=250),
     "cifar": dict(  # real 32x32 images, --data needed; an hour or two on 2 CPU cores
         SMALL, codebook_size=512, encoder_depth=2, decoder_depth=2, decoder_reads="both",
         codebook_rate=5.0, weight_decay=0.1, continuous_steps=200, base_steps=2000, grow_steps=600,
         finetune_steps=10000,
         generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=5000,
+        flow_decoder_steps=2000,
         save_every=500, sample_every=1000),
     "imagenet-32": dict(IMAGENET, token_schedule=(32,)),
     "imagenet-64": dict(IMAGENET, token_schedule=(32, 64)),
@@ -290,28 +299,32 @@ PRESETS = {
 }
 
 
-def load_preset(name: str) -> tuple[TokenizerConfig, GeneratorConfig, TrainConfig]:
-    """A preset's three configurations. Raises UserError for an unknown name."""
+def load_preset(name: str) -> tuple:
+    """A preset's configurations, one of each of CONFIGS. Raises UserError for an unknown name."""
     choose("preset", name, PRESETS)
     return build(CONFIGS, PRESETS[name])
 
 
 def parse_run(doc: str, argv=None) -> argparse.Namespace:
-    """The command line of train.py -> .run .preset .stage .device and .tok .gen .train.
+    """The command line of train.py -> .run .preset .stage .device and .tok .gen .flow .train.
 
     Later wins: default, preset, flag. A run folder that exists stands for the preset it was made
     with, and for the settings that were given then.
     """
-    parser = Parser(prog="train.py", description=doc, epilog=(
+    parser = Parser(prog="python train.py", description=doc, epilog=(
         f"Presets: {', '.join(PRESETS)}. Defaults above are those of the imagenet presets; "
         "python config.py shows what the others change."))
-    args, (tok, gen, train) = parse_command(parser, PRESETS, "tiny", CONFIGS, argv)
-    return argparse.Namespace(**vars(args), tok=tok, gen=gen, train=train)
+    args, (tok, gen, flow, train) = parse_command(parser, PRESETS, "tiny", CONFIGS,
+                                                   (1, 2, 3, 4), argv)
+    return argparse.Namespace(**vars(args), tok=tok, gen=gen, flow=flow, train=train)
 
 
 def settings(kind: str, *configs) -> dict:
-    """What must stay the same while a "tokenizer" or a "generator" is trained: {name: value}."""
+    """What must stay the same while a "tokenizer", a "generator" or a "flow_decoder" is trained:
+    {name: value}."""
     def owner(name):
+        if name.startswith("flow_decoder_"):
+            return "flow_decoder"
         of_generator = name.startswith("generator_") or name in GENERATOR_FIELDS
         return "generator" if of_generator else "tokenizer"
     return {name: value for name, value in as_dict(*configs).items()
@@ -324,13 +337,14 @@ def settings(kind: str, *configs) -> dict:
 class Option(NamedTuple):
     """What a model's sample() can be given, as a flag: read(text) -> value."""
     read: Callable
-    default: float | None  # None: the model knows, .default_cfg_scale and .default_steps
+    default: float | None  # None: the model knows, .default_steps
     help: str
 
 
+GUIDANCE = 2.0  # what programs guide with where nothing else is asked for [ours]
 SAMPLING = {
-    "cfg_scale": Option(number(float), None, "guidance: 0 unconditional, 1 plain, above 1 guided "
-                        "(default: 2; 1 after --label_dropout 0)"),
+    "cfg_scale": Option(number(float), GUIDANCE, "guidance: 0 unconditional, 1 plain, above 1 "
+                        "guided (default: 2)"),
     "temperature": Option(number(float), 1.0, "of the tokens' distribution; 0 takes the likeliest "
                           "(default: 1)"),
     "top_k": Option(number(int), 0, "ar: draw from the k likeliest tokens; 0: off (default: 0)"),

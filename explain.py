@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import CONFIGS
+from config import CONFIGS, GUIDANCE
 from evaluation.intervention import intervene, interventions
 from generator import GENERATORS, Generator
 from losses import mse
@@ -44,7 +44,7 @@ from quantizer import usage
 
 
 def parse(argv=None):
-    parser = Parser(prog="explain.py", description=__doc__)
+    parser = Parser(prog="python explain.py", description=__doc__)
     parser.add_argument("--run", required=True,
                         help="folder of a run of train.py, with a finished tokenizer")
     parser.add_argument("--against", metavar="RUN",
@@ -218,7 +218,7 @@ drawn after those before it."""
 
 def ar_growing(page: Page, model: NativeTok, ar: Generator) -> None:
     ks, (labels, names) = doubling(model.num_tokens), first_labels(model, ar.classes)
-    scale, noise = ar.default_cfg_scale, torch.Generator().manual_seed(0)
+    scale, noise = GUIDANCE, torch.Generator().manual_seed(0)
     ids = ar.sample(labels, cfg_scale=scale, generator=noise)
     rows = list(torch.stack([decode(model, ids[:, :k]) for k in ks], dim=1))
     caption = AR.format(names=names, scale=scale, ks=", ".join(map(str, ks)))
@@ -233,7 +233,7 @@ it is still masked: a decoder cannot show a token that has not been chosen."""
 def maskgit_steps(page: Page, model: NativeTok, maskgit: Generator) -> None:
     """Tokens still masked are shown as black squares in a strip under the picture."""
     trace, (labels, names) = [], first_labels(model, maskgit.classes)
-    final = maskgit.sample(labels, cfg_scale=maskgit.default_cfg_scale, trace=trace,
+    final = maskgit.sample(labels, cfg_scale=GUIDANCE, trace=trace,
                            generator=torch.Generator().manual_seed(0))
     rows, size = [], model.cfg.image_size
     for i in range(len(labels)):
@@ -253,7 +253,7 @@ def maskgit_steps(page: Page, model: NativeTok, maskgit: Generator) -> None:
     page.grid("maskgit", "MaskGIT, step by step", caption, rows)
 
 
-GUIDANCE = """The same noise under guidance {scales}, one class per row ({names}). More guidance:
+GUIDED = """The same noise under guidance {scales}, one class per row ({names}). More guidance:
 more typical, less varied."""
 
 
@@ -263,7 +263,7 @@ def guidance(page: Page, model: NativeTok, ar: Generator) -> None:
     for scale in scales:
         noise = torch.Generator().manual_seed(1)
         columns.append(decode(model, ar.sample(labels, cfg_scale=scale, generator=noise)))
-    caption = GUIDANCE.format(scales=", ".join(f"{s:g}" for s in scales), names=names)
+    caption = GUIDED.format(scales=", ".join(f"{s:g}" for s in scales), names=names)
     page.grid("guidance", "Guidance", caption, list(torch.stack(columns, dim=1)))
 
 
@@ -376,8 +376,7 @@ def main(args) -> None:
     measured = []
     if "ar" in generators:
         ar_growing(page, model, generators["ar"])
-        if generators["ar"].cfg.label_dropout:  # else only one scale was learned
-            guidance(page, model, generators["ar"])
+        guidance(page, model, generators["ar"])
         if labelled:
             measured.append(bits_of(model, generators["ar"], ids, labels))
     if "maskgit" in generators:

@@ -1,15 +1,16 @@
-"""Hierarchical Native Training: a short tokenizer, then longer ones, then the generators.
+"""Hierarchical Native Training: a short tokenizer, then longer ones, then what reads its tokens.
 
 stage 1   base          MIT, codebook, first experts and decoder learn together
 stage 2   grow          per length: new experts learn, all that is older is frozen, but the decoder
           finetune      all together once more, briefly
 stage 3   ar, maskgit   the tokenizer is frozen, its ids are cached, the generators learn from them
+stage 4   flow_decoder  the tokenizer is frozen, a second decoder learns to draw sharp images
 
 Run       python train.py --preset tiny        all stages that are not finished yet
           torchrun --nproc_per_node=8 -- train.py --preset imagenet-128 --data DIR --stage 2
           (the -- keeps torchrun from taking --run for one of its own flags)
-Makes     runs/NAME/ with config.json tokenizer.pt generator-ar.pt generator-maskgit.pt log.jsonl
-          samples/ tokens/
+Makes     runs/NAME/ with config.json tokenizer.pt generator-ar.pt generator-maskgit.pt
+          flow-decoder.pt log.jsonl samples/ tokens/
 Resume    repeat the command. SIGTERM and Ctrl-C save first, then exit with 3; a second one quits at
           once.
 Exit      0 finished, 1 failure, 2 something to mend in the command or the data, 3 interrupted and
@@ -25,11 +26,14 @@ import torch
 from torch import Tensor, nn
 
 import config
+import flow_decoder
 from config import TokenizerConfig, TrainConfig, settings
-from evaluation.progress import evaluate, held_out_loss, show_reconstructions, show_samples
+from evaluation.progress import (
+    drawn_psnr, evaluate, held_out_loss, show_drawn, show_reconstructions, show_samples)
+from flow_decoder import FlowDecoder, FlowNet
 from generator import GENERATORS, Generator
 from loop import LossOf, Stage, make_ema, need_equal_pieces
-from losses import Adversary, Perceptual, reconstruction
+from losses import reconstruction
 from nativetok import NativeTok, as_it_is, from_checkpoint
 from plumbing import checkpoint
 from plumbing.flags import as_dict, need
@@ -122,15 +126,14 @@ def train_phase(run: Run, phase: Phase, number: int, steps_before: int, change: 
 
     def content() -> dict:
         return {"tokenizer_config": as_dict(tok), "num_tokens": model.num_tokens,
-                "results": results, "bypass": model.quantizer.bypass,
-                "adversary": adversary and adversary.state_dict()}
+                "results": results, "bypass": model.quantizer.bypass}
 
     # 1. The tokenizer as the phase before has left it, or as far as this one has come. It grows if
     #    this phase is longer than the last. Then the average is copied anew, because new experts
     #    have no past to be averaged with. Each phase has a seed of its own, so that one that starts
     #    from a checkpoint draws the same new experts as one that runs through.
     stage = Stage(run, "tokenizer.pt", phase.name, new, settings("tokenizer", tok, train), content,
-                  needs=("num_tokens", "results", "bypass", "adversary"))
+                  needs=("num_tokens", "results", "bypass"))
     model, saved = stage.raw_model, stage.saved
     results = saved["results"] if saved else {}
     if model.num_tokens < phase.num_tokens:
@@ -146,20 +149,12 @@ def train_phase(run: Run, phase: Phase, number: int, steps_before: int, change: 
     freeze(model, phase.learns)
     model.quantizer.bypass = (saved["bypass"] if stage.goes_on
                                   else number == 0 and train.continuous_steps > 0)
-    # Two optional judges of sharpness. Squared error alone prefers a blur to a wrong edge.
-    perceptual = Perceptual().to(run.procs.device) if train.perceptual_weight else None
-    adversary = None
-    if train.adversarial_weight:
-        adversary = Adversary(train.learning_rate, run.procs.device, train.accumulate)
-        if saved:
-            adversary.load(saved["adversary"] or {}, stage.path)
     stage.begin(train.optim(phase.steps, train.learning_rate), number,
                 codebook_rate=train.codebook_rate, cuda_graph=train.cuda_graph)
 
     # 3. Learn. Every term is a mean over the batch; this is the one place that weighs them.
-    weights = {"pixels": 1.0, "codebook": 1.0, "commitment": tok.commitment_weight,
-               "entropy": tok.entropy_weight, "perceptual": train.perceptual_weight,
-               "adversarial": train.adversarial_weight}
+    weights = {"pixels": 1.0, "codebook": 1.0, "commitment": 0.25,  # [TiTok]
+               "entropy": tok.entropy_weight}
 
     def show(name: str) -> None:
         show_reconstructions(run, ema, name)
@@ -170,21 +165,9 @@ def train_phase(run: Run, phase: Phase, number: int, steps_before: int, change: 
             with stage.autocast():
                 recon, _, terms = stage.model(images)
             terms["pixels"] = reconstruction(recon, images)
-            if perceptual:
-                terms["perceptual"] = perceptual(recon, images)
-            if adversary:
-                # The discriminator first learns without being asked: one that judges with random
-                # weights throws the reconstruction back.
-                until = train.adversarial_start - (steps_before + stage.step)
-                if until <= train.adversarial_warmup:
-                    adversary.see(images, recon)
-                if until <= 0:
-                    terms["adversarial"] = adversary.judge(recon, terms["pixels"])
             stage.backward(sum(weights[name] * term for name, term in terms.items()), terms)
             if stage.stepped:
                 update_codebook(model.quantizer, ema.quantizer, stage.step, phase, train)
-                if adversary:
-                    adversary.learn()
             stage.save_or_show(show)
         result = {"num_tokens": model.num_tokens, **evaluate(ema, run), "seconds": stage.seconds}
 
@@ -216,15 +199,15 @@ def update_codebook(quantizer: nn.Module, ema: nn.Module, step: int, phase: Phas
 # ------------------------------------------------------------------------------------------------
 # stage 3: the generators
 
-def finished_tokenizer(run: Run, change: Callable) -> NativeTok:
+def finished_tokenizer(run: Run, stage: int, change: Callable) -> NativeTok:
     """The tokenizer of this run. Raises UserError while a phase of stages 1 and 2 is missing."""
     path = run.path("tokenizer.pt")
-    need(checkpoint.exists(path), f"stage 3 needs a tokenizer, and {run.folder} has none; "
+    need(checkpoint.exists(path), f"stage {stage} needs a tokenizer, and {run.folder} has none; "
                                   "run stages 1 and 2 first")
     saved = checkpoint.load(path)
     missing = [p.name for p in phases(run.tok, run.train) if p.name not in saved["results"]]
-    need(not missing, f"stage 3 needs a finished tokenizer, and {', '.join(missing)} is missing in "
-                      f"{run.folder}; run stages 1 and 2 first")
+    need(not missing, f"stage {stage} needs a finished tokenizer, and {', '.join(missing)} is "
+                      f"missing in {run.folder}; run stages 1 and 2 first")
     return from_checkpoint(saved, path, change).to(run.procs.device)
 
 
@@ -232,7 +215,7 @@ def train_generator(run: Run, kind: str, change_model: Callable,
                     change_tokenizer: Callable) -> None:
     """Train one generator, "ar" or "maskgit", on the ids of this run's finished tokenizer."""
     tok, gen, train, procs = run.tok, run.gen, run.train, run.procs
-    tokenizer = change_tokenizer(finished_tokenizer(run, change_model))
+    tokenizer = change_tokenizer(finished_tokenizer(run, 3, change_model))
 
     def new(saved: dict | None) -> Generator:
         return GENERATORS[kind](gen, tok.num_tokens, tok.codebook_size, len(run.data.classes))
@@ -244,9 +227,7 @@ def train_generator(run: Run, kind: str, change_model: Callable,
     # 1. The generator, as far as it has come.
     stage = Stage(run, f"generator-{kind}.pt", kind, new, settings("generator", gen, train),
                   content, needs=("tokenizer",))
-    need(not stage.saved or stage.saved["tokenizer"] == tokenizer.fingerprint,
-         f"{stage.path} has learned the ids of another tokenizer than the tokenizer.pt beside it; "
-         f"delete generator-{kind}*.pt and repeat the command")
+    need_its_tokenizer(stage, tokenizer)
     if stage.finished:
         return
 
@@ -285,6 +266,51 @@ def train_generator(run: Run, kind: str, change_model: Callable,
     show(kind)
 
 
+def need_its_tokenizer(stage: Stage, tokenizer: NativeTok) -> None:
+    """Raise UserError if the stage goes on from a checkpoint that learned with another one."""
+    name, _ = os.path.splitext(os.path.basename(stage.path))
+    need(not stage.saved or stage.saved["tokenizer"] == tokenizer.fingerprint,
+         f"{stage.path} has learned the ids of another tokenizer than the tokenizer.pt beside it; "
+         f"delete {name}*.pt and repeat the command")
+
+
+# ------------------------------------------------------------------------------------------------
+# stage 4: the flow decoder
+
+def train_flow_decoder(run: Run, change_model: Callable) -> None:
+    """Train the decoder that draws, on this run's finished tokenizer."""
+    train, flow = run.train, run.flow
+    tokenizer = finished_tokenizer(run, 4, change_model)
+
+    def content() -> dict:
+        return {"flow_decoder_config": as_dict(flow), "tokenizer": tokenizer.fingerprint}
+    stage = Stage(run, "flow-decoder.pt", "flow_decoder", lambda saved: FlowNet(flow, run.tok),
+                  settings("flow_decoder", flow, train), content, needs=("tokenizer",))
+    need_its_tokenizer(stage, tokenizer)
+    if stage.finished:
+        return
+    # Other random numbers for times, noise and lengths than the stages before had, hence 200.
+    stage.begin(train.optim(train.flow_decoder_steps, train.flow_decoder_learning_rate), 200)
+
+    def show(name: str) -> None:
+        show_drawn(run, FlowDecoder(tokenizer, stage.ema), name)
+
+    with stage.saving():
+        for pixels, _ in stage.over(run.stream(train.batch_size, stage.step)):
+            images = to_float(pixels)                               # (B, 3, H, W) in [-1, 1]
+            # Encoded anew at each step: a cache of ids knows neither crop nor mirror image.
+            # A prefix, so that any number of tokens is a sharp image.
+            ids = tokenizer.encode(images)[:, :flow_decoder.prefix_length(run.tok.num_tokens)]
+            mean, z_q = tokenizer.decode(ids), tokenizer.quantizer.lookup(ids)
+            with stage.autocast():
+                loss, terms = flow_decoder.loss(stage.model, images, z_q.detach(), mean)
+            stage.backward(loss, terms)
+            stage.save_or_show(show)
+        result = drawn_psnr(run, FlowDecoder(tokenizer, stage.ema))
+    stage.finish({**result, "seconds": stage.seconds})
+    show("flow_decoder")
+
+
 # ------------------------------------------------------------------------------------------------
 
 def main(args, change_model: Callable = as_it_is, change_tokenizer: Callable = as_it_is) -> None:
@@ -294,9 +320,11 @@ def main(args, change_model: Callable = as_it_is, change_tokenizer: Callable = a
     first length, before it is trained or a checkpoint is loaded into it; NativeTok.load takes the
     same function. The other is given the finished tokenizer before stage 3 reads its ids.
     """
-    run = Run(args, (args.tok, args.gen, args.train))
-    run.tok, run.gen = args.tok, args.gen
+    run = Run(args, (args.tok, args.gen, args.flow, args.train))
+    run.tok, run.gen, run.flow = args.tok, args.gen, args.flow
     check_belongs(run)
+    need(args.stage != 4 or args.train.flow_decoder_steps, "stage 4 has no steps "
+         f"in preset {args.preset}; give --flow_decoder_steps, such as 2000")
     run.begin()
     train, procs = run.train, run.procs
     run.say(f"{run.folder}: {procs.world} x {procs.device.type} ({torch.get_num_threads()} threads "
@@ -311,7 +339,10 @@ def main(args, change_model: Callable = as_it_is, change_tokenizer: Callable = a
         if args.stage in (None, 3):
             for kind in train.generator_kinds:
                 train_generator(run, kind, change_model, change_tokenizer)
-    names = ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt", "log.jsonl", "samples")
+        if args.stage == 4 or args.stage is None and train.flow_decoder_steps:
+            train_flow_decoder(run, change_model)
+    names = ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt", "flow-decoder.pt",
+             "log.jsonl", "samples")
     made = [name for name in names if os.path.exists(run.path(name))]
     run.say(f"finished; in {run.folder}: {' '.join(made)}")
     run.end()
@@ -335,6 +366,10 @@ def check_belongs(run: Run) -> None:
     run.compare(run.path("tokenizer.pt"), settings("tokenizer", tok, train))
     for kind in train.generator_kinds:
         run.compare(run.path(f"generator-{kind}.pt"), settings("generator", gen, train))
+    P = run.flow.flow_decoder_patch_size
+    need(not train.flow_decoder_steps or tok.image_size % P == 0, f"image_size {tok.image_size} is "
+         f"not a multiple of flow_decoder_patch_size {P}; give another one")
+    run.compare(run.path("flow-decoder.pt"), settings("flow_decoder", run.flow, train))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Paper    the map is predicted first, then the noise of both grains; samples of t
          are drawn under predicted maps
 In       the folder of a run of d2it.train
 Out      images uint8; for a given map too, which is how the paper compares true and random maps
-Differs  the grain transformer is generator.py's, left to right over n² words, fine or coarse.
+Differs  the grain transformer is generator.py's, left to right over n² tokens, fine or coarse.
          It *samples* a map. A network that only sees the class and learns by cross-entropy would
          answer with the class's mean map, and every disc would be in the middle
 Try      python -m d2it.sample --run runs/d2it-tiny
@@ -18,11 +18,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from d2it import diffusion
+import diffusion
+from config import GUIDANCE
+from d2it import content
 from d2it.content import Content
 from d2it.dvae import DVAE, Codes
 from d2it.grain import grained_noise, take_top
-from generator import ARGenerator, Generator, default_guidance, need_guidance
+from generator import ARGenerator, Generator
 from nativetok import as_it_is
 from plumbing.flags import need
 from plumbing.given import need_generator, need_labels, need_map, need_number, need_pixels
@@ -68,7 +70,7 @@ class D2iT(nn.Module):
         return self.grain.sample(labels, generator=generator).view(-1, n, n).bool()
 
     @torch.no_grad()
-    def sample(self, labels: Tensor, cfg_scale: float | None = None, steps: int = 50,
+    def sample(self, labels: Tensor, cfg_scale: float = GUIDANCE, steps: int = 50,
                eta: float = 0.0, generator: torch.Generator | None = None,
                grain: Tensor | None = None, trace: list | None = None) -> Codes:
         """labels (B,) -> codes. The same generator state gives the same bits.
@@ -80,9 +82,7 @@ class D2iT(nn.Module):
         cfg, n, here = self.content.cfg, self.dvae.cfg.side, self.dvae.limit
         need_labels(labels, len(self.classes), here)
         need_generator(generator)
-        cfg_scale = self.default_cfg_scale if cfg_scale is None else cfg_scale
         need_number("cfg_scale", cfg_scale)
-        need_guidance(cfg_scale, cfg.label_dropout)
         need_number("steps", steps, 1, diffusion.T, whole=True)
         need_number("eta", eta, 0, 1)
         labels = labels.long()
@@ -90,13 +90,9 @@ class D2iT(nn.Module):
             grain = self.maps(labels, generator)
         need_map(grain, len(labels), n, here)
         noise = grained_noise(grain, self.content.channels, generator)
-        z = diffusion.sample(self.content, noise, labels, grain, self.content.classes, cfg.path,
-                             steps, cfg_scale, eta, generator, trace)
+        z = content.sample(self.content, noise, labels, grain, self.content.classes, cfg.path,
+                           steps, cfg_scale, eta, generator, trace)
         return Codes(z, grain)
-
-    @property
-    def default_cfg_scale(self) -> float:
-        return default_guidance(self.content.cfg.label_dropout)
 
     def decode(self, codes: Codes) -> Tensor:
         """-> images (B, 3, H, W) in about [-1, 1]."""

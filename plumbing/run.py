@@ -16,7 +16,7 @@ from plumbing import checkpoint
 from plumbing.archives import note
 from plumbing.batches import ImageStream, eval_batches
 from plumbing.datasets import ImageSet, some_of, train_and_val
-from plumbing.flags import UserError, as_dict, as_flags, build, need, read_run
+from plumbing.flags import UserError, as_dict, as_flags, build, need, read_run, without_constants
 from plumbing.images import save_grid, to_uint8
 from plumbing.processes import Processes, forget_holder, lock_folder
 
@@ -42,10 +42,8 @@ class Run:
         self.procs = Processes(args.device, self.train.timeout)
         if self.procs.main:
             self.lock = self.take_folder()
-            self.open_data()  # may unpack an archive, which the others then find
-        self.procs.barrier()
-        if not self.procs.main:
-            self.open_data()
+        self.data, self.val = train_and_val(self.train.data, self.train.val_data,
+                                            self.train.holdout, self.train.seed)
         everything = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(0))
         self.eval_indices = everything[:EVAL_IMAGES].sort().values.numpy()
 
@@ -56,11 +54,6 @@ class Run:
             raise UserError(f"cannot make {self.folder}: {error.strerror}; "
                             "choose another folder with --run") from error
         return lock_folder(self.folder)
-
-    def open_data(self) -> None:
-        train = self.train
-        self.data, self.val = train_and_val(train.data, train.val_data, train.holdout, train.seed,
-                                            self.folder)
 
     def begin(self) -> None:
         """Write config.json and listen for signals: the command has been found to belong here."""
@@ -100,7 +93,7 @@ class Run:
         # A setting that is newer than the checkpoint had its default's effect.
         defaults = as_dict(*build(tuple(map(type, self.configs)), {}))
         was = {name: defaults[name] for name in fixed if name in defaults}
-        was |= saved["settings"]
+        was |= without_constants(saved["settings"])
         old = as_flags({name: tuple(value) if isinstance(value, list) else value
                         for name, value in was.items() if fixed.get(name) != value})
         checkpoint.check_same(was, fixed, f"{path}: settings", "start anew in another --run "
@@ -270,7 +263,7 @@ def open_run(folder: str, configs: tuple[type, ...], name: str = "tokenizer.pt",
     values |= {name: value for name, value in saved["settings"].items() if name not in PLACES}
     try:
         data, val = train_and_val(values["data"], values["val_data"], values["holdout"],
-                                  values["seed"], folder)
+                                  values["seed"])
     except UserError as error:
         raise UserError(f"{error} (data and val_data of {folder}/config.json)") from error
     data = same_images(path, saved, data)
