@@ -1,13 +1,20 @@
-"""What do the tokens mean? Pictures for a trained run, and a page that shows them.
+"""What do the tokens mean? A page for a trained run: sections to change, then pictures.
 
 Run      python explain.py --run runs/NAME
          python explain.py --run runs/NAME --against runs/OTHER
-             also bits per position of another run, say one with --tokenizer titok
-Makes    RUN/explain/index.html, or --out DIR, with its pictures beside it; it needs no network
-         and answers.json, the numbers of one of them
+             also another run on the same images, say one with --tokenizer titok: its tokens under
+             the same clicks, its bits per position
+Makes    RUN/explain/index.html, or --out DIR: one file that needs no network
+         beside it its pictures as PNG, and answers.json, the numbers of one of them
 Exit     0 done, 1 failure, 2 something to mend
 
-What the page shows:
+What a reader can change (evaluation/interactive.py):
+  change           one token: what breaks, and what later experts recover
+  prefix           the image from its first k tokens, with their bits
+  look             where each expert looks
+  write            the next token, three times; the AR model does the rest
+
+What stands below, as pictures:
   token by token   the image after 1, 2, 4, ... L tokens, and what each step added
   attention        where each expert looks
   answers          token 1 of another image, and how the later experts answer to it
@@ -19,7 +26,6 @@ What the page shows:
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
-import math
 import os
 import shlex
 
@@ -29,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import CONFIGS
+from evaluation import interactive
 from evaluation.intervention import intervene, interventions
 from generator import GENERATORS, Generator
 from losses import mse
@@ -36,7 +43,7 @@ from nativetok import NativeTok, doubling, from_checkpoint
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import to_float, to_uint8
-from plumbing.page import Page
+from plumbing.page import Page, opaque
 from plumbing.plot import COLORS, Curve, log_curves, svg
 from plumbing.processes import Processes, need_one_process
 from plumbing.run import OpenRun, held_out, need_same_held_out, open_run
@@ -48,7 +55,8 @@ def parse(argv=None):
     parser.add_argument("--run", required=True,
                         help="folder of a run of train.py, with a finished tokenizer")
     parser.add_argument("--against", metavar="RUN",
-                        help="another run on the same images, for the order picture")
+                        help="another run on the same images: its tokens under the same clicks, "
+                             "its bits in the order picture")
     parser.add_argument("--images", type=number(int, 2), default=6, metavar="N",
                         help="images in each picture (default: 6)")
     parser.add_argument("--out", metavar="DIR", help="folder for the page (default: RUN/explain)")
@@ -58,14 +66,13 @@ def parse(argv=None):
 
 
 def wrapped(cells: Tensor, columns: int) -> list[Tensor]:
-    """uint8 images (n, H, W, 3) -> rows of `columns` images, the last one filled up with white."""
+    """uint8 images (n, H, W, 3) -> rows (columns, H, W, 4), the last one filled up."""
     return list(filled(cells, -len(cells) % columns).split(columns))
 
 
 def filled(cells: Tensor, missing: int) -> Tensor:
-    """uint8 images (n, H, W, 3) and as many white ones as are missing."""
-    white = torch.full((missing, *cells.shape[1:]), 255, dtype=torch.uint8)
-    return torch.cat([cells, white])
+    """uint8 images (n, H, W, 3) and as many transparent ones as are missing: (.., H, W, 4)."""
+    return F.pad(opaque(cells), (0, 0) * 3 + (0, missing))
 
 
 def difference(images: Tensor, before: Tensor) -> Tensor:
@@ -109,11 +116,9 @@ itself: {first:.0%} at expert 1, {last:.0%} at expert {L}."""
 def attention(page: Page, model: NativeTok, images: Tensor, x: Tensor) -> None:
     """The last layer of each expert over the patches, mean of its heads: over all of x, then of
     single images."""
-    trace, side = [], model.cfg.image_size // model.cfg.patch_size
-    with torch.no_grad():
-        model.mocet.forward_loop(model.mit(x), model.quantizer, trace)
-    depth = model.cfg.expert_depth
-    last_layers = [a[..., :side * side] for a in trace[depth - 1::depth]]     # L x (B, heads, N)
+    side = model.cfg.image_size // model.cfg.patch_size
+    last_layers = [a[..., :side * side]                                       # L x (B, heads, N)
+                   for a in interactive.attention_of(model, x)]
     maps = torch.stack([a.mean(dim=1) for a in last_layers], dim=1).cpu()     # (B, L, N)
     on_tokens = [1 - a.sum(dim=-1).mean().item() for a in last_layers]
 
@@ -123,11 +128,11 @@ def attention(page: Page, model: NativeTok, images: Tensor, x: Tensor) -> None:
         mask = F.interpolate(scaled.view(-1, 1, side, side), size=under.shape[:2], mode="nearest")
         mask = mask.permute(0, 2, 3, 1)                                       # (L, H, W, 1)
         return (under.float() * (0.15 + 0.85 * mask)).to(torch.uint8)
-    white, columns = torch.full_like(images[0], 255), 12
-    pictures = [shown(maps.mean(dim=0), white)]
+    columns = min(12, model.num_tokens)
+    pictures = [shown(maps.mean(dim=0), torch.full_like(images[0], 255))]
     pictures += [shown(maps[i], images[i]) for i in range(min(4, len(images)))]
     blocks = list(zip(*(wrapped(row, columns) for row in pictures)))          # one per 12 experts
-    blank = white.expand(columns, *white.shape)
+    blank = torch.zeros_like(blocks[0][0])                                    # transparent
     rows = [row for block in blocks for row in (*block, blank)][:-1]
     caption = ATTENTION.format(L=model.num_tokens, columns=columns, n=len(x), first=on_tokens[0],
                                last=on_tokens[-1])
@@ -147,8 +152,11 @@ EACH = """token {position} broken {broken:.2f}, answered {answered:.2f} ({later_
 of the later tokens changed)"""
 
 
-def answers(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, rows: int) -> None:
-    """Token 1 of another image; the numbers are those of all pixels, which are one batch."""
+def answers(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, rows: int) -> dict:
+    """Token 1 of another image; the numbers are those of all pixels, which are one batch.
+
+    -> the row of interventions() for token 1
+    """
     name, others = model.cfg.tokenizer, ids.roll(1, dims=0)
     meaning = NATIVE if name == "nativetok" else UNORDERED.format(name=name)
     measured = interventions(model, pixels)
@@ -167,7 +175,8 @@ def answers(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, rows: int
     cells = [pixels, whole, pixels.roll(1, dims=0), broken, difference(broken, whole),
              answered, difference(answered, whole)]
     rows = list(torch.stack([cell[worst] for cell in cells], dim=1))
-    page.grid("answers", "Later experts answer", caption, rows)
+    page.grid("answers", "Later experts re-encode", caption, rows)
+    return measured[0]
 
 
 SWAPS = """Twice, read like text: an image, its reconstruction, another image; then the first one's
@@ -270,16 +279,14 @@ def guidance(page: Page, model: NativeTok, ar: Generator) -> None:
 # ------------------------------------------------------------------------------------------------
 # curves
 
-@torch.no_grad()
 def bits_per_position(model: NativeTok, ar: Generator, ids: Tensor,
                       labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """-> bits of each position under the AR model, and its marginal entropy: what is left to know
     without looking at others."""
-    nll = 0
-    for i, y in zip(ids.split(250), labels.split(250)):
-        nll = nll + ar.loss(i, y)[1]["nll_by_position"] * (len(i) / len(ids))
+    bits = torch.cat([interactive.bits_of_tokens(ar, i, y)
+                      for i, y in zip(ids.split(250), labels.split(250))]).mean(dim=0)
     _, perplexity = usage(ids, model.cfg.codebook_size)
-    return nll.cpu().numpy() / math.log(2), perplexity.log2().cpu().numpy()
+    return bits.cpu().numpy(), perplexity.log2().cpu().numpy()
 
 
 ORDER = """Bits needed for each token of {n} held-out images, given the class and the tokens before
@@ -362,17 +369,24 @@ def main(args) -> None:
     pixels, labels = held_out(run)
     ids, images = encoded(model, pixels), pixels[:args.images]
 
+    labelled = val.classes == run.data.classes  # a flat folder's labels say nothing
+
     token_by_token(page, model, images, ids)
     if model.cfg.tokenizer == "nativetok":
         attention(page, model, images, to_float(pixels[:64].to(device)))
-    answers(page, model, pixels[:250], ids[:250], args.images)
+    token_1 = answers(page, model, pixels[:250], ids[:250], args.images)
+    models, all_ids = [model], [ids[:250]]
+    if args.against and other_model.num_tokens == model.num_tokens:  # a chip for each, in both
+        models.append(other_model)
+        all_ids.append(encoded(other_model, pixels[:250]))
+    interactive.sections(page, models, pixels[:250], all_ids, token_1, generators.get("ar"),
+                         labels if labelled else None)
     swaps(page, model, images, ids)
     favourite_codes(page, model, pixels, ids)
 
     for kind in GENERATORS:
         if kind not in generators:
             print(f"no {kind} generator in {args.run}; its pictures are left out")
-    labelled = val.classes == run.data.classes  # a flat folder's labels say nothing
     measured = []
     if "ar" in generators:
         ar_growing(page, model, generators["ar"])
