@@ -26,6 +26,7 @@ What stands below, as pictures:
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
+import math
 import os
 import shlex
 
@@ -140,15 +141,14 @@ def attention(page: Page, model: NativeTok, images: Tensor, x: Tensor) -> None:
 
 
 ANSWERS = """Each row: a held-out image, its reconstruction, another image. Then token 1 is
-exchanged for that of the other image: alone (broken), and with the experts after it reading it and
-choosing their tokens anew (answered). Beside both, the difference from the reconstruction: gray is
-none. {meaning} PSNR over {n} held-out images: {original:.2f} dB as they are; {each}. The rows are
-those of them that token 1 damages most."""
-NATIVE = """Each token is chosen in view of those before it, so the later ones paint back what the
-first gets wrong: that is native order."""
-UNORDERED = """Here nobody answers: {name} chooses all its tokens at once, none in view of the
-others."""
-EACH = """token {position} broken {broken:.2f}, answered {answered:.2f} ({later_ids_changed:.0%}
+swapped for that of the other image: first alone, then with the later experts re-encoding. Beside
+both stands the difference from the reconstruction; gray is none. {meaning} PSNR over {n} held-out
+images: {original:.2f} dB unchanged; {each}. The rows are the images that the swap damages most."""
+NATIVE = """Each expert reads the tokens before its own, so later tokens correct what the first gets
+wrong: this is native order."""
+UNORDERED = """Here no token changes: {name} chooses all its tokens at once, and none reads
+another."""
+EACH = """token {position} swapped {broken:.2f}, re-encoded {answered:.2f} ({later_ids_changed:.0%}
 of the later tokens changed)"""
 
 
@@ -179,9 +179,9 @@ def answers(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, rows: int
     return measured[0]
 
 
-SWAPS = """Twice, read like text: an image, its reconstruction, another image; then the first one's
-reconstruction with token 1, 2, ... {L} taken from the other. What changes is what that position
-says. Later tokens were chosen with the old one in view, and are not asked to answer here."""
+SWAPS = """Two images, read like text: an image, its reconstruction, another image; then the first
+one's reconstruction with token 1, 2, ... {L} swapped for the other's. What changes is what that
+token encodes. The other tokens are kept; no expert re-encodes here."""
 
 
 def swaps(page: Page, model: NativeTok, images: Tensor, ids: Tensor) -> None:
@@ -195,8 +195,8 @@ def swaps(page: Page, model: NativeTok, images: Tensor, ids: Tensor) -> None:
     page.grid("swaps", "One token from another image", SWAPS.format(L=model.num_tokens), rows)
 
 
-CODES = """For positions {places}: the two codes that each says most often, two rows a position;
-each row shows held-out images for which it says that code. What do the images of a row share?"""
+CODES = """For positions {places}: the two codes that occur there most often, a row for each, with
+held-out images that have this code at this position. What do the images of a row share?"""
 
 
 def favourite_codes(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor,
@@ -235,8 +235,8 @@ def ar_growing(page: Page, model: NativeTok, ar: Generator) -> None:
 
 
 MASKGIT = """Classes {names}, {steps} steps. The strip below each picture has one square per token,
-gray when it is known, black while it is masked. The picture is the final one, the paler the more of
-it is still masked: a decoder cannot show a token that has not been chosen."""
+light when it is known, black while it is masked. The decoder cannot show a token that has not been
+chosen, so the picture is the final one, and the more of it is masked, the more it is gray."""
 
 
 def maskgit_steps(page: Page, model: NativeTok, maskgit: Generator) -> None:
@@ -252,7 +252,7 @@ def maskgit_steps(page: Page, model: NativeTok, maskgit: Generator) -> None:
             # The decoder knows no mask: a masked position borrows what it says in the end.
             picture = decode(model, torch.where(known, ids[i], final[i])[None])[0]
             share = 0.25 + 0.75 * known.float().mean().item()
-            picture = (picture.float() * share + 255 * (1 - share)).to(torch.uint8)
+            picture = (picture.float() * share + 128 * (1 - share)).to(torch.uint8)
             strip = torch.where(known.cpu(), 200, 0).float().view(1, 1, 1, -1)
             strip = F.interpolate(strip, size=(max(2, size // 8), size), mode="nearest")[0, 0]
             strip = strip.to(torch.uint8)[..., None].expand(-1, -1, 3)
@@ -289,8 +289,9 @@ def bits_per_position(model: NativeTok, ar: Generator, ids: Tensor,
     return bits.cpu().numpy(), perplexity.log2().cpu().numpy()
 
 
-ORDER = """Bits needed for each token of {n} held-out images, given the class and the tokens before
-it, against the entropy of the position by itself. The gap is what the order and the class explain.
+ORDER = """Bits that the AR model needs for each token of {n} held-out images, given the class and
+the tokens before it, against the entropy of the position by itself. With {K} codes, {bits:g} bits a
+token is guessing. The gap between the two is what the order and the class explain.
 The marginal entropy of few images is too small where a position uses many codes, so the gap is a
 lower bound."""
 OVER = """ Nothing can be read from it for {names}: there the model needs more bits than the
@@ -301,8 +302,8 @@ NO_LABELS = """Left out: the held-out images have no labels of the classes that 
 the bits of a token are counted given the class."""
 
 
-def order(page: Page, measured: list[tuple[str, np.ndarray, np.ndarray]], n: int) -> None:
-    """measured: name, bits and marginal entropy by position, of each run."""
+def order(page: Page, measured: list[tuple[str, np.ndarray, np.ndarray]], n: int, K: int) -> None:
+    """measured: name, bits and marginal entropy by position, of each run; K codes."""
     curves, over = [], []
     for color, (name, bits, marginal) in zip(COLORS, measured):
         place = list(range(1, len(bits) + 1))
@@ -312,7 +313,8 @@ def order(page: Page, measured: list[tuple[str, np.ndarray, np.ndarray]], n: int
                          bits.tolist(), color)]
         if bits.sum() > marginal.sum():
             over.append(name)
-    caption = ORDER.format(n=n) + (OVER.format(names=", ".join(over)) if over else "")
+    caption = ORDER.format(n=n, K=K, bits=round(math.log2(K), 2))
+    caption += OVER.format(names=", ".join(over)) if over else ""
     page.add("What order explains", caption, svg(curves, "position", "bits"))
 
 
@@ -401,7 +403,7 @@ def main(args) -> None:
         other_ids = encoded(other_model, other_pixels)
         measured.append(bits_of(other_model, other_generators["ar"], other_ids, other_labels))
     if measured:
-        order(page, measured, len(ids))
+        order(page, measured, len(ids), model.cfg.codebook_size)
     elif not labelled:
         page.add("What order explains", NO_LABELS, "")
     page.add("Training", TRAINING, log_curves(args.run))

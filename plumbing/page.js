@@ -108,6 +108,7 @@ function showChange(moves) {
     chip.tabIndex = n === place ? 0 : -1;
     text(chip, n === place ? swap.code : ids[n]);
   });
+  at("change-chips").classList.toggle("moving", moves);
   const mine = ++turning;
   function turn(n) {  // the first n of the changed chips have turned
     if (mine !== turning) return;
@@ -208,12 +209,58 @@ function showWrite(path = []) {
   at("write-again").onclick = () => showWrite();
 }
 
+// --- fine and coarse cells
+
+function showCells() {
+  const {cells} = data, n = cells.side, shown = cells.images[state.image];
+  const flipped = state.map === 0 && state.cell >= 0;
+  const now = flipped ? shown.flips[state.cell] : shown.maps[state.map];
+  choices("images", cells.images.map(one => one.tile), state.image,
+          i => { state.image = i; state.cell = -1; showAll(); }, "image");
+  choices("maps", cells.names, state.map, i => { state.map = i; state.cell = -1; showAll(); });
+  const [image, , error] = pictures("cells-pictures", [
+    [shown.tile, "red frames are fine cells"],
+    [now.tile, `decoded from <b id="codes">${now.codes}</b> codes<br>${dB(now.db)}`],
+    [now.tile, "its error, three times as bright"]]);
+  draw(error, shown.tile, "difference");
+  error.style.filter = "brightness(3)";
+  const frame = element("div", image.parentNode, "", {class: "cells"});
+  image.before(frame);
+  frame.append(image);
+  const grid = element("div", frame, "", {style: `grid-template-columns: repeat(${n}, 1fr)`});
+  [...now.map].forEach((fine, i) => {
+    const where = `row ${Math.floor(i / n) + 1}, column ${i % n + 1}: `;
+    const cell = element("button", grid, "", {type: "button", class: fine === "1" ? "fine" : "",
+      "aria-label": where + (fine === "1" ? "fine" : "coarse")});
+    cell.tabIndex = i === Math.max(state.cell, 0) ? 0 : -1;
+    cell.onclick = () => {
+      state.cell = flipped && state.cell === i ? -1 : i;
+      state.map = 0;  // single cells are flipped in the image's own map
+      showAll();
+      document.querySelectorAll(".cells button")[i].focus();
+    };
+    cell.onkeydown = event => {
+      const step = {ArrowRight: 1, ArrowLeft: -1, ArrowDown: n, ArrowUp: -n}[event.key];
+      if (!step) return;
+      event.preventDefault();
+      grid.children[(i + step + n * n) % (n * n)].focus();
+    };
+  });
+  const own = shown.maps[0];
+  at("cells-said").innerHTML = (flipped ? `Row ${Math.floor(state.cell / n) + 1}, column
+    ${state.cell % n + 1} is now ${now.map[state.cell] === "1" ? "fine" : "coarse"}. `
+    : `Map: ${cells.names[state.map]}. `) + `Against the image's own map:
+    <b id="more">${signed(now.codes - own.codes).replace(".00", "")}</b> codes,
+    <b id="gain">${signed(now.db - own.db)}</b> dB.`;
+}
+
 // --- start
 
 function showAll() {
   if (data.change) showChange(false);
   if (data.prefix) showPrefix();
   if (data.look) showLook();
+  if (data.cells) showCells();
   keep();
 }
 
@@ -238,6 +285,11 @@ sheet.onload = () => {
       showPrefix();
       keep();
     };
+  }
+  if (data.cells) {
+    state.image = bound(state.image, 0, data.cells.images.length - 1);
+    state.map = bound(state.map, 0, data.cells.names.length - 1);
+    state.cell = bound(state.cell, -1, data.cells.side ** 2 - 1);
   }
   showAll();
   if (data.write) showWrite();

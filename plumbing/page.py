@@ -20,7 +20,7 @@ from torch import Tensor
 
 from plumbing import checkpoint
 from plumbing.flags import need
-from plumbing.images import save_grid
+from plumbing.images import grid_of, save_grid
 from plumbing.processes import need_room
 
 HERE = Path(__file__).parent
@@ -151,13 +151,13 @@ class Page:
 
     def grid(self, name: str, title: str, caption: str, rows: list[Tensor]) -> None:
         """Rows of uint8 images (n, H, W, 3), all with the same n; with a fourth channel, 0 is
-        transparent. The PNG beside the page is as large as they are, or enlarged."""
+        transparent. The PNG beside the page shows them enlarged."""
         path, cells = os.path.join(self.folder, f"{name}.png"), torch.cat([*map(opaque, rows)])
         save_grid(cells, path, columns=len(rows[0]), scale=self.scale)
-        with open(path, "rb") as file:
-            kind, data = "png", file.read()
+        image, file = grid_of(cells, columns=len(rows[0])), io.BytesIO()
+        image.save(file, "PNG", optimize=True)
+        kind, data = "png", file.getvalue()
         if len(data) > STILL:
-            image = Image.open(path)
             ground = Image.new("RGB", image.size, (128, 128, 128))  # seen in light and dark
             ground.paste(image, mask=image.getchannel("A"))
             small = ground.resize([math.ceil(s / max(1, self.size / 64)) for s in image.size])

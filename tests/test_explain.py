@@ -132,8 +132,8 @@ def test_the_picture_of_answers_holds_what_the_intervention_makes(tokenizer, sil
     rows = interventions(model, pixels)
     assert json.loads((tmp_path / "answers.json").read_text()) == {"images": 9, "rows": rows}
     row = rows[0]
-    assert f"token 1 broken {row['broken']:.2f}, answered {row['answered']:.2f}" in text
-    assert bool(silent) == np.array_equal(broken, answered) == ("nobody answers" in text)
+    assert f"token 1 swapped {row['broken']:.2f}, re-encoded {row['answered']:.2f}" in text
+    assert bool(silent) == np.array_equal(broken, answered) == ("no token changes" in text)
     assert silent in text
 
 
