@@ -71,6 +71,11 @@ def wrapped(cells: Tensor, columns: int) -> list[Tensor]:
     return list(filled(cells, -len(cells) % columns).split(columns))
 
 
+def even(n: int, most: int) -> int:
+    """n cells in as few rows of at most `most` as can be, all of them about equally long."""
+    return math.ceil(n / math.ceil(n / most))
+
+
 def filled(cells: Tensor, missing: int) -> Tensor:
     """uint8 images (n, H, W, 3) and as many transparent ones as are missing: (.., H, W, 4)."""
     return F.pad(opaque(cells), (0, 0) * 3 + (0, missing))
@@ -129,7 +134,7 @@ def attention(page: Page, model: NativeTok, images: Tensor, x: Tensor) -> None:
         mask = F.interpolate(scaled.view(-1, 1, side, side), size=under.shape[:2], mode="nearest")
         mask = mask.permute(0, 2, 3, 1)                                       # (L, H, W, 1)
         return (under.float() * (0.15 + 0.85 * mask)).to(torch.uint8)
-    columns = min(12, model.num_tokens)
+    columns = even(model.num_tokens, 12)
     pictures = [shown(maps.mean(dim=0), torch.full_like(images[0], 255))]
     pictures += [shown(maps[i], images[i]) for i in range(min(4, len(images)))]
     blocks = list(zip(*(wrapped(row, columns) for row in pictures)))          # one per 12 experts
@@ -191,7 +196,7 @@ def swaps(page: Page, model: NativeTok, images: Tensor, ids: Tensor) -> None:
         mixed[places, places] = ids[b]
         one, other = images[a:a + 1], images[b:b + 1]
         cells = [one, decode(model, ids[a:a + 1]), other, decode(model, mixed)]
-        rows += wrapped(torch.cat(cells), 9)
+        rows += wrapped(torch.cat(cells), even(model.num_tokens + 3, 10))
     page.grid("swaps", "One token from another image", SWAPS.format(L=model.num_tokens), rows)
 
 

@@ -143,13 +143,13 @@ def reconstructions(page: Page, dvae: DVAE, pixels: Tensor, others: dict[str, DV
         codes = model.encode(on(model, pixels), fixed())
         recon = model.decode(codes).clamp(-1, 1).cpu()
         off = (shown(recon).float() - pixels.float()).abs().mean(dim=-1, keepdim=True)
-        off = (255 - 4 * off).clamp(0, 255).to(torch.uint8)
+        off = (4 * off).clamp(0, 255).to(torch.uint8)
         rows += [shown(recon), off.expand(-1, -1, -1, 3)]
         dB = to_db(mse(recon, to_float(pixels)).mean()).item()
         told.append(f"{name} {dB:.1f} dB with {count_codes(codes.grain).float().mean():.0f} codes")
-    page.grid("reconstructions", TITLES["reconstructions"], "Images; then, for each run, what its "
-              f"codes say of them and its error, four times as dark. {'; '.join(told)}. Is what is "
-              "lost lost in fine cells or in coarse ones?", rows)
+    page.grid("reconstructions", TITLES["reconstructions"], "Images; then, for each run, "
+              "what its codes decode to and its error, four times as bright. "
+              f"{'; '.join(told)}. Is more lost in fine cells or in coarse ones?", rows)
 
 
 def latents(page: Page, dvae: DVAE, pixels: Tensor) -> None:
