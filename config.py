@@ -1,7 +1,7 @@
 """Every setting of the program: frozen dataclasses, the presets, one command line.
 
 In       a preset's name, then command-line flags; the later one wins: default, preset, flag
-Out      TokenizerConfig, GeneratorConfig, TrainConfig
+Out      TokenizerConfig, GeneratorConfig, FlowDecoderConfig, TrainConfig
 How      each field below becomes a flag, and the comment behind it becomes the flag's --help line,
          so there is one list of settings and it cannot disagree with itself
 Sources  [paper] NativeTok, arXiv 2601.22837, as far as its summaries tell; [TiTok] the public
@@ -121,6 +121,21 @@ class GeneratorConfig:
              "(rotary pairs)")
 
 
+@dataclass(frozen=True)
+class FlowDecoderConfig:
+    flow_decoder_width: int = 768  # channels [DiT-B]
+    flow_decoder_depth: int = 12  # DiT blocks [DiT-B]
+    flow_decoder_heads: int = 12  # attention heads [DiT-B]
+    flow_decoder_patch_size: int = 16  # side of its patches, in pixels [JiT-B/16]
+
+    def __post_init__(self):
+        sizes(self, "flow_decoder_width", "flow_decoder_heads", "flow_decoder_patch_size")
+        sizes(self, "flow_decoder_depth", most=1000)
+        width, both = self.flow_decoder_width, math.lcm(4, self.flow_decoder_heads)
+        need(width % both == 0, f"flow_decoder_width {width} is not a multiple of 4 and of "
+             f"flow_decoder_heads {self.flow_decoder_heads}; try {width // both * both + both}")
+
+
 class Optim(NamedTuple):
     """How one network learns: what a stage of training takes of the settings."""
     batch_size: int  # over all processes
@@ -222,6 +237,9 @@ class TrainConfig(RunConfig):
     generator_steps: int = 500000  # steps of each generator [MaskGIT]
     generator_beta2: float = 0.95  # AdamW's second decay [LlamaGen]
     generator_weight_decay: float = 0.05  # AdamW's weight decay, on matrices only [LlamaGen]
+    # stage 4: the flow decoder
+    flow_decoder_steps: int = 200000  # steps of the flow decoder; 0 for none [ours: not run]
+    flow_decoder_learning_rate: float = 1e-4  # peak learning rate [DiT]
     # how to run, beside what RunConfig has
     # one CUDA GPU: record the kernels of a training step and replay them, see plumbing/graphs.py
     cuda_graph: bool = False
@@ -234,7 +252,8 @@ class TrainConfig(RunConfig):
         at_least_one(self, "base_steps", "grow_steps", "finetune_steps", "generator_steps")
         not_negative(self, "learning_rate", "codebook_rate",
                      "generator_learning_rate", "generator_min_learning_rate",
-                     "generator_weight_decay", "perceptual_weight", "adversarial_weight",
+                     "generator_weight_decay", "flow_decoder_steps",
+                     "flow_decoder_learning_rate", "perceptual_weight", "adversarial_weight",
                      "generator_warmup_steps", "reseed_every", "adversarial_start",
                      "adversarial_warmup")
         need(not self.cuda_graph or self.accumulate == 1, "a recording's gradients cannot be added "
@@ -258,7 +277,7 @@ class TrainConfig(RunConfig):
 # May differ when a run is resumed.
 RUN_ONLY = ("data", "val_data", "generators", "workers", "precision", "cuda_graph", "timeout",
             "log_every", "save_every", "sample_every", "skip_bad")
-CONFIGS = (TokenizerConfig, GeneratorConfig, TrainConfig)
+CONFIGS = (TokenizerConfig, GeneratorConfig, FlowDecoderConfig, TrainConfig)
 GENERATOR_FIELDS = tuple(f.name for f in dataclasses.fields(GeneratorConfig))
 
 IMAGENET = dict(random_crop=True, workers=8)  # the defaults above are these presets' own
@@ -271,18 +290,21 @@ SMALL = dict(
     optimizer="muon", batch_size=64, learning_rate=3e-3, min_learning_rate=1.5e-4,
     warmup_steps=20, beta2=0.99, ema_decay=0.99, reseed_every=50,
     generator_heads=4, generator_learning_rate=1e-3, generator_min_learning_rate=1e-4,
-    generator_warmup_steps=20)
+    generator_warmup_steps=20, flow_decoder_width=160, flow_decoder_depth=4, flow_decoder_heads=5,
+    flow_decoder_patch_size=4, flow_decoder_learning_rate=2e-3)
 PRESETS = {
     "tiny": dict(  # the built-in shapes, stages 1 to 3 in minutes on a CPU
         SMALL, codebook_size=256, flip=False, continuous_steps=70, base_steps=420, grow_steps=175,
         finetune_steps=630, generator_width=128, generator_depth=4, generator_dropout=0.0,
-        label_smoothing=0.0, generator_batch_size=64, generator_steps=500, log_every=20,
+        label_smoothing=0.0, generator_batch_size=64, generator_steps=500, flow_decoder_steps=0,
+        log_every=20,
         save_every=250, sample_every=250),
     "cifar": dict(  # real 32x32 images, --data needed; an hour or two on 2 CPU cores
         SMALL, codebook_size=512, encoder_depth=2, decoder_depth=2, decoder_reads="both",
         codebook_rate=5.0, weight_decay=0.1, continuous_steps=200, base_steps=2000, grow_steps=600,
         finetune_steps=10000,
         generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=5000,
+        flow_decoder_steps=2000,
         save_every=500, sample_every=1000),
     "imagenet-32": dict(IMAGENET, token_schedule=(32,)),
     "imagenet-64": dict(IMAGENET, token_schedule=(32, 64)),
@@ -290,28 +312,32 @@ PRESETS = {
 }
 
 
-def load_preset(name: str) -> tuple[TokenizerConfig, GeneratorConfig, TrainConfig]:
-    """A preset's three configurations. Raises UserError for an unknown name."""
+def load_preset(name: str) -> tuple:
+    """A preset's configurations, one of each of CONFIGS. Raises UserError for an unknown name."""
     choose("preset", name, PRESETS)
     return build(CONFIGS, PRESETS[name])
 
 
 def parse_run(doc: str, argv=None) -> argparse.Namespace:
-    """The command line of train.py -> .run .preset .stage .device and .tok .gen .train.
+    """The command line of train.py -> .run .preset .stage .device and .tok .gen .flow .train.
 
     Later wins: default, preset, flag. A run folder that exists stands for the preset it was made
     with, and for the settings that were given then.
     """
-    parser = Parser(prog="train.py", description=doc, epilog=(
+    parser = Parser(prog="python train.py", description=doc, epilog=(
         f"Presets: {', '.join(PRESETS)}. Defaults above are those of the imagenet presets; "
         "python config.py shows what the others change."))
-    args, (tok, gen, train) = parse_command(parser, PRESETS, "tiny", CONFIGS, argv)
-    return argparse.Namespace(**vars(args), tok=tok, gen=gen, train=train)
+    args, (tok, gen, flow, train) = parse_command(parser, PRESETS, "tiny", CONFIGS,
+                                                   (1, 2, 3, 4), argv)
+    return argparse.Namespace(**vars(args), tok=tok, gen=gen, flow=flow, train=train)
 
 
 def settings(kind: str, *configs) -> dict:
-    """What must stay the same while a "tokenizer" or a "generator" is trained: {name: value}."""
+    """What must stay the same while a "tokenizer", a "generator" or a "flow_decoder" is trained:
+    {name: value}."""
     def owner(name):
+        if name.startswith("flow_decoder_"):
+            return "flow_decoder"
         of_generator = name.startswith("generator_") or name in GENERATOR_FIELDS
         return "generator" if of_generator else "tokenizer"
     return {name: value for name, value in as_dict(*configs).items()

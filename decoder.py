@@ -95,7 +95,7 @@ class Decoder(ExactBuffers):
 
 
 def blending_window(image_size: int, patch_size: int, overlap: int) -> Tensor:
-    """How much each painted pixel counts: (3 (P+2m)^2, N); what lies on one pixel adds up to 1."""
+    """Weights of the predicted pixels, (3 (P+2m)^2, N); those on one image pixel add up to 1."""
     P, m, S = patch_size, overlap, image_size
     rise = (torch.arange(2 * m) + 0.5) / (2 * m) if m else torch.ones(0)
     line = torch.cat([rise, torch.ones(P - 2 * m), rise.flip(0)])  # (P+2m,) a roof with a flat top

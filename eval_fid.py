@@ -20,7 +20,7 @@ Exit     0 done, 1 failure, 2 something to mend, 130 stopped by Ctrl-C
 
 One row of results for each of these:
   real             as many training images: the floor, what nothing can be expected to beat
-  reconstruction   the reference images, encoded and decoded (rFID)
+  reconstruction   the reference images, encoded and decoded (rFID), also from --prefixes
   ar, maskgit      samples, every class equally often (gFID)
   --images         a folder, an archive or an .npz in their place
   --controls       real images made worse on purpose: does the measure notice?
@@ -33,8 +33,6 @@ from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from h
 import argparse
 import itertools
 import os
-import shlex
-import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -48,6 +46,7 @@ from evaluation.judging import (
 from evaluation.measures import SSIM_WINDOW, frechet_distance
 from evaluation.report import headline, phases_table, run_summary, table
 from evaluation.tinycnn import images_of_judge, is_to_be_trained, train_judge
+from flow_decoder import Decoding
 from generator import GENERATORS, Generator, need_guidance
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
@@ -58,14 +57,18 @@ from plumbing.outputs import JSON, NPZ, need_places
 from plumbing.processes import Processes, need_room, provenance
 from plumbing.run import OpenRun, open_run
 from plumbing.samples import (
-    add_batch_flags, add_sampling_flags, fill, refuse, sampling_options, unfinished_maker)
+    add_batch_flags, add_decoder_flags, add_sampling_flags, fill, refuse, sampling_options,
+    unfinished_maker)
 
 __all__ = ["frechet_distance", "main", "parse"]  # the first for others to call
+# Flags of what a run makes.
+SAMPLED = ("generator", "controls", "sweep", "prefixes", "seed", "decoder", "flow_steps", *SAMPLING)
 
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line. Raises UserError for a flag that would not be read."""
-    parser = Parser(prog="eval_fid.py", usage="%(prog)s --run RUN [flags]", description=__doc__)
+    parser = Parser(prog="python eval_fid.py", usage="%(prog)s --run RUN [flags]",
+                    description=__doc__)
     add = parser.add_argument_group("what is judged").add_argument
     add("--run", help="folder of a run of train.py: reconstructions and generators")
     add("--images", metavar="PATH",
@@ -97,7 +100,10 @@ def parse(argv=None) -> argparse.Namespace:
     add("--image_size", type=number(int, 1), metavar="N", help="crop and resize to this (default: "
         "the run's size, else that of the first image)")
     add_sampling_flags(parser, SAMPLING)
+    add_decoder_flags(parser)
     to = parser.add_argument_group("which samples, and where")
+    to.add_argument("--prefixes", type=number(int, 1), nargs="+", metavar="INT",
+                    help="also reconstructions from the first so many tokens")
     to.add_argument("--sweep", type=values_to_try, nargs="+", metavar="NAME=A,B,C",
                     help=f"every combination of these, of {' '.join(SAMPLING)}")
     add_batch_flags(to, 250)
@@ -105,8 +111,6 @@ def parse(argv=None) -> argparse.Namespace:
     to.add_argument("--json", metavar="FILE",
                     help="write all numbers there (default: RUN/summary.json)")
     args = parser.parse_args(argv)
-    words = sys.argv[1:] if argv is None else map(str, argv)
-    args.command = "python eval_fid.py " + shlex.join(words)
 
     # Enough to judge something by something, and not two of a kind.
     need(args.run or args.images or (args.data and args.save_stats), "give --run, or --images with "
@@ -120,77 +124,63 @@ def parse(argv=None) -> argparse.Namespace:
     need(not (args.data and args.reference),
          "--data and --reference are two references; give one of them")
 
-    # Nothing that this use would not read.
-    if args.images or not args.run:
-        refuse(args, ("generator", "controls", "sweep", "seed", *SAMPLING),
-               "belongs to a run's samples")
-    if not (args.images or args.run):
-        refuse(args, ("num_samples", "json"), "belongs to what is judged, --run or --images")
-    if not args.judge:
-        refuse(args, ("val_data",), "belongs to --judge; --data is what is compared with")
-    if args.reference:
-        refuse(args, ("save_stats", "num_reference"),
-               "belongs to reference images, not to --reference")
-    if args.features == "inception":
-        refuse(args, ("judge", "train_features"),
-               "belongs to the TinyCNN, not to --features inception")
-    else:
-        refuse(args, ("inception",), "belongs to --features inception")
+    # Nothing that this use would not read: what a flag belongs to, is that asked for, the flags.
+    inception = args.features == "inception"
+    for owner, asked, flags in (
+            ("what a run makes", args.run and not args.images, SAMPLED),
+            ("what is judged, --run or --images", args.run or args.images, ("num_samples", "json")),
+            ("--judge; --data is what is compared with", args.judge, ("val_data",)),
+            ("reference images, not to --reference", not args.reference,
+             ("save_stats", "num_reference")),
+            ("the TinyCNN, not to --features inception", not inception,
+             ("judge", "train_features")),
+            ("--features inception", inception, ("inception",))):
+        if not asked:
+            refuse(args, flags, f"belongs to {owner}")
 
     fill(args, generator="both", num_samples=2000, num_reference=50000, seed=0, batch_size=250,
-         sweep=[], train_features=0)
-    names = [name for name, _ in args.sweep]
+         sweep=[], prefixes=[], train_features=0)
+    given = [name for name in SAMPLING if getattr(args, name) is not None]
+    given += [name for name, _ in args.sweep]
     args.sweep, args.kinds = dict(args.sweep), generator_kinds(args)
-    for name in SAMPLING:
-        flag = getattr(args, name) is not None
-        need(names.count(name) < 2, f"--sweep names {name} twice; give all its values at once, as "
-             f"in {name}=A,B,C")
-        need(not (flag and name in names), f"--{name} and --sweep {name}: give one of them")
-        if flag or name in names:
-            need(any(name in GENERATORS[kind].options for kind in args.kinds),
-                 f"no generator that is judged reads {name}; leave it out")
+    for name in given:
+        need(given.count(name) == 1, f"{name} is given twice; give all its values at once, as in "
+             f"--sweep {name}=A,B,C")
+        need(any(name in GENERATORS[kind].options for kind in args.kinds),
+             f"no generator that is judged reads {name}; leave it out")
     return args
 
 
 def values_to_try(text: str) -> tuple[str, list]:
     """For argparse: "cfg_scale=1,2" -> ("cfg_scale", [1.0, 2.0]), each in its flag's range."""
     name, _, values = text.partition("=")
-    if name not in SAMPLING:
-        raise argparse.ArgumentTypeError(f"cannot sweep {name!r}; choose from "
-                                         f"{', '.join(SAMPLING)}, as in cfg_scale=1,1.5,2")
-    try:
-        return name, [SAMPLING[name].read(value) for value in values.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{values!r} are not numbers with commas between "
-                                         "them") from None
+    need(name in SAMPLING, f"cannot sweep {name!r}; choose from {', '.join(SAMPLING)}, as in "
+         "cfg_scale=1,1.5,2")
+    return name, [SAMPLING[name].read(value) for value in values.split(",")]
 
 
-def generator_kinds(args) -> list[str]:
+def generator_kinds(args) -> tuple[str, ...]:
     """The one that is asked for, or all that the run has."""
     if args.images or not args.run:
-        return []
+        return ()
     if args.generator != "both":
-        return [args.generator]
-    return [kind for kind in GENERATORS
-            if checkpoint.exists(os.path.join(args.run, f"generator-{kind}.pt"))]
+        return (args.generator,)
+    return tuple(kind for kind in GENERATORS
+                 if checkpoint.exists(os.path.join(args.run, f"generator-{kind}.pt")))
 
 
 def output_places(args) -> str | None:
     """Where the results go, if anywhere. Raises UserError unless that can be written: now."""
-    stats = args.save_stats
-    if stats and (args.run or args.images) and not os.path.isdir(os.path.dirname(stats) or "."):
-        # A missing folder costs the statistics and not the rows, and may be made meanwhile.
-        print(f"warning: --save_stats {stats}: there is no folder {os.path.dirname(stats)}; make "
-              "it before the reference is known", file=sys.stderr)
-        stats = None
-    need_places({"--json": (args.json, JSON), "--save_stats": (stats, NPZ)},
+    if args.save_stats and (args.run or args.images):
+        need_room(os.path.dirname(args.save_stats) or ".")  # made here, or it would cost the rows
+    need_places({"--json": (args.json, JSON), "--save_stats": (args.save_stats, NPZ)},
                 reads={"--images": args.images, "--data": args.data, "--judge": args.judge,
                        "--reference": args.reference, "--inception": args.inception})
+    summary = args.run and not args.images and not args.json
     folder = args.run or os.path.dirname(args.judge or "") or "."
-    summary = None if args.images or not args.run else os.path.join(folder, "summary.json")
-    if os.path.isdir(folder) and (args.train_features or summary and not args.json):
+    if os.path.isdir(folder) and (args.train_features or summary):
         need_room(folder)
-    return args.json or summary
+    return os.path.join(folder, "summary.json") if summary else args.json
 
 
 # ------------------------------------------------------------------------------------------------
@@ -201,6 +191,7 @@ class Given:
     """What the command line names, opened."""
     run: OpenRun | None
     tokenizer: NativeTok | None  # of the run
+    decode: Decoding | None      # its tokens
     train: TrainConfig           # of the run; without one, as a judge's images are read
     images: ImageSet | None      # --images
     data: ImageSet | None        # what the TinyCNN learned from, and what was held out of it
@@ -210,7 +201,7 @@ class Given:
 
 
 def open_given(args, procs: Processes) -> Given:
-    run = tokenizer = data = val = None
+    run = tokenizer = decode = data = val = compared = None
     train = TrainConfig(flip=False)
     if args.run:
         run = open_run(args.run, CONFIGS)
@@ -219,21 +210,22 @@ def open_given(args, procs: Processes) -> Given:
         need("base" in run.saved.get("results", {}),
              f"{args.run} has no finished phase yet; let train.py go on")
         train, data, val = run.configs[-1], run.data, run.val
-    images = open_images(args.images) if args.images else None
-    if args.judge:
+        decode = Decoding.of_run(args.run, tokenizer, args.decoder, args.flow_steps)
+        L = tokenizer.num_tokens
+        need(all(k < L for k in args.prefixes), f"--prefixes {' '.join(map(str, args.prefixes))} "
+             f"must be below {L}, the number of this tokenizer's tokens")
+    elif args.judge:
         data, val = images_of_judge(args.judge, args.data, args.val_data or "")
-    compared = open_images(args.data) if args.data and not args.judge else val
-    if args.reference:
-        compared = None
-    if run:
-        size = tokenizer.cfg.image_size
-        need(images or args.image_size in (None, size), f"--image_size {args.image_size} does not "
-             f"fit this run, whose images have {size} pixels; leave it out")
-        if args.data:
-            tell_seen(run.data, compared, args.data, f"the data of {args.run}")
-    else:
-        size = min((images or compared).load(0).shape[:2])
-    return Given(run, tokenizer, train, images, data, val, compared, args.image_size or size)
+    images = open_images(args.images) if args.images else None
+    if not args.reference:
+        compared = open_images(args.data) if args.data and not args.judge else val
+    if run and args.data:
+        tell_seen(run.data, compared, args.data, f"the data of {args.run}")
+    size = tokenizer.cfg.image_size if run else min((images or compared).load(0).shape[:2])
+    need(images or not run or args.image_size in (None, size), f"--image_size {args.image_size} "
+         f"does not fit this run, whose images have {size} pixels; leave it out")
+    size = args.image_size or size
+    return Given(run, tokenizer, decode, train, images, data, val, compared, size)
 
 
 def labelled(args, given: Given, images: ImageSet, path: str) -> bool:
@@ -312,30 +304,27 @@ def image_sources(args, given: Given, originals: ImageSource | None, how: Batchi
     if originals is not None:
         path = args.data or given.train.val_data
         originals = replace(originals, labelled=labelled(args, given, given.compared, path))
-        source = reconstruction(given.tokenizer, originals, procs.device)
-        sources.append(replace(source, unfinished=given.tokenizer.unfinished))
+        for k in (*args.prefixes, given.tokenizer.num_tokens):
+            sources.append(reconstruction(given.decode, originals, how, procs.device, k))
         if given.size < SSIM_WINDOW:
             note(f"ssim of reconstruction is left out: it takes {SSIM_WINDOW} pixels or more, and "
                  f"these images have {given.size}")
     for kind in args.kinds:
-        sources += samples(args, kind, given.tokenizer, how, procs)
+        sources += samples(args, kind, given, how, procs)
     return sources
 
 
-def samples(args, kind: str, tokenizer: NativeTok, how: Batching,
-            procs: Processes) -> list[ImageSource]:
+def samples(args, kind: str, given: Given, how: Batching, procs: Processes) -> list[ImageSource]:
     """Of one generator, once for each combination of the swept values that it reads."""
-    model = Generator.of_run(args.run, kind, tokenizer, procs.device)
+    model = Generator.of_run(args.run, kind, given.tokenizer, procs.device)
     options = sampling_options(args, {name: SAMPLING[name] for name in model.options}, model)
-    unfinished = "; ".join(filter(None, (tokenizer.unfinished, model.unfinished)))
     names = [name for name in args.sweep if name in model.options]
     sources = []
     for values in itertools.product(*(args.sweep[name] for name in names)):
         tried = dict(zip(names, values))
         need_guidance({**options, **tried}["cfg_scale"], model.cfg.label_dropout)
-        source = generated(kind, model, tokenizer, args.num_samples, options, tried, how,
-                           procs.device)
-        sources.append(replace(source, unfinished=unfinished))
+        sources.append(generated(kind, model, given.decode, args.num_samples, options, tried, how,
+                                 procs.device))
     return sources
 
 
@@ -357,24 +346,17 @@ def main(args) -> None:
 
     # 2. By what, and against what.
     nets, accuracy = feature_nets(args, given, procs)
-    failure = None
     if reference:
         nets = comparable(nets, reference)
     else:
         stats, _ = extract(originals, nets, how, procs)
         reference = Reference.of(given.compared.name, originals.n, nets, stats)
-        if args.save_stats and procs.main:
-            try:
-                write_reference(args.save_stats, reference, nets[0])
-            except UserError as error:  # which must not cost the rows
-                print(f"warning: {error}; the results follow all the same", file=sys.stderr)
-                failure = error
 
     # 3. All processes judge every source together; each row is on the disk before the next one.
     made = {**provenance(args.command, procs.device), "seed": args.seed,
             "reference": {"name": reference.name, "n": reference.n},
             "nets": {net.key: net.title for net in nets}}
-    rows, summary = [], {}
+    rows, summary, failure = [], {}, None
     for source in sources:
         rows.append(judge(source, nets, reference, how, procs))
         to_come = [other.name for other in sources[len(rows):]]
@@ -399,6 +381,8 @@ def main(args) -> None:
             print("\n" + phases_table(given.run.saved["results"]) + f"\n\nseconds: {seconds}")
         if path and not failure:
             print(f"written: {path}")
+    if procs.main and args.save_stats:
+        write_reference(args.save_stats, reference, nets[0])
     if failure:
         raise failure
 

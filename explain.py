@@ -52,7 +52,7 @@ from quantizer import usage
 
 
 def parse(argv=None):
-    parser = Parser(prog="explain.py", description=__doc__)
+    parser = Parser(prog="python explain.py", description=__doc__)
     parser.add_argument("--run", required=True,
                         help="folder of a run of train.py, with a finished tokenizer")
     parser.add_argument("--against", metavar="RUN",

@@ -104,7 +104,7 @@ def sample_from(logits: Tensor, generator: torch.Generator | None, temperature: 
 class Generator(ExactBuffers):
     """A LlamaGen-style transformer over [class, token, token, ...] -> logits (.., K) at every row.
 
-    ARGenerator and MaskGITGenerator say which way it looks, how it learns and how it samples.
+    ARGenerator and MaskGITGenerator define what a row sees, the loss, and how samples are drawn.
     Generator.load(path) rebuilds either of them from a checkpoint.
 
     Positions are given twice. Rotary angles [LlamaGen] tell attention how far apart two rows are.
@@ -123,7 +123,7 @@ class Generator(ExactBuffers):
         self.tokenizer_fingerprint = ""  # of the tokenizer that these ids belong to; "" unknown
         D, heads, depth = cfg.generator_width, cfg.generator_heads, cfg.generator_depth
 
-        # AR never reads its last token; MaskGIT reads all and knows one more word, the mask.
+        # AR never reads its last token; MaskGIT reads all, and has one more token, the mask.
         rows, words = num_tokens, codebook_size
         if not self.causal:
             rows, words = rows + 1, words + 1
@@ -320,7 +320,7 @@ class MaskGITGenerator(Generator):
 
     @property
     def mask_id(self) -> int:
-        return self.codebook_size  # the word after the last code
+        return self.codebook_size  # the id after the last code
 
     @property
     def default_steps(self) -> int:

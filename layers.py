@@ -4,12 +4,14 @@ In       sequences (B, T, D) everywhere; images float32 (B, 3, H, W) in [-1, 1]
 Out      the same
 Try      python layers.py
 
-Two families of blocks, as in the code bases this project stands beside:
+Three families of blocks, as in the code bases this project stands beside:
 
     ViTBlock      LayerNorm, GELU, biases                 MIT, decoder, baselines  [ViT, TiTok]
+    DiTBlock      the same, but its norms depend on t     flow decoder, D²iT       [DiT]
     LlamaBlock    RMSNorm, SwiGLU, rotary, no biases      generators               [LlamaGen]
 """
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -231,6 +233,63 @@ class LlamaBlock(nn.Module):
         q, k = rotate(qkv[:, :2], angles).unbind(1)  # (B, heads, D/heads) each
         x = x + attention.out(cache.attend(q, k, qkv[:, 2], t))
         return x + self.mlp(self.norm2(x))
+
+
+# ------------------------------------------------------------------------------------------------
+# blocks that are told a time, for diffusion
+
+class TimeEmbedding(ExactBuffers):
+    """t (B,) -> (B, D): waves of 128 lengths, then an MLP [DiT]."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(),
+                                 as_matrices(nn.Linear(width, width)))
+        omega = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+        self.register_buffer("omega", omega, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angle = t.float()[:, None] * self.omega               # (B, 128)
+        waves = torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, 256)
+        return self.mlp(as_weights(waves, self.mlp[0].weight))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, T, D) moved and stretched as the condition says; shift, scale (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def adaptive(width: int, count: int) -> nn.Sequential:
+    """c (B, D) -> `count` vectors (B, D) in one, all zero at first [DiT's adaLN-zero]."""
+    return nn.Sequential(nn.SiLU(), as_matrices(nn.Linear(width, count * width), count))
+
+
+class DiTBlock(nn.Module):
+    """x (B, T, D), c (B, D) -> (B, T, D). Gates start at zero, so at first it changes nothing."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attention, self.mlp = Attention(width, heads), MLP(width)
+        self.condition = adaptive(width, 6)
+
+    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None = None) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1), mask)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class LastNorm(nn.Module):
+    """What DiT does before its head."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.condition = adaptive(width, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return modulate(self.norm(x), *self.condition(c).chunk(2, dim=1))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ Out      z_q (B, L, d), ids (B, L), losses {"codebook", "commitment", "entropy"}
 Differs  Experts read the prior tokens quantized and with a position, as the generator will see
          them, and each has a head of its own [ours]. In the first author's earlier public
          experiments they read each other's outputs unquantized, share one head, and all is
-         quantized at the end; what the paper does is not known to us. Read so, changing an id
-         changes no later token (experiments/LOG.md). Norms inside an expert have no scale and
-         shift of their own: the matrices behind them can hold both [ours].
+         quantized at the end; what the paper does is not known to us. When experts read
+         unquantized outputs, changing an id changes no later token (experiments/LOG.md). Norms
+         inside an expert have no scale and shift of their own: the matrices behind them can hold
+         both [ours].
 
 Two forms of an expert share the same parameters:
 
@@ -20,8 +21,8 @@ Two forms of an expert share the same parameters:
 
 A layer over N rows of width E costs 12 N E^2 + 2 N^2 E multiply-adds in the block form, and
 12 E^2 + 2 N E heads in the query form: at N = E = 256 and 4 heads that is 179 times fewer. In time
-it is less, because small products fill a processor badly: 32 experts ran 14.6 times faster on two
-CPU cores (experiments/README.md, "Speed").
+it is less, because small products fill a processor badly: on two CPU cores 32 experts ran 11 to 13
+times as fast (experiments/README.md, "Speed").
 
 How the query form is fast. One row asks, so keys need not be formed: with normalised rows c_j,
 
@@ -162,15 +163,15 @@ class MoCET(nn.Module):
 
         trace   a list to which each layer of each expert appends its attention
                 (B, heads, N + tokens so far + 1)
-        force   {position from 0: ids (B,)}, an intervention: there these ids are emitted, whatever
-                the expert wanted, and the experts after it read them; or {position: a function}
-                that makes the ids of what it wanted, z (B, d) normalised
+        force   {position from 0: ids (B,)}, an intervention: there these ids are emitted in place
+                of the nearest, and the experts after it read them; or {position: a function} that
+                chooses the ids from the expert's output, z (B, d) normalised
         """
         rows, emitted, force = as_weights(x_latent, self.embed_code.weight), [], force or {}
         for i, expert in enumerate(self.experts):
             z_i = expert.head(norm(expert(rows, trace)))  # (B, d)
             z_q_i, id_i, z_i = quantizer.quantize(z_i, quantizer.codes())
-            if i in force:  # an intervention: whatever it wanted to emit, it emits this
+            if i in force:  # an intervention: these ids in place of the nearest
                 z_q_i, id_i = quantizer.emit(z_i, force[i])
             rows = torch.cat([rows, self.as_prior(z_q_i, expert)], dim=1)  # (B, N+i+1, E)
             emitted.append((z_q_i, id_i, z_i))

@@ -169,9 +169,11 @@ def from_checkpoint(saved: dict, path: str, change: Callable = as_it_is) -> Nati
     return model.eval()
 
 
-def sample_batch(model: nn.Module, tokenizer: NativeTok, labels: Tensor, options: dict, seed: int,
+def sample_batch(model: nn.Module, decode: Callable, labels: Tensor, options: dict, seed: int,
                  b: int) -> Tensor:
     """labels (B,) of batch b -> uint8 (B, H, W, 3) on the CPU.
+
+    decode   (ids, noise) -> images, as flow_decoder.Decoding
 
     Its noise is a function of (seed, b) alone, so processes may share the batches in any way. It is
     drawn on the CPU, whatever the model runs on: the same seed then gives the same tokens on a CPU
@@ -179,7 +181,7 @@ def sample_batch(model: nn.Module, tokenizer: NativeTok, labels: Tensor, options
     """
     noise = torch.Generator("cpu").manual_seed(seed * 1_000_003 + b)
     ids = model.sample(labels, generator=noise, **options)  # (B, L)
-    return to_uint8(tokenizer.decode(ids)).cpu()
+    return to_uint8(decode(ids, noise)).cpu()
 
 
 def doubling(L: int) -> list[int]:

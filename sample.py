@@ -1,7 +1,7 @@
 """Pictures out of a run: samples of its generators, or images encoded and decoded again.
 
-    classes ─► generator ─► ids ─► NativeTok.decode ─► images      a row per class, or an .npz
-    photo ─► NativeTok.encode ─► ids[:, :k] ─► NativeTok.decode    a column per prefix length k
+    classes ─► generator ─► ids ─► decoder ─► images      a row per class, or an .npz
+    photo ─► NativeTok.encode ─► ids[:, :k] ─► decoder    a column per prefix length k
 
 Run      python sample.py --run runs/NAME
          python sample.py --run runs/NAME --generator ar --classes 207 250 --cfg_scale 2.0
@@ -9,6 +9,8 @@ Run      python sample.py --run runs/NAME
                           --steps 8 --per_class 8
          python sample.py --run runs/NAME --npz samples.npz --num_samples 50000 --batch_size 256
          python sample.py --run runs/NAME --reconstruct photo.jpg --prefixes 1 8 32 128
+         --decoder mean or flow: the tokenizer's own decoder, or the one that draws sharp images,
+         which is taken where the run has one
 Makes    RUN/samples/sample-ar.png or sample-maskgit.png, or with --npz an .npz for an evaluator,
          or with --reconstruct RUN/samples/reconstruct.png. Batch b draws from (--seed, b): the same
          command writes the same bytes on the same machine, while another --batch_size, or a GPU
@@ -26,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from config import SAMPLING
+from flow_decoder import Decoding
 from generator import GENERATORS, Generator, need_guidance
 from losses import psnr
 from nativetok import NativeTok, doubling, sample_batch
@@ -35,13 +38,13 @@ from plumbing.images import save_grid, to_float, to_uint8
 from plumbing.outputs import NPZ, PNG, need_places
 from plumbing.processes import Processes, enough_memory, need_one_process
 from plumbing.samples import (
-    add_sampling_flags, asked_labels, asked_photos, draw_samples, fill, how_drawn, named_rows,
-    parse_samples, refuse, sample_parser, sampling_options, write_npz)
+    add_decoder_flags, add_sampling_flags, asked_labels, asked_photos, draw_samples, fill,
+    how_drawn, named_rows, parse_samples, refuse, sample_parser, sampling_options, write_npz)
 
 
 def parse(argv=None) -> argparse.Namespace:
     """The command line. Raises UserError for a flag that would not be read."""
-    parser, to = sample_parser("sample.py", __doc__)
+    parser, to = sample_parser("python sample.py", __doc__)
     to.add_argument("--generator", choices=tuple(GENERATORS), help="which one (default: ar)")
     to.add_argument("--single", action="store_true", default=None,
                     help="also write every sample as OUT/NNN_CLASS.png")
@@ -49,6 +52,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--prefixes", nargs="+", type=number(int, 1), metavar="INT",
                         help="with --reconstruct: numbers of tokens to decode from; all tokens "
                         "come last (default: 1 2 4 ...)")
+    add_decoder_flags(parser)
     args = parse_samples(parser, argv, samples=("generator", *SAMPLING), pictures=("single",))
     if not args.reconstruct:
         refuse(args, ("prefixes",), "is for --reconstruct")
@@ -59,10 +63,11 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def samples(args: argparse.Namespace, tokenizer: NativeTok, device: torch.device) -> None:
+def samples(args: argparse.Namespace, decode: Decoding, device: torch.device) -> None:
     """--npz FILE, or a picture with one row per class."""
     # 1. What can be refused is refused before anything is drawn.
     need_places({"--npz": (args.npz, NPZ)})
+    tokenizer = decode.tokenizer
     model = Generator.of_run(args.run, args.generator, tokenizer, device)
     labels = asked_labels(args, model.classes)                                # (n,)
     options = sampling_options(args, {name: SAMPLING[name] for name in model.options}, model)
@@ -72,12 +77,12 @@ def samples(args: argparse.Namespace, tokenizer: NativeTok, device: torch.device
 
     # 2. Draw, batch after batch.
     def draw(part: Tensor, b: int) -> tuple[Tensor]:
-        return (sample_batch(model, tokenizer, part, options, args.seed, b),)
+        return (sample_batch(model, decode, part, options, args.seed, b),)
     (images,), speed = draw_samples(draw, labels.to(device), args.batch_size)  # (n, H, W, 3)
 
     # 3. Write, and only then say so.
     if args.npz:
-        unfinished = "; ".join(filter(None, (tokenizer.unfinished, model.unfinished)))
+        unfinished = "; ".join(filter(None, (decode.unfinished, model.unfinished)))
         made = [write_npz(args.npz, images, labels, model.classes, unfinished)]
     else:
         save_grid(images, path, columns=args.per_class, scale=max(1, 64 // images.shape[1]))
@@ -85,7 +90,7 @@ def samples(args: argparse.Namespace, tokenizer: NativeTok, device: torch.device
                 f"{named_rows(args, labels, model.classes)}"]
     if args.single:
         made.append(write_single_files(args.out, images, labels, model.classes))
-    print(f"{args.generator}: {how_drawn(args, options)}")
+    print(f"{args.generator}: {how_drawn(args, {**options, **decode.settings})}")
     print(f"{len(images):,} samples, {speed:.1f} images per second on {device.type}")
     print("\n".join(made))
 
@@ -100,8 +105,12 @@ def write_single_files(folder: str, images: Tensor, labels: Tensor, names: list[
     return f"{os.path.join(folder, '000_*.png')} to {j:03}: the same, one by one"
 
 
-def reconstruct(args: argparse.Namespace, tokenizer: NativeTok, device: torch.device) -> None:
-    """A row per file: the image cropped to the model's size, then what its first k tokens say."""
+def reconstruct(args: argparse.Namespace, decode: Decoding, device: torch.device) -> None:
+    """A row per file: the image cropped to the model's size, then decoded from its first k tokens.
+
+    All are drawn from one noise: the image keeps its composition while tokens arrive.
+    """
+    tokenizer = decode.tokenizer
     L, size = tokenizer.num_tokens, tokenizer.cfg.image_size
     prefixes = sorted({L, *(args.prefixes or doubling(L))})
     need(prefixes[-1] == L, f"--prefixes {prefixes[-1]} is out of range; this tokenizer makes {L} "
@@ -113,7 +122,8 @@ def reconstruct(args: argparse.Namespace, tokenizer: NativeTok, device: torch.de
         x = to_float(image[None].to(device))                                  # (1, 3, H, W)
         with enough_memory("use --device cpu"):
             ids = tokenizer.encode(x)                                         # (1, L)
-            recon = torch.cat([tokenizer.decode(ids[:, :k]) for k in prefixes])
+            recon = torch.cat([decode(ids[:, :k], torch.Generator().manual_seed(args.seed))
+                               for k in prefixes])
         recon = recon.clamp(-1, 1)                                            # (P, 3, H, W)
         rows.append(torch.cat([image[None], to_uint8(recon).cpu()]))          # (1+P, H, W, 3)
         quality = [f"{k}: {dB:.2f}" for k, dB in zip(prefixes, psnr(recon, x).tolist())]
@@ -121,18 +131,20 @@ def reconstruct(args: argparse.Namespace, tokenizer: NativeTok, device: torch.de
                   f"  ids   {' '.join(map(str, ids[0].tolist()))}"]
     save_grid(torch.cat(rows), path, columns=1 + len(prefixes), scale=max(1, 64 // size))
     print("\n".join(lines))
+    how = "".join(f", {name} {value}" for name, value in decode.settings.items())
     print(f"{path}: the original, then decoded from the first {' '.join(map(str, prefixes))} "
-          "tokens")
+          f"tokens{how}")
 
 
 def main(args: argparse.Namespace) -> None:
     need_one_process("sample.py")
     device = Processes(args.device).device
     tokenizer = NativeTok.of_run(args.run, device)
+    decode = Decoding.of_run(args.run, tokenizer, args.decoder, args.flow_steps)
     if args.reconstruct:
-        reconstruct(args, tokenizer, device)
+        reconstruct(args, decode, device)
     else:
-        samples(args, tokenizer, device)
+        samples(args, decode, device)
 
 
 if __name__ == "__main__":

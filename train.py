@@ -1,15 +1,16 @@
-"""Hierarchical Native Training: a short tokenizer, then longer ones, then the generators.
+"""Hierarchical Native Training: a short tokenizer, then longer ones, then what reads its tokens.
 
 stage 1   base          MIT, codebook, first experts and decoder learn together
 stage 2   grow          per length: new experts learn, all that is older is frozen, but the decoder
           finetune      all together once more, briefly
 stage 3   ar, maskgit   the tokenizer is frozen, its ids are cached, the generators learn from them
+stage 4   flow_decoder  the tokenizer is frozen, a second decoder learns to draw sharp images
 
 Run       python train.py --preset tiny        all stages that are not finished yet
           torchrun --nproc_per_node=8 -- train.py --preset imagenet-128 --data DIR --stage 2
           (the -- keeps torchrun from taking --run for one of its own flags)
-Makes     runs/NAME/ with config.json tokenizer.pt generator-ar.pt generator-maskgit.pt log.jsonl
-          samples/ tokens/
+Makes     runs/NAME/ with config.json tokenizer.pt generator-ar.pt generator-maskgit.pt
+          flow-decoder.pt log.jsonl samples/ tokens/
 Resume    repeat the command. SIGTERM and Ctrl-C save first, then exit with 3; a second one quits at
           once.
 Exit      0 finished, 1 failure, 2 something to mend in the command or the data, 3 interrupted and
@@ -25,8 +26,11 @@ import torch
 from torch import Tensor, nn
 
 import config
+import flow_decoder
 from config import TokenizerConfig, TrainConfig, settings
-from evaluation.progress import evaluate, held_out_loss, show_reconstructions, show_samples
+from evaluation.progress import (
+    drawn_psnr, evaluate, held_out_loss, show_drawn, show_reconstructions, show_samples)
+from flow_decoder import FlowDecoder, FlowNet
 from generator import GENERATORS, Generator
 from loop import LossOf, Stage, make_ema, need_equal_pieces
 from losses import Adversary, Perceptual, reconstruction
@@ -216,15 +220,15 @@ def update_codebook(quantizer: nn.Module, ema: nn.Module, step: int, phase: Phas
 # ------------------------------------------------------------------------------------------------
 # stage 3: the generators
 
-def finished_tokenizer(run: Run, change: Callable) -> NativeTok:
+def finished_tokenizer(run: Run, stage: int, change: Callable) -> NativeTok:
     """The tokenizer of this run. Raises UserError while a phase of stages 1 and 2 is missing."""
     path = run.path("tokenizer.pt")
-    need(checkpoint.exists(path), f"stage 3 needs a tokenizer, and {run.folder} has none; "
+    need(checkpoint.exists(path), f"stage {stage} needs a tokenizer, and {run.folder} has none; "
                                   "run stages 1 and 2 first")
     saved = checkpoint.load(path)
     missing = [p.name for p in phases(run.tok, run.train) if p.name not in saved["results"]]
-    need(not missing, f"stage 3 needs a finished tokenizer, and {', '.join(missing)} is missing in "
-                      f"{run.folder}; run stages 1 and 2 first")
+    need(not missing, f"stage {stage} needs a finished tokenizer, and {', '.join(missing)} is "
+                      f"missing in {run.folder}; run stages 1 and 2 first")
     return from_checkpoint(saved, path, change).to(run.procs.device)
 
 
@@ -232,7 +236,7 @@ def train_generator(run: Run, kind: str, change_model: Callable,
                     change_tokenizer: Callable) -> None:
     """Train one generator, "ar" or "maskgit", on the ids of this run's finished tokenizer."""
     tok, gen, train, procs = run.tok, run.gen, run.train, run.procs
-    tokenizer = change_tokenizer(finished_tokenizer(run, change_model))
+    tokenizer = change_tokenizer(finished_tokenizer(run, 3, change_model))
 
     def new(saved: dict | None) -> Generator:
         return GENERATORS[kind](gen, tok.num_tokens, tok.codebook_size, len(run.data.classes))
@@ -244,9 +248,7 @@ def train_generator(run: Run, kind: str, change_model: Callable,
     # 1. The generator, as far as it has come.
     stage = Stage(run, f"generator-{kind}.pt", kind, new, settings("generator", gen, train),
                   content, needs=("tokenizer",))
-    need(not stage.saved or stage.saved["tokenizer"] == tokenizer.fingerprint,
-         f"{stage.path} has learned the ids of another tokenizer than the tokenizer.pt beside it; "
-         f"delete generator-{kind}*.pt and repeat the command")
+    need_its_tokenizer(stage, tokenizer)
     if stage.finished:
         return
 
@@ -285,6 +287,51 @@ def train_generator(run: Run, kind: str, change_model: Callable,
     show(kind)
 
 
+def need_its_tokenizer(stage: Stage, tokenizer: NativeTok) -> None:
+    """Raise UserError if the stage goes on from a checkpoint that learned with another one."""
+    name, _ = os.path.splitext(os.path.basename(stage.path))
+    need(not stage.saved or stage.saved["tokenizer"] == tokenizer.fingerprint,
+         f"{stage.path} has learned the ids of another tokenizer than the tokenizer.pt beside it; "
+         f"delete {name}*.pt and repeat the command")
+
+
+# ------------------------------------------------------------------------------------------------
+# stage 4: the flow decoder
+
+def train_flow_decoder(run: Run, change_model: Callable) -> None:
+    """Train the decoder that draws, on this run's finished tokenizer."""
+    train, flow = run.train, run.flow
+    tokenizer = finished_tokenizer(run, 4, change_model)
+
+    def content() -> dict:
+        return {"flow_decoder_config": as_dict(flow), "tokenizer": tokenizer.fingerprint}
+    stage = Stage(run, "flow-decoder.pt", "flow_decoder", lambda saved: FlowNet(flow, run.tok),
+                  settings("flow_decoder", flow, train), content, needs=("tokenizer",))
+    need_its_tokenizer(stage, tokenizer)
+    if stage.finished:
+        return
+    # Other random numbers for times, noise and lengths than the stages before had, hence 200.
+    stage.begin(train.optim(train.flow_decoder_steps, train.flow_decoder_learning_rate), 200)
+
+    def show(name: str) -> None:
+        show_drawn(run, FlowDecoder(tokenizer, stage.ema), name)
+
+    with stage.saving():
+        for pixels, _ in stage.over(run.stream(train.batch_size, stage.step)):
+            images = to_float(pixels)                               # (B, 3, H, W) in [-1, 1]
+            # Encoded anew at each step: a cache of ids knows neither crop nor mirror image.
+            # A prefix, so that any number of tokens is a sharp image.
+            ids = tokenizer.encode(images)[:, :flow_decoder.prefix_length(run.tok.num_tokens)]
+            mean, z_q = tokenizer.decode(ids), tokenizer.quantizer.lookup(ids)
+            with stage.autocast():
+                loss, terms = flow_decoder.loss(stage.model, images, z_q.detach(), mean)
+            stage.backward(loss, terms)
+            stage.save_or_show(show)
+        result = drawn_psnr(run, FlowDecoder(tokenizer, stage.ema))
+    stage.finish({**result, "seconds": stage.seconds})
+    show("flow_decoder")
+
+
 # ------------------------------------------------------------------------------------------------
 
 def main(args, change_model: Callable = as_it_is, change_tokenizer: Callable = as_it_is) -> None:
@@ -294,9 +341,11 @@ def main(args, change_model: Callable = as_it_is, change_tokenizer: Callable = a
     first length, before it is trained or a checkpoint is loaded into it; NativeTok.load takes the
     same function. The other is given the finished tokenizer before stage 3 reads its ids.
     """
-    run = Run(args, (args.tok, args.gen, args.train))
-    run.tok, run.gen = args.tok, args.gen
+    run = Run(args, (args.tok, args.gen, args.flow, args.train))
+    run.tok, run.gen, run.flow = args.tok, args.gen, args.flow
     check_belongs(run)
+    need(args.stage != 4 or args.train.flow_decoder_steps, "stage 4 has no steps "
+         f"in preset {args.preset}; give --flow_decoder_steps, such as 2000")
     run.begin()
     train, procs = run.train, run.procs
     run.say(f"{run.folder}: {procs.world} x {procs.device.type} ({torch.get_num_threads()} threads "
@@ -311,7 +360,10 @@ def main(args, change_model: Callable = as_it_is, change_tokenizer: Callable = a
         if args.stage in (None, 3):
             for kind in train.generator_kinds:
                 train_generator(run, kind, change_model, change_tokenizer)
-    names = ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt", "log.jsonl", "samples")
+        if args.stage == 4 or args.stage is None and train.flow_decoder_steps:
+            train_flow_decoder(run, change_model)
+    names = ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt", "flow-decoder.pt",
+             "log.jsonl", "samples")
     made = [name for name in names if os.path.exists(run.path(name))]
     run.say(f"finished; in {run.folder}: {' '.join(made)}")
     run.end()
@@ -335,6 +387,10 @@ def check_belongs(run: Run) -> None:
     run.compare(run.path("tokenizer.pt"), settings("tokenizer", tok, train))
     for kind in train.generator_kinds:
         run.compare(run.path(f"generator-{kind}.pt"), settings("generator", gen, train))
+    P = run.flow.flow_decoder_patch_size
+    need(not train.flow_decoder_steps or tok.image_size % P == 0, f"image_size {tok.image_size} is "
+         f"not a multiple of flow_decoder_patch_size {P}; give another one")
+    run.compare(run.path("flow-decoder.pt"), settings("flow_decoder", run.flow, train))
 
 
 if __name__ == "__main__":

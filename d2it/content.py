@@ -9,78 +9,26 @@ Paper    "rough prediction of noise with detailed regions correction": DiT block
 In       z_t (B, C, 2n, 2n), t (B,) in 0..T, labels (B,) with `classes` for "none", grain (B, n, n)
 Out      what target() of diffusion.py asks for, (B, C, 2n, 2n); constant in coarse blocks
 Differs  router and inputs of RefineNet are known by name only; what stands here is our reading:
-         the grain chooses the head, RefineNet sees a cell's h, its own noisy codes and their places
+         the grain chooses the head, RefineNet sees a cell's h, its own noisy codes and places.
+         Every code counts once in the loss; the paper's own formula is not known to us
 Try      python -m d2it.content      (CPU, a second)
 """
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from d2it.grain import pack, unpack
+import diffusion
+from d2it.grain import code_weights, grained_noise, pack, unpack
 from d2it.presets import ContentConfig, load_preset
+from generator import guide
 from layers import (
-    MLP, Attention, ExactBuffers, as_matrices, as_weights, count_parameters, init_vit, patchify,
-    sincos_2d, unpatchify)
+    DiTBlock, LastNorm, TimeEmbedding, as_matrices, as_weights, at_least_float32,
+    count_parameters, init_vit, patchify, sincos_2d, unpatchify)
 from nativetok import as_it_is
 from plumbing import checkpoint
 from plumbing.flags import build, need
 from plumbing.run import unfinished
-
-
-class TimeEmbedding(ExactBuffers):
-    """t (B,) -> (B, D): waves of 128 lengths, then an MLP [DiT]."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(),
-                                 as_matrices(nn.Linear(width, width)))
-        omega = torch.exp(-math.log(10000) * torch.arange(128) / 128)
-        self.register_buffer("omega", omega, persistent=False)
-
-    def forward(self, t: Tensor) -> Tensor:
-        angle = t.float()[:, None] * self.omega               # (B, 128)
-        waves = torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, 256)
-        return self.mlp(as_weights(waves, self.mlp[0].weight))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, T, D) moved and stretched as the condition says; shift, scale (B, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
-def adaptive(width: int, count: int) -> nn.Sequential:
-    """c (B, D) -> `count` vectors (B, D) in one, all zero at first [DiT's adaLN-zero]."""
-    return nn.Sequential(nn.SiLU(), as_matrices(nn.Linear(width, count * width), count))
-
-
-class DiTBlock(nn.Module):
-    """x (B, T, D), c (B, D) -> (B, T, D). Gates start at zero, so at first it changes nothing."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.attention, self.mlp = Attention(width, heads), MLP(width)
-        self.condition = adaptive(width, 6)
-
-    def forward(self, x: Tensor, c: Tensor, mask: Tensor | None = None) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.condition(c).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1), mask)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
-
-
-class LastNorm(nn.Module):
-    """What DiT does before its head."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.condition = adaptive(width, 2)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return modulate(self.norm(x), *self.condition(c).chunk(2, dim=1))
 
 
 class RefineNet(nn.Module):
@@ -189,6 +137,56 @@ class Content(nn.Module):
         checkpoint.load_strict(model, saved["ema"], path)
         model.fingerprint, model.unfinished = saved["dvae"], unfinished(saved, path)
         return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------
+# learning and sampling
+
+def loss(network: Callable, z: Tensor, labels: Tensor, grain: Tensor,
+         path: str = "noise") -> tuple[Tensor, dict]:
+    """-> mean squared error over codes, a scalar, and the error by grain and by quarter of T.
+
+    Starts at 1 (path "flow": 2), when the net says nothing. An error near 1 in quarter 1 and near
+    0 in quarter 4 is no fault: little noise is hard to see, and much of it is all there is.
+    """
+    t = diffusion.random_times(len(z), path, z.device)                  # (B,)
+    noise = grained_noise(grain, z.shape[1])                  # (B, C, 2n, 2n)
+    alpha, sigma = diffusion.alpha_sigma(t, path)
+    out = network(alpha * z + sigma * noise, t, labels, grain)
+    error = (out.float() - diffusion.target(z, noise, path)).square().mean(dim=1)   # (B, 2n, 2n)
+    weights = code_weights(grain)[:, 0]                       # (B, 2n, 2n): 1 fine, 1/4 coarse
+    fine = weights == 1
+    # (B,) 0 .. 3; T/4 is of the first
+    quarter = (4 * (t.ceil() - 1).clamp_min(0) / diffusion.T).long()
+    logs = {"fine": error[fine], "coarse": error[~fine]}
+    logs |= {f"quarter_{q + 1}": error[quarter == q] for q in range(4)}
+    logs = {name: part.detach().mean() for name, part in logs.items() if part.numel()}
+    return (weights * error).sum() / weights.sum(), logs
+
+
+def guided(network: Callable, z_t: Tensor, t: Tensor, labels: Tensor, grain: Tensor,
+           no_class: int, scale: float) -> Tensor:
+    """Classifier-free guidance: scale 0 unconditional, 1 plain, above 1 guided."""
+    if scale == 1:
+        return at_least_float32(network(z_t, t, labels, grain))
+    none = torch.full_like(labels, no_class)
+    both = network(z_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, none]),
+                   grain.repeat(2, 1, 1))                     # (2B, C, 2n, 2n)
+    # TRAP: DiT guides 3 of its 4 channels, a remnant of pixel code.
+    return guide(*at_least_float32(both).chunk(2), scale)
+
+
+@torch.no_grad()
+def sample(network: Callable, noise: Tensor, labels: Tensor, grain: Tensor, no_class: int,
+           path: str = "noise", steps: int = 50, cfg_scale: float = 1.0, eta: float = 0.0,
+           generator: torch.Generator | None = None, trace: list | None = None) -> Tensor:
+    """Grained noise (B, C, 2n, 2n) -> codes, under the maps grain (B, n, n); see diffusion.py."""
+    def predict(z_t: Tensor, t: Tensor) -> Tensor:
+        return guided(network, z_t, t, labels, grain, no_class, cfg_scale)
+
+    def new_noise() -> Tensor:
+        return grained_noise(grain, noise.shape[1], generator)
+    return diffusion.sample(predict, noise, path, steps, eta, new_noise, trace)
 
 
 if __name__ == "__main__":

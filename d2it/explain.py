@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2it.diffusion import estimates
+from diffusion import estimates
 from d2it.dvae import DVAE, Codes
 from d2it.grain import count_codes, heat, painted
 from d2it.model import D2iT

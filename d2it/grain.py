@@ -130,8 +130,8 @@ def grained_noise(grain: Tensor, channels: int, generator: torch.Generator | Non
     """(B, C, 2n, 2n) of unit variance: one draw per code, copied to its slots.
 
     Drawn on the generator's own device, so a CPU one gives every machine the same noise.
-    TRAP: independent noise in all slots also runs; a coarse code is then four numbers whose mean
-    the model sees, with half of the noise that its time says.
+    TRAP: independent noise in all slots also runs; a coarse code's four independent noises then
+    average to half of the noise that its time stands for.
     """
     (B, n, _), device = grain.shape, generator.device if generator else grain.device
     fine = torch.randn(B, channels, 2 * n, 2 * n, generator=generator, device=device)

@@ -7,7 +7,7 @@ Paper    the map is predicted first, then the noise of both grains; samples of t
          are drawn under predicted maps
 In       the folder of a run of d2it.train
 Out      images uint8; for a given map too, which is how the paper compares true and random maps
-Differs  the grain transformer is generator.py's, left to right over n² words, fine or coarse.
+Differs  the grain transformer is generator.py's, left to right over n² tokens, fine or coarse.
          It *samples* a map. A network that only sees the class and learns by cross-entropy would
          answer with the class's mean map, and every disc would be in the middle
 Try      python -m d2it.sample --run runs/d2it-tiny
@@ -18,7 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from d2it import diffusion
+import diffusion
+from d2it import content
 from d2it.content import Content
 from d2it.dvae import DVAE, Codes
 from d2it.grain import grained_noise, take_top
@@ -90,8 +91,8 @@ class D2iT(nn.Module):
             grain = self.maps(labels, generator)
         need_map(grain, len(labels), n, here)
         noise = grained_noise(grain, self.content.channels, generator)
-        z = diffusion.sample(self.content, noise, labels, grain, self.content.classes, cfg.path,
-                             steps, cfg_scale, eta, generator, trace)
+        z = content.sample(self.content, noise, labels, grain, self.content.classes, cfg.path,
+                           steps, cfg_scale, eta, generator, trace)
         return Codes(z, grain)
 
     @property

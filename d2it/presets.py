@@ -159,7 +159,8 @@ def parse_run(doc: str, argv=None) -> argparse.Namespace:
     """The command line of d2it.train -> .run .preset .stage .device and .dvae .content .train."""
     parser = Parser(prog="python -m d2it.train", description=doc, epilog=(
         f"Presets: {', '.join(PRESETS)}; python -m d2it.presets shows what each of them sets."))
-    args, (dvae, content, train) = parse_command(parser, PRESETS, "d2it-tiny", CONFIGS, argv)
+    args, (dvae, content, train) = parse_command(parser, PRESETS, "d2it-tiny", CONFIGS,
+                                                 (1, 2, 3), argv)
     return argparse.Namespace(**vars(args), dvae=dvae, content=content, train=train)
 
 

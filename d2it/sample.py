@@ -4,20 +4,19 @@
     photo ─► entropy ─► map ─► codes ─► image          a row per file
 
 Run       python -m d2it.sample --run runs/NAME --classes disc ring --cfg_scale 2
-          python -m d2it.sample --run runs/NAME --grain map.png       a map painted by hand: dark is
+          python -m d2it.sample --run runs/NAME --grain map.png       a map drawn by hand: dark is
                                                                       coarse, bright is fine
           python -m d2it.sample --run runs/NAME --npz samples.npz --num_samples 50000
           python -m d2it.sample --run runs/NAME --reconstruct a.jpg b.png
 Makes     RUN/samples/sample.png, or the .npz, for eval_fid.py, or RUN/samples/reconstruct.png.
-          With --json FILE what is said of the samples in the .npz: codes, speed, maps obeyed.
+          With --json FILE measures of the samples in the .npz: codes, speed, maps obeyed.
           The same command writes the same bytes on the same machine
-Exit      0 done, 1 failure, 2 something to mend in the command or the run
+Exit      0 done, 1 failure, 2 user error
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
 import argparse
 import os
-import shlex
 import sys
 
 import numpy as np
@@ -25,10 +24,10 @@ import torch
 from torch import Tensor
 
 import config
-from d2it.diffusion import T
 from d2it.dvae import DVAE
 from d2it.grain import count_codes, gray, heat, painted
 from d2it.model import D2iT
+from diffusion import T
 from generator import need_guidance
 from losses import psnr
 from plumbing import checkpoint
@@ -56,10 +55,7 @@ def parse(argv=None) -> argparse.Namespace:
     to.add_argument("--json", metavar="FILE",
                     help="with --npz: write what is said of the samples there, too")
     add_sampling_flags(parser, SAMPLING)
-    args = parse_samples(parser, argv, samples=("grain", *SAMPLING), npz=("json",))
-    words = sys.argv[1:] if argv is None else map(str, argv)
-    args.command = "python -m d2it.sample " + shlex.join(words)
-    return args
+    return parse_samples(parser, argv, samples=("grain", *SAMPLING), npz=("json",))
 
 
 def read_map(path: str, side: int) -> Tensor:
@@ -68,7 +64,7 @@ def read_map(path: str, side: int) -> Tensor:
 
     What is transparent counts as black. Of two colours the brighter one is fine, whichever they
     are: 1 beside 0, or the red and blue of our own pictures. A note where all cells come out alike
-    though the picture is not of one colour: its painter wanted something else.
+    though the picture is not of one colour, which cannot be what was meant.
     """
     image = read_image(path, background="black")
     height, width = image.shape[:2]

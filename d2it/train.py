@@ -1,15 +1,15 @@
 """D²iT in three stages: codes, maps, content.
 
 stage 1   dvae      the threshold is calibrated, encoder and decoder learn, the codes are measured
-stage 2   grain     which cells are fine, given the class: generator.py over n² words of two
+stage 2   grain     which cells are fine, given the class: generator.py over n² tokens of two kinds
 stage 3   content   the DVAE is frozen; noise is predicted in its codes, encoded anew at each step
 
 Run       python -m d2it.train --preset d2it-tiny         all stages that are not finished yet
           torchrun --nproc_per_node=8 -m d2it.train -- --preset d2it-64 --data DIR \\
                    --run runs/mine      (the -- keeps torchrun from taking --run for its own)
 Makes     runs/NAME/ with config.json dvae.pt grain.pt content.pt log.jsonl samples/
-          Repeat the command to go on. SIGTERM and Ctrl-C save first, then exit with 3
-Exit      0 finished, 1 failure, 2 something to mend, 3 interrupted and saved
+          Repeat the command to resume. SIGTERM and Ctrl-C save first, then exit with 3
+Exit      0 finished, 1 failure, 2 user error, 3 interrupted and saved
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from d2it import diffusion
+from d2it import content
 from d2it.content import Content
 from d2it.dvae import DVAE, Codes
 from d2it.grain import code_weights, grained_noise, painted
@@ -116,7 +116,7 @@ def need_its_dvae(stage: Stage, dvae: DVAE, key: str) -> None:
 
 
 def train_grain(run: Run, change_dvae: Callable) -> None:
-    """A map is a sentence of n² words from a vocabulary of two: 1 fine, 0 coarse."""
+    """A map is a sequence of n² tokens from a vocabulary of two: 1 fine, 0 coarse."""
     train, cfg, classes = run.train, run.configs[1].generator(), len(run.data.classes)
     dvae, cells = finished_dvae(run, change_dvae), run.configs[0].side ** 2
     stage = Stage(run, FILES[2], "grain", lambda saved: ARGenerator(cfg, cells, 2, classes),
@@ -175,7 +175,7 @@ def train_content(run: Run, change_dvae: Callable, change: Callable) -> None:
         pixels, labels = next(held_out(run, 12))
         grain = dvae.grain_of(pixels)
         start = grained_noise(grain, C, torch.Generator().manual_seed(train.seed))
-        z = diffusion.sample(stage.ema, start, labels, grain, classes, cfg.path, 50,
+        z = content.sample(stage.ema, start, labels, grain, classes, cfg.path, 50,
                              default_guidance(cfg.label_dropout))
         pixels = pixels.cpu()
         run.grid(name, [to_float(pixels), to_float(painted(pixels, grain)),
@@ -186,7 +186,7 @@ def train_content(run: Run, change_dvae: Callable, change: Callable) -> None:
             # TRAP: a cache of codes would freeze one mirror image and one draw of the posterior.
             z, grain = dvae.encode(pixels)
             with stage.autocast():
-                loss, terms = diffusion.loss(stage.model, z, labels, grain, cfg.path)
+                loss, terms = content.loss(stage.model, z, labels, grain, cfg.path)
             stage.backward(loss, terms, code_weights(grain).mean())
             stage.save_or_show(show)
 
@@ -195,7 +195,7 @@ def train_content(run: Run, change_dvae: Callable, change: Callable) -> None:
         with torch.no_grad():
             for pixels, labels in held_out(run):
                 z, grain = dvae.encode(pixels)
-                loss, _ = diffusion.loss(stage.ema, z, labels, grain, cfg.path)
+                loss, _ = content.loss(stage.ema, z, labels, grain, cfg.path)
                 total += loss.item() * len(pixels)
     finish(stage, show, loss=total / len(run.eval_indices))
 

@@ -1,15 +1,15 @@
-"""Intervention, what only ordered tokens can answer: token i is forced to be another image's.
+"""Intervention: token i is replaced by another image's. Only ordered tokens can react to it.
 
     ids 1 .. L of an image, token i taken from another ─┬─► decoded as they are        broken
-                                                        └─► experts after i read it,
-                                                            and choose anew: decoded   answered
+                                                        └─► experts after i read it
+                                                            and re-encode: decoded     answered
 
 In       a tokenizer, held-out images
 Out      for i = 1, 2, 4, ... L: dB of both, and how many of the later ids changed
 Differs  from bits, which cannot show an order: a perfect predictor pays the same from left to right
-         as from right to left (the chain rule). Here the later tokens either know of token i or
-         they do not. titok chooses all of its tokens at once, so its two pictures are equal to the
-         bit: 0 dB repaired, no id changed [ours]
+         as from right to left (the chain rule). Here the later tokens either depend on token i or
+         they do not. titok computes all of its tokens at once, so its two pictures are equal to the
+         bit: 0 dB recovered, no id changed [ours]
 """
 import torch
 from torch import Tensor
@@ -43,11 +43,11 @@ def interventions(tokenizer: NativeTok, pixels: Tensor, shift: int = 1) -> list[
     Image k gets the token of image k - shift. PSNR is that of the mean squared error of all images
     in 8-bit RGB.
 
-    original, broken, answered   dB of the reconstruction, of token i replaced, of later ones chosen
-                                 anew
+    original, broken, answered   dB of the reconstruction; with token i replaced; with later tokens
+                                 re-encoded
     repaired                     answered - broken, dB
-    later_ids_changed            share of the ids after i that are others than before
-    other_id                     share of the images that another id than their own was forced on
+    later_ids_changed            share of the ids after i that changed
+    other_id                     share of the images whose replaced id differs from their own
     """
     device = tokenizer.quantizer.codebook.device
     batches = [to_float(part.to(device)) for part in pixels.split(BATCH)]

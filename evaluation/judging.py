@@ -30,9 +30,10 @@ from evaluation.measures import (
     ssim,
 )
 from evaluation.tinycnn import FEATURES, load_judge, random_twin
+from flow_decoder import Decoding
 from generator import Generator, mask_schedule
 from losses import mse, to_db
-from nativetok import NativeTok, sample_batch
+from nativetok import sample_batch
 from plumbing import checkpoint
 from plumbing.archives import kind_of
 from plumbing.batches import eval_batches
@@ -139,17 +140,25 @@ def real(name: str, dataset: ImageSet, indices: np.ndarray, size: int, how: Batc
     return ImageSource(name, len(indices), batches, labelled)
 
 
-def reconstruction(tokenizer: NativeTok, originals: ImageSource,
-                   device: torch.device) -> ImageSource:
+def reconstruction(decode: Decoding, originals: ImageSource, how: Batching, device: torch.device,
+                   num_tokens: int | None = None) -> ImageSource:
+    """The originals from their first num_tokens ids, by default all; batch b draws from (seed, b).
+    """
+    tokenizer = decode.tokenizer
+    k = num_tokens or tokenizer.num_tokens
+
     def batches(numbers):
-        for images, labels, _ in originals.batches(numbers):
-            recon = tokenizer.decode(tokenizer.encode(to_float(images.to(device))))
-            yield to_uint8(recon).cpu(), labels, images
+        for b, (images, labels, _) in zip(numbers, originals.batches(numbers)):
+            ids = tokenizer.encode(to_float(images.to(device)))[:, :k]
+            noise = torch.Generator().manual_seed(how.seed * 1_000_003 + b)
+            yield to_uint8(decode(ids, noise)).cpu(), labels, images
+    part = {"num_tokens": k} if k < tokenizer.num_tokens else {}
     return ImageSource("reconstruction", originals.n, batches, originals.labelled,
-                       settings={"num_tokens": tokenizer.num_tokens})
+                       settings={"num_tokens": k, **decode.settings}, swept=part,
+                       unfinished=decode.unfinished)
 
 
-def generated(kind: str, model: Generator, tokenizer: NativeTok, n: int, options: dict,
+def generated(kind: str, model: Generator, decode: Decoding, n: int, options: dict,
               swept: dict, how: Batching, device: torch.device) -> ImageSource:
     """Samples of a generator: the classes take turns, batch b draws from (seed, b)."""
     labels = torch.arange(n) % model.num_classes
@@ -162,10 +171,11 @@ def generated(kind: str, model: Generator, tokenizer: NativeTok, n: int, options
     def batches(numbers):
         for b in numbers:
             part = labels[b * how.batch_size:(b + 1) * how.batch_size]
-            images = sample_batch(model, tokenizer, part.to(device), options, how.seed, b)
+            images = sample_batch(model, decode, part.to(device), options, how.seed, b)
             yield images, part, None
-    settings = {**options, "seed": how.seed, "batch_size": how.batch_size}
-    return ImageSource(kind, n, batches, settings=settings, swept=swept)
+    settings = {**options, **decode.settings, "seed": how.seed, "batch_size": how.batch_size}
+    unfinished = "; ".join(filter(None, (decode.unfinished, model.unfinished)))
+    return ImageSource(kind, n, batches, settings=settings, swept=swept, unfinished=unfinished)
 
 
 def blurred(images: Tensor, rng) -> Tensor:
@@ -217,7 +227,7 @@ def why_unlabelled(images: ImageSet, path: str, classes: list[str]) -> str:
 # features
 
 class FeatureStats:
-    """What a FeatureNet says of an ImageSource: mean and covariance, the first features, hits."""
+    """An ImageSource through a FeatureNet: mean and covariance, the first features, hits."""
 
     def __init__(self, net: FeatureNet, n: int, classes: int = 0):
         self.statistics = Statistics(net.features)  # of all images

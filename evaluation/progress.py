@@ -1,4 +1,4 @@
-"""How far a run has come: what train.py says and shows of held-out images at a phase's end.
+"""How far a run has come: numbers and pictures of held-out images at a phase's end.
 
 In       a Run, a tokenizer or a generator with averaged weights
 Out      numbers for log.jsonl and the checkpoint; pictures in RUN/samples
@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from flow_decoder import FlowDecoder
 from losses import mse, to_db
 from nativetok import NativeTok
 from plumbing.batches import eval_batches
@@ -38,6 +39,31 @@ def show_reconstructions(run: Run, model: NativeTok, name: str) -> None:
     if run.procs.main:
         images = to_float(run.some_held_out(16))
         run.grid(name, [images, model.decode(model.encode(images.to(run.procs.device)))])
+
+
+def show_drawn(run: Run, decoder: FlowDecoder, name: str) -> None:
+    """samples/NAME.png: held-out images, their reconstructions by the mean, and two draws each."""
+    if run.procs.main:
+        images = to_float(run.some_held_out(16)).to(run.procs.device)
+        ids, noise = decoder.tokenizer.encode(images), torch.Generator().manual_seed(run.train.seed)
+        drawn = [decoder.decode(ids, generator=noise).clamp(-1, 1) for _ in range(2)]
+        run.grid(name, [images, decoder.tokenizer.decode(ids), *drawn])
+
+
+def drawn_psnr(run: Run, decoder: FlowDecoder) -> dict:
+    """PSNR over held-out images, drawn and by the tokenizer's own decoder."""
+    errors = {"psnr_drawn": [], "psnr_mean": []}
+    noise = torch.Generator().manual_seed(run.train.seed)
+    batches = eval_batches(run.val, run.tok.image_size, 250, run.eval_indices,
+                           skip_bad=run.train.skip_bad)
+    for images, _ in batches:
+        images = to_float(images.to(run.procs.device))
+        ids = decoder.tokenizer.encode(images)
+        errors["psnr_drawn"].append(mse(decoder.decode(ids, generator=noise).clamp(-1, 1), images))
+        errors["psnr_mean"].append(mse(decoder.tokenizer.decode(ids).clamp(-1, 1), images))
+    found = {name: round(to_db(torch.cat(parts).mean()).item(), 3)
+             for name, parts in errors.items()}
+    return {**found, "images": len(run.eval_indices)}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What eval_fid.py says: a table of results, warnings, and a run's summary.
+"""What eval_fid.py prints: a table of results, warnings, and a run's summary.
 
 In       rows of results as judging.judge makes them
 Out      text, and the dictionaries that go into summary.json

@@ -5,8 +5,8 @@ Out      class logits (B, C), features (B, 128)
 Differs  from FID's network: a distance in these features depends on the data, the training and the
          net, so its name carries the weights' hash, and numbers with different hashes must not be
          compared. There are two: the one trained on the run's images sees what makes a class and is
-         blind to some faults (noise: half of what it learned from was noisy); its twin with random
-         weights knows nothing, but any change of texture moves its features
+         blind to some faults (noise: half of what it learned from was noisy); the same network with
+         random weights knows no class, but any change of texture moves its features
 Try      python -m evaluation.tinycnn      (trains on the shapes, CPU, ten seconds)
 """
 import numpy as np
@@ -94,7 +94,7 @@ def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip:
 @torch.no_grad()
 def accuracy(judge: TinyCNN, val: ImageSet, image_size: int, device: torch.device,
              skip_bad: bool = False) -> float:
-    """The share of held-out images whose class the classifier says."""
+    """The share of held-out images that the classifier gets right."""
     hits = []
     for images, labels in eval_batches(val, image_size, 250, skip_bad=skip_bad):
         logits, _ = judge(to_float(images.to(device)))

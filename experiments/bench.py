@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from config import load_preset
+from flow_decoder import Decoding
 from generator import GENERATORS, ARGenerator, Generator
 from loop import LossOf, make_ema, new_optimizer, update_ema
 from losses import reconstruction
@@ -68,7 +69,7 @@ class Bench:
 
     def preset(self, name: str) -> tuple:
         """-> TokenizerConfig, GeneratorConfig, TrainConfig"""
-        tok, gen, settings = load_preset(name)
+        tok, gen, _, settings = load_preset(name)
         tiny = TINY if self.quick else ({}, {})
         return replace(tok, **tiny[0]), replace(gen, **tiny[1]), settings
 
@@ -335,7 +336,7 @@ def samples(bench: Bench) -> None:
     """Of a batch, drawn and decoded as sample.py does."""
     for kind in GENERATORS:
         gpu_row(bench, f"samples of {kind}, guided", lambda kind=kind: partial(
-            sample_batch, generator(bench, kind), tokenizer(bench, "imagenet-128", 128),
+            sample_batch, generator(bench, kind), Decoding(tokenizer(bench, "imagenet-128", 128)),
             zeros(bench, bench.batch(GPU_BATCH)), dict(cfg_scale=2.0), 0, 0), 20)
 
 
@@ -362,7 +363,8 @@ def table(measured: list[dict]) -> str:
 
 def parse(argv=None) -> argparse.Namespace:
     names = "; ".join(f"{name}: {text}" for name, (_, text) in ROWS.items())
-    parser = Parser(prog="bench.py", description=__doc__, epilog=f"Rows: {names}")
+    parser = Parser(prog="python -m experiments.bench", description=__doc__,
+                    epilog=f"Rows: {names}")
     add = parser.add_argument
     add("--rows", nargs="+", metavar="ROW", help="only these (default: all of a CPU, or of a GPU)")
     add("--device", choices=DEVICES, default="auto", help="where to compute")
@@ -379,8 +381,7 @@ def main(argv=None) -> None:
     args = parse(argv)
     need_one_process("experiments.bench")
     bench = Bench(args.device, args.quick)
-    words = sys.argv[1:] if argv is None else argv
-    origin = provenance(shlex.join(["python", "-m", "experiments.bench", *words]), bench.device)
+    origin = provenance(args.command, bench.device)
     made = origin | {"seed": 0, "gflops": {"float32": bench.peak(FP32) / 1e9,
                                            "bf16": bench.peak(BF16) / 1e9}}
     print(f"{made['device']}, torch {made['torch']}, {made['command']}\nmatrix peak "

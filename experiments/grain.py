@@ -158,7 +158,7 @@ def with_maps(kind: Callable[[DVAEConfig], DVAE]) -> Callable[[DVAE], DVAE]:
 
 
 class RefineEverywhere(nn.Module):
-    """RefineNet reads the codes of all cells. Content uses what it says of fine ones, as before."""
+    """RefineNet reads the codes of all cells. Content uses its output for fine ones, as before."""
 
     def __init__(self, refine: RefineNet):
         super().__init__()
@@ -248,7 +248,7 @@ PLANS = {
 # training
 
 def flags_of(arm: str, seed: int, args) -> list[str]:
-    """The command line of d2it.train for this arm; of its codes it says what their own arm says."""
+    """The command line of d2it.train for this arm; its codes have the settings of their own arm."""
     this, plan = ARMS[arm], args.plan
     of_codes = ARMS[this.codes].settings if this.codes else {}
     return ["--preset", plan.preset, "--run", os.path.join(args.out, "runs", f"{arm}-{seed}"),
@@ -319,7 +319,7 @@ def half_limit(data: ImageSet, size: int, cell: int) -> float:
 
 
 def measure_codes(model: DVAE, judge: Judge, limit: float) -> dict:
-    """PSNR of held-out images, overall and by cells, and what the judge says of them."""
+    """PSNR of held-out images, overall and by cells, and the judge's measures."""
     held_out, device = judge.held_out, model.limit.device
 
     def pixels_of(numbers):
@@ -361,7 +361,7 @@ def asked(mode: str, model: D2iT, judge: Judge, n: int) -> tuple[Tensor, Tensor 
 
 
 def sampled(mode: str, model: D2iT, judge: Judge, n: int, steps: int, seed: int) -> dict:
-    """Draw n images under maps of one kind -> what the judge says of them."""
+    """Draw n images under maps of one kind -> the judge's measures."""
     labels, given = asked(mode, model, judge, n)
     parts = labels.split(BATCH)
     grains = itertools.repeat(None) if given is None else given.split(BATCH)

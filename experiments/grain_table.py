@@ -34,7 +34,7 @@ def of_codes(result: dict) -> dict[str, float]:
 
 
 def of_images(result: dict, row: dict) -> dict[str, float | None]:
-    """Columns of an arm of images under one kind of maps; None where there is nothing to say."""
+    """Columns of an arm of images under one kind of maps; None where nothing was measured."""
     return {"FD": row[fd_key(result)], "class seen": row["class_accuracy"],
             "map obeyed": row["map_obeyed"], "bits of a map": result["bits_of_a_map"],
             "tokens × blocks": result["tokens_times_blocks"], "ms an image": row["ms_an_image"]}

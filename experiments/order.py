@@ -21,7 +21,7 @@ Sizes    encoders have as many parameters as NativeTok's, within 10%: titok's Vi
          as MIT and as wide as it takes; block experts and the shared expert are as wide as it takes
 Order    shows only where a token is forced and later ones answer (evaluation/intervention.py).
          Bits cannot show it: a perfect predictor pays the same in any order (the chain rule), and
-         tokens that say nothing cost nothing. Look at bits together with PSNR
+         tokens that carry nothing cost nothing. Look at bits together with PSNR
 Samples  are judged by the Fréchet distance in the features of one TinyCNN for all arms of a data
          set (not FID, see evaluation/tinycnn.py), at the guidance that was best on other samples
 
@@ -45,7 +45,6 @@ import math
 import os
 import shlex
 import signal
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -71,6 +70,7 @@ from evaluation.judging import (
 from evaluation.tinycnn import train_judge
 from experiments.order_table import costs, fd_key, read_results, write_tables
 from experiments.pca import transform_code
+from flow_decoder import Decoding
 from generator import GENERATORS, Generator
 from layers import count_parameters
 from losses import mse, to_db
@@ -304,7 +304,7 @@ def handlers_of_its_own():
 def train_arm(arm: str, seed: int, flags: list[str]) -> None:
     """train.py in this process, tokenizer and generators; what is finished already is left out.
 
-    train.py knows nothing of other orders and need not: it is handed a tokenizer that has one. Its
+    train.py knows nothing of other orders and need not: it is given a tokenizer that has one. Its
     token cache, its pictures and the generators' mark of whose ids they have learned follow, so no
     other program can take these ids for the tokenizer's own.
     Exits with 3 when interrupted, as train.py does.
@@ -404,7 +404,7 @@ class Judge:
         self.reference = Reference.of(val.name, self.held_out.n, [self.net], stats)
 
     def row(self, source: ImageSource) -> dict:
-        """What there is to say of a set of images, in a flat dictionary."""
+        """The measures of a set of images, in a flat dictionary."""
         row = judge(source, [self.net], self.reference, self.how, self.procs)
         settings = row.pop("settings", {})
         row.pop("swept", None)
@@ -412,7 +412,7 @@ class Judge:
 
 
 def sample_rows(judged: Callable[..., dict], seed: int) -> dict[str, list[dict]]:
-    """What the judge says of samples: {"tried": rows to choose by, "samples": rows to report}.
+    """The judge's measures of samples: {"tried": rows to choose by, "samples": rows to report}.
 
     Each generator is tried at each guidance; the best one is reported, on samples of other noise.
 
@@ -429,7 +429,7 @@ def sample_rows(judged: Callable[..., dict], seed: int) -> dict[str, list[dict]]
 
 def measure(arm: str, seed: int, train_args, args, procs: Processes, data: ImageSet,
             val: ImageSet) -> dict:
-    """Everything that is said of one arm and seed but where it comes from.
+    """All measures of one arm and seed; not where they come from.
 
     train_args   the command line of train.py that made it
     args         the command line of order.py
@@ -443,11 +443,11 @@ def measure(arm: str, seed: int, train_args, args, procs: Processes, data: Image
     models = {kind: Generator.of_run(folder, kind, tokenizer, device) for kind in GENERATORS}
 
     def judged(kind: str, noise: int, **options) -> dict:
-        return jury.row(generated(kind, models[kind], tokenizer, n, {}, options,
+        return jury.row(generated(kind, models[kind], Decoding(tokenizer), n, {}, options,
                                   replace(jury.how, seed=noise), device))
 
     chosen = np.random.default_rng(0).permutation(len(data))[:n]
-    rebuilt = jury.row(reconstruction(inside, jury.held_out, device))
+    rebuilt = jury.row(reconstruction(Decoding(inside), jury.held_out, jury.how, device))
     return {"psnr": rebuilt["psnr"], "ssim": rebuilt["ssim"], jury.net.key: rebuilt[jury.net.key],
             "reconstruction": rebuilt, "real": jury.row(real("real", data, chosen, size, jury.how)),
             "judge_accuracy": round(jury.accuracy, 4),
@@ -517,7 +517,7 @@ def make_pca(args, data: ImageSet, val: ImageSet) -> None:
 def parser_of(name: str, doc: str, plans: Iterable[str], arms: Iterable[str],
               extra: Iterable[str]) -> Parser:
     """The flags of order.py and grain.py. arms: trained by default; extra: when asked for."""
-    parser = Parser(prog=f"{name}.py", description=doc)
+    parser = Parser(prog=f"python -m experiments.{name}", description=doc)
     add = parser.add_argument
     add("--preset", choices=[plan for plan in plans if plan != "quick"], default="tiny",
         help="sizes and steps (default: tiny)")
@@ -539,13 +539,11 @@ def parser_of(name: str, doc: str, plans: Iterable[str], arms: Iterable[str],
 
 def parse_for(name: str, parser: Parser, argv: list[str] | None, plans: dict,
               arms: Iterable[str]) -> argparse.Namespace:
-    """The command line -> namespace, with .plan, .out and .command, the line itself.
+    """The command line -> namespace, with .plan and .out.
 
     Raises UserError for wrong use.
     """
     args = parser.parse_args(argv)
-    words = sys.argv[1:] if argv is None else argv
-    args.command = f"python -m experiments.{name} " + shlex.join(words)
     plan = "quick" if args.quick else args.preset
     args.plan, args.out = plans[plan], args.out or os.path.join("runs", f"{name}-{plan}")
     for seed in args.seeds:

@@ -100,7 +100,7 @@ def above_pca(result: dict, points: list[list[float]]) -> float | None:
 
 
 def columns(result: dict, points: list[list[float]]) -> dict[str, float | None]:
-    """{column: number} of one arm and seed; None where there is nothing to say."""
+    """{column: number} of one arm and seed; None where nothing was measured."""
     fd, L = fd_key(result), len(result["order"])
     quarter, first = str(max(1, L // 4)), result["intervention"][0]
     ar, maskgit = (reported(result, kind) for kind in ("ar", "maskgit"))

@@ -1,4 +1,4 @@
-"""A yardstick for tokenizers: how well does a PCA transform code do at a given number of bits?
+"""A reference for tokenizers: how well does a PCA transform code do at a given number of bits?
 
 The images are projected on the principal components of the training images. The bits are handed
 out one by one, each to the component whose quantization error falls most; a component is quantized
@@ -101,7 +101,7 @@ def transform_code(train: ImageSet, val: ImageSet, image_size: int,
 
 
 def parse() -> argparse.Namespace:
-    parser = Parser(prog="pca.py", description=__doc__)
+    parser = Parser(prog="python -m experiments.pca", description=__doc__)
     parser.add_argument("--data", required=True,
                         help="training images, in any form that train.py takes")
     parser.add_argument("--val_data", default="", help="held-out images; empty: some of --data")

@@ -3,8 +3,8 @@
 The pages' numbers are held against such files by tests/test_numbers.py. The commit in it is the one
 that is checked out now, so record a run before the next change.
 
-In       a finished run of train.py or d2it.train: its settings, of RUN/log.jsonl each phase's last
-         words; RUN/summary.json, if eval_fid.py has been there, RUN/explain/answers.json of
+In       a finished run of train.py or d2it.train: its settings, each phase's last row of
+         RUN/log.jsonl; RUN/summary.json, if eval_fid.py has been there, RUN/explain/answers.json of
          explain.py, and RUN/samples.json of d2it.sample
 Run      python -m experiments.record --run runs/demo --by "make demo" --out demo.json
 Makes    a JSON with command, commit, seed, device and the numbers
@@ -45,7 +45,7 @@ def settings(run: OpenRun) -> dict:
 
 def phases(run: OpenRun) -> list[dict]:
     """One row per finished phase: quality on held-out images, seconds, loss over its tenths."""
-    _, _, train_config = run.configs
+    train_config = run.configs[-1]
     cost, rows = costs(run.folder, train_config), []
     for row in read_log(run.folder):
         if "seconds" in row:
@@ -56,7 +56,7 @@ def phases(run: OpenRun) -> list[dict]:
 
 
 def main() -> None:
-    parser = Parser(prog="record.py", description=__doc__)
+    parser = Parser(prog="python -m experiments.record", description=__doc__)
     parser.add_argument("--run", required=True, help="folder of a run of train.py or d2it.train")
     parser.add_argument("--by", required=True, metavar="COMMAND", help="what was typed to make it")
     parser.add_argument("--out", required=True, metavar="FILE", help="the JSON to write")

@@ -1,11 +1,10 @@
-"""How much do the tokens say of an image, and how much could they? Each is thought over once more.
+"""How much better could the same tokens be? Search: other codes are tried in place of each.
 
-An expert says the code nearest to what it wants to say. Nearest among codes need not be nearest in
-pixels, and what the later experts say changes with it. So, from the first token to the last, the
-codes that lie next are tried in its place, all is decoded, and what comes out nearest to the image
-stays:
+An expert emits the code nearest to its output. The nearest code need not give the nearest pixels,
+and the later experts' tokens depend on it. So, from the first token to the last, the next nearest
+codes are tried in its place, all is decoded, and what comes closest to the image is kept:
 
-    answer   the later experts read the other code and choose anew: only ordered tokens can
+    answer   the later experts read the other code and re-encode: only ordered tokens can
     hold     the later tokens stay as they are
 
 It is a greedy search, not the best of all sequences of codes: a floor of what encoding leaves. The
@@ -17,8 +16,6 @@ Makes    a table, a line for each way, with PSNR over held-out images; --json FI
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
-import shlex
-import sys
 import time
 from collections.abc import Callable
 
@@ -38,7 +35,7 @@ from plumbing.processes import Processes, need_one_process, provenance
 from plumbing.run import held_out, open_run
 
 def others(tokenizer: NativeTok, images: Tensor, answer: bool) -> Callable:
-    """-> (ids (B, L), i, k) -> ids in which token i is the k-th next of what was wanted there."""
+    """-> (ids (B, L), i, k) -> ids in which token i is the k-th next nearest code."""
     L, quantizer = tokenizer.num_tokens, tokenizer.quantizer
     codes = quantizer.codes()
 
@@ -63,10 +60,10 @@ def others(tokenizer: NativeTok, images: Tensor, answer: bool) -> Callable:
 
 
 def search(tokenizer: NativeTok, images: Tensor, nearest: int, answer: bool = True) -> Tensor:
-    """images (B, 3, H, W) -> ids (B, L), each token thought over once. No image gets worse.
+    """images (B, 3, H, W) -> ids (B, L), each token searched once. No image gets worse.
 
-    nearest   how many codes are tried in a token's place, those next to what was wanted there
-    answer    the experts after it choose anew; False, or a baseline: their tokens are held
+    nearest   how many codes are tried in a token's place, those next nearest to the expert's output
+    answer    the experts after it re-encode; False, or a baseline: their tokens are held
     """
     ids = tokenizer.encode(images)
     best = errors(tokenizer, ids, images)
@@ -97,7 +94,7 @@ def measured(tokenizer: NativeTok, batches: list[Tensor], nearest: int, answer: 
             "ms_per_image": round(1000 * seconds / len(error), 2)}
 
 
-HEAD = ("codes tried", "later tokens", "PSNR", "ids that are others", "passes", "ms an image")
+HEAD = ("codes tried", "later tokens", "PSNR", "ids changed", "passes", "ms an image")
 
 
 def cells(row: dict) -> str:
@@ -113,7 +110,7 @@ def table(rows: list[dict]) -> str:
 
 
 def parse(argv=None):
-    parser = Parser(prog="search.py", description=__doc__)
+    parser = Parser(prog="python -m experiments.search", description=__doc__)
     parser.add_argument("--run", required=True, help="folder of a run of train.py")
     parser.add_argument("--nearest", type=number(int, 1), nargs="+", default=[1], metavar="N",
                         help="codes tried in each token's place (default: 1)")
@@ -144,8 +141,7 @@ def main(args) -> None:
             rows.append(measured(tokenizer, batches, nearest, answer))
             print(cells(rows[-1]), flush=True)
     if args.json:
-        command = "python -m experiments.search " + shlex.join(sys.argv[1:])
-        checkpoint.write_json(args.json, {**provenance(command, device), "seed": 0,
+        checkpoint.write_json(args.json, {**provenance(args.command, device), "seed": 0,
                                           "images": len(plain), "rows": rows})
 
 

@@ -1,4 +1,4 @@
-"""How large is the house? Lines per folder, settings, files that one training step runs through.
+"""How large is this program? Lines per folder, settings, files that a training step runs through.
 
 Run      python -m experiments.size
 Makes    one Markdown row, for the table in CONTRIBUTING.md

@@ -1,4 +1,4 @@
-"""A speed run that others can beat: how soon do 144 bits say more than a PCA code of 144 bits?
+"""A speed run that others can beat: how soon do 144 bits beat a PCA code of 144 bits?
 
 The rule: train `cifar` at its full length, 16 tokens of 512 codes, in one piece, and be at 20.02 dB
 or more on all held-out images when the time is up (CIFAR-10's test set; 20.02 dB is what
@@ -10,14 +10,13 @@ Run      python -m experiments.speedrun --data cifar10/train --val_data cifar10/
 Makes    the run's folder under --out; minutes, steps, threads, peak memory, PSNR on stdout and in
          OUT/speedrun.json. What an earlier speed run has left in OUT goes; a folder that holds
          anything else is left as it is
-Exit     0 passed, 1 not passed, 2 something to mend, 3 interrupted (repeat to start anew)
+Exit     0 passed, 1 not passed, 2 user error, 3 interrupted (repeat to start anew)
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
 import glob
 import os
 import re
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ BITS = 144
 
 
 def parse(argv=None):
-    parser = Parser(prog="speedrun.py", description=__doc__)
+    parser = Parser(prog="python -m experiments.speedrun", description=__doc__)
     add = parser.add_argument
     add("--data", required=True, help="images to learn from, in any form that train.py takes")
     add("--val_data", required=True, help="images to be judged by, all of them")
@@ -112,8 +111,7 @@ def main(args) -> None:
              "it; leave it out")
     train_and_val(args.data, args.val_data, settings.train.holdout, settings.train.seed)
     empty_folder(args.out)
-    command = "python -m experiments.speedrun " + shlex.join(sys.argv[1:])
-    checkpoint.write_json(os.path.join(args.out, MARK), {"command": command})
+    checkpoint.write_json(os.path.join(args.out, MARK), {"command": args.command})
     run.EVAL_IMAGES = 1  # all of them are looked at below, when the clock has stopped
 
     began = time.perf_counter()
@@ -125,7 +123,7 @@ def main(args) -> None:
     tokenizer = NativeTok.of_run(args.out, judged.procs.device)
     result = evaluate(tokenizer, judged)
     judged.end()
-    row = {**provenance(command, judged.procs.device),
+    row = {**provenance(args.command, judged.procs.device),
            "minutes": round(minutes, 2), "steps": args.steps, "seed": settings.train.seed,
            "threads": torch.get_num_threads(), "psnr": result["psnr"], "images": result["images"],
            "peak_mb": peak_memory(judged.procs.device) >> 20, "passed": result["psnr"] >= TARGET}

@@ -1,6 +1,6 @@
-"""Folders and archives: which images lie there, and how one of them is read. Nothing is unpacked.
+"""Folders and archives: which images lie there, and how one of them is read. Nothing is written.
 
-In       a folder, a .tar, a .zip, or a .tar.gz .tar.xz .tar.bz2, of which a plain .tar is made once
+In       a folder, a .tar, a .zip, or a .tar.gz .tar.xz .tar.bz2, which is held in memory
 Out      list_folder, list_tar, list_zip   a Listing: names, places and sizes of the images
          Source   .read(key) one of them, uint8 (H, W, 3); .peek(key, n) some bytes of its file
 Differs  the paper says nothing of files. Names are only compared, never used as paths; what an
@@ -8,7 +8,6 @@ Differs  the paper says nothing of files. Names are only compared, never used as
 """
 import bz2
 import functools
-import glob
 import gzip
 import hashlib
 import io
@@ -18,7 +17,6 @@ import os
 import re
 import sys
 import tarfile
-import tempfile
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -26,14 +24,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from plumbing import checkpoint
 from plumbing.flags import need
 from plumbing.images import ENDINGS, MEND_IMAGE, decode, explained
 
 MEND_ARCHIVE = "is it complete? copy it again"
-# No archive of photographs comes near these; a bomb, kilobytes that unpack to terabytes, is
-# stopped at them.
-MAX_RATIO, ALWAYS_ALLOWED = 200, 1 << 30  # unpacked bytes: a GiB, and 200 for each packed one
+MAX_UNPACKED = 1 << 32  # bytes of a compressed tar in memory, where a bomb is stopped too
 MAX_FILE = 1 << 28  # bytes of one image file in an archive
 BLOCKS = 8  # pieces of a large file that are looked at, where the whole of it would take too long
 # What operating systems and programs leave in any folder, compared in lower case.
@@ -162,10 +157,10 @@ def list_folder(root: str) -> Listing:
 # ------------------------------------------------------------------------------------------------
 # tar
 
-def list_tar(path: str, shown: str) -> Listing:
-    """`shown` is the name for error messages."""
+def list_tar(source: "Source", path: str) -> Listing:
     found, end = Listing(), 0
-    with explained(shown, MEND_ARCHIVE), tarfile.open(path, "r:") as tar:
+    with (explained(path, MEND_ARCHIVE), source.open(path) as file,
+          tarfile.open(fileobj=file, mode="r:") as tar):
         while (member := tar.next()) is not None:
             tar.members = []  # or it keeps a kilobyte for every one of a million images
             end = member.offset_data + math.ceil(member.size / 512) * 512
@@ -174,9 +169,9 @@ def list_tar(path: str, shown: str) -> Listing:
             if member.isdir():
                 found.folders.append(member.name)
             elif is_image(member.name):
-                need(member.isreg() and not member.issparse(), f"{shown}: {member.name} is a link "
+                need(member.isreg() and not member.issparse(), f"{path}: {member.name} is a link "
                      "or a sparse file; pack it again with tar --dereference --hard-dereference")
-                need_small(shown, member.name, member.size)
+                need_small(path, member.name, member.size)
                 found.files[member.name] = (member.offset_data, member.size)
             elif member.isreg() and member.name.endswith(".cls") and member.size < 1000:
                 text = tar.extractfile(member).read()
@@ -185,10 +180,9 @@ def list_tar(path: str, shown: str) -> Listing:
                 found.pass_over(member.name)
         # TRAP: tarfile takes a damaged header for the end of the archive; a true end is marked by
         # a block of zeros.
-        with open(path, "rb") as file:
-            file.seek(end)
-            need(file.read(512) == bytes(512),
-                 f"{shown}: torn after {len(found.files)} images; {MEND_ARCHIVE}")
+        file.seek(end)
+        need(file.read(512) == bytes(512),
+             f"{path}: torn after {len(found.files)} images; {MEND_ARCHIVE}")
     return found
 
 
@@ -197,57 +191,13 @@ def need_small(path: str, name: str, size: int) -> None:
          f"{MAX_FILE:,}; remove it")
 
 
-def decompressed(path: str, kind: str, cache: str | None) -> str:
-    """A compressed tar -> path of the plain one in `cache`, made once: it has no random access.
-
-    A copy belongs to what the archive holds, not to its date. That of an older content goes. Where
-    nothing can be written, as on a read-only disk, it is made in the user's cache folder.
-    """
-    size = os.stat(path).st_size
-    with open(path, "rb") as file:  # its last bytes hold checksums, or sizes of all that is packed
-        content = digest(str(size), peeked(file, 0, size, 1 << 24))[:12]
-    base, place = os.path.basename(path), digest(os.path.abspath(path))[:6]
-    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folders = [cache or os.path.dirname(path) or ".", os.path.join(user_cache, "nativetok")]
-    for folder in folders:
-        made = glob.glob(f"{glob.escape(os.path.join(folder, base))}.*.{content}.tar")
-        if made:
-            return made[0]
-    folder = next((folder for folder in folders if writable(folder)), None)
-    need(folder, f"{path}: it has to be unpacked once, and neither {' nor '.join(folders)} can be "
-         "written; unpack it yourself and give the folder")
-    start = os.path.join(folder, f"{base}.{place}.")
-    target = f"{start}{content}.tar"
-    print(f"unpacking {path} once into {target}", file=sys.stderr)
-    repair = f"is it complete, and is there room in {folder}?"
-    checkpoint.sweep(folder)  # a killed run may have left as much as it had unpacked
-    with (checkpoint.replacing(target) as plain, explained(path, repair),
-          OPENERS[kind](path) as packed):
-        while chunk := packed.read(1 << 20):
-            plain.write(chunk)
-            need_sane(path, size, plain.tell())
-        plain.flush()
-        list_tar(plain.name, path)  # only what can be read to its end gets the lasting name
-    for stale in set(glob.glob(f"{glob.escape(start)}*.tar")) - {target}:
-        os.unlink(stale)
-    return target
-
-
-def writable(folder: str) -> bool:
-    """Make `folder` and write there: only trying tells, on every system and kind of disk."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        return False
-    return True
-
-
-def need_sane(path: str, packed: int, unpacked: int) -> None:
-    """Raise UserError for an archive that unpacks to far more bytes than pictures do."""
-    need(unpacked <= ALWAYS_ALLOWED + MAX_RATIO * packed, f"{path}: its {packed:,} bytes unpack to "
-         f"more than {ALWAYS_ALLOWED:,} and {MAX_RATIO} for each of them, as no archive of "
-         "pictures does; unpack it yourself if you trust it")
+def decompressed(path: str, kind: str) -> bytes:
+    """The plain tar inside a compressed one, which alone can be read in any order."""
+    with explained(path, MEND_ARCHIVE), OPENERS[kind](path) as packed:
+        plain = packed.read(MAX_UNPACKED + 1)
+    need(len(plain) <= MAX_UNPACKED, f"{path}: unpacks to more than {MAX_UNPACKED:,} bytes, and "
+         "would be held in memory; unpack it yourself, and give the folder or a plain .tar")
+    return plain
 
 
 # ------------------------------------------------------------------------------------------------
@@ -281,6 +231,7 @@ class Source:
     """What files are read from. Holds none of them open, so any process may use a copy."""
     kind: str  # folder, tar or zip
     root: str  # its path; of shards that of their folder
+    plain: bytes = b""  # what a compressed tar holds
 
     def read(self, key: np.void) -> np.ndarray:
         """An image, uint8 (H, W, 3). Raises UserError that names it."""
@@ -300,10 +251,14 @@ class Source:
                 # TRAP: processes that share a handle share its position, so each opens its own.
                 data = zip_handle(path, os.getpid()).read(str(key["name"]))
                 return peeked(io.BytesIO(data), 0, len(data), most)
-            with open(path, "rb", buffering=0) as file:
+            with self.open(path) as file:
                 if self.kind == "folder":
                     return peeked(file, 0, os.fstat(file.fileno()).st_size, most)
                 return peeked(file, int(key["offset"]), int(key["size"]), most)
+
+
+    def open(self, path: str) -> BinaryIO:
+        return io.BytesIO(self.plain) if self.plain else open(path, "rb", buffering=0)
 
 
 @functools.lru_cache(maxsize=8)

@@ -18,7 +18,6 @@ import functools
 import operator
 import os
 import unicodedata
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -36,7 +35,6 @@ from plumbing.archives import (
     list_folder,
     list_tar,
     list_zip,
-    need_sane,
     note,
     separator_of,
     split,
@@ -120,11 +118,9 @@ class ImageSet:
         return broken
 
 
-def open_images(path: str, cache: str | None = None) -> ImageSet:
+def open_images(path: str) -> ImageSet:
     """Open `path` in any form that this file's first lines list; "shapes:val": held-out shapes.
 
-    cache   folder for the plain .tar made once of a compressed one; None: beside it, or the user's
-            cache folder where nothing can be written
     Raises UserError when it is missing, torn or holds no images.
     """
     if path in ("shapes", "shapes:val"):
@@ -144,15 +140,15 @@ def open_images(path: str, cache: str | None = None) -> ImageSet:
     if kind == "zip":
         return from_files(path, list_zip(path), Source("zip", path))
     if kind in ("tar", "gz", "xz", "bz2"):
-        plain = Source("tar", path if kind == "tar" else decompressed(path, kind, cache))
-        found = list_tar(plain.root, path)
-        return from_shards(path, plain, [""]) if found.texts else from_files(path, found, plain)
+        source = Source("tar", path, decompressed(path, kind) if kind != "tar" else b"")
+        found = list_tar(source, path)
+        return from_shards(path, source, [""]) if found.texts else from_files(path, found, source)
     what = f"a .{kind} file, and " if kind else ""
     raise UserError(f"{path}: {what}none of {WHAT_IS_READ}; put images into a folder")
 
 
-def train_and_val(data: str, val_data: str, holdout: int, seed: int,
-                  cache: str | None = None) -> tuple[ImageSet, ImageSet]:
+def train_and_val(data: str, val_data: str, holdout: int,
+                  seed: int) -> tuple[ImageSet, ImageSet]:
     """Images to train on, and held-out ones: `val_data` if given, or else some of `data`.
 
     holdout   how many at most; never more than a tenth, and at least one
@@ -160,9 +156,9 @@ def train_and_val(data: str, val_data: str, holdout: int, seed: int,
     error: to learn a few images by heart is a test of a new model. Which of them are the same,
     seen_before() says.
     """
-    train = open_images(data, cache)
+    train = open_images(data)
     if val_data:
-        val = open_images(val_data, cache)
+        val = open_images(val_data)
         ours, theirs = set(train.classes), set(val.classes)
         need(val.classes in (train.classes, ["all"]),
              f"{val_data}: its classes are not those of {data}, in this order "
@@ -354,7 +350,7 @@ def from_shards(path: str, source: Source, shards: list[str]) -> ImageSet:
     rows, texts, passed = [], [], Listing()
     for shard in sorted(shards):
         shown = os.path.join(path, shard) if shard else path
-        found = list_tar(os.path.join(source.root, shard) if shard else source.root, shown)
+        found = list_tar(source, shown)
         need(found.texts, f"{shown}: has no .cls files that say the classes; unpack it into a "
              "folder named after its class, or give it alone")
         passed.passed.update(found.passed)
@@ -391,9 +387,6 @@ def from_shards(path: str, source: Source, shards: list[str]) -> ImageSet:
 
 def from_npz(path: str) -> ImageSet:
     with explained(path, "write it with np.savez(path, x=images, y=labels), copy it completely"):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(info.file_size for info in archive.infolist())
-        need_sane(path, os.path.getsize(path), unpacked)
         with np.load(path, allow_pickle=False) as arrays:
             need("x" in arrays or "arr_0" in arrays, f"{path}: has no array x, only "
                  f"{' '.join(arrays)}; name the images x and the labels y")

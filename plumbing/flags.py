@@ -13,7 +13,8 @@ import json
 import math
 import os
 import re
-
+import shlex
+import sys
 
 DEVICES = ("auto", "cpu", "cuda", "mps")  # values of --device
 
@@ -144,6 +145,8 @@ def number(kind: type, low: float = 0, high: float = 1e9):
 class Parser(argparse.ArgumentParser):
     """argparse that takes no shortened flags; a wrong one gets one line and exit code 2.
 
+    prog is what one types, such as "python train.py"; .command of what it parses is the whole line.
+
     Nor does it take an empty value, which a shell makes of a variable that is not set: read as
     "not given" it would do something else than was asked for. Flags that are empty by default may
     be given so.
@@ -156,6 +159,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         parsed = super().parse_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        parsed.command = f"{self.prog} {shlex.join(map(str, words))}"
         for action in self._actions:
             if not action.option_strings:  # words for another program
                 continue
@@ -209,7 +214,7 @@ def read_run(folder: str) -> dict:
 
 
 def parse_command(parser: Parser, presets: dict, default: str, configs: tuple[type, ...],
-                  argv=None) -> tuple[argparse.Namespace, tuple]:
+                  stages: tuple[int, ...], argv=None) -> tuple[argparse.Namespace, tuple]:
     """The command line of a training program -> .run .preset .stage .device, and its settings.
 
     Later wins: default, preset, flag. A run folder that exists stands for the preset it was made
@@ -219,12 +224,13 @@ def parse_command(parser: Parser, presets: dict, default: str, configs: tuple[ty
     add("--preset",
         help=f"settings to start from (default: those of an existing --run, else {default})")
     add("--run", help="folder of this run (default: runs/PRESET)")
-    add("--stage", type=int, choices=(1, 2, 3),
+    add("--stage", type=int, choices=stages,
         help="only this stage (default: all that are not finished yet)")
     add("--device", choices=DEVICES, default="auto",
         help="where to compute (default: a GPU if there is one)")
     add_flags(parser, configs)
     flags = vars(parser.parse_args(argv))
+    del flags["command"]
     args = argparse.Namespace(**{name: flags.pop(name)
                                  for name in ("run", "preset", "stage", "device")})
     args.run = args.run or os.path.join("runs", args.preset or default)

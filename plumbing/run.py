@@ -42,10 +42,8 @@ class Run:
         self.procs = Processes(args.device, self.train.timeout)
         if self.procs.main:
             self.lock = self.take_folder()
-            self.open_data()  # may unpack an archive, which the others then find
-        self.procs.barrier()
-        if not self.procs.main:
-            self.open_data()
+        self.data, self.val = train_and_val(self.train.data, self.train.val_data,
+                                            self.train.holdout, self.train.seed)
         everything = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(0))
         self.eval_indices = everything[:EVAL_IMAGES].sort().values.numpy()
 
@@ -56,11 +54,6 @@ class Run:
             raise UserError(f"cannot make {self.folder}: {error.strerror}; "
                             "choose another folder with --run") from error
         return lock_folder(self.folder)
-
-    def open_data(self) -> None:
-        train = self.train
-        self.data, self.val = train_and_val(train.data, train.val_data, train.holdout, train.seed,
-                                            self.folder)
 
     def begin(self) -> None:
         """Write config.json and listen for signals: the command has been found to belong here."""
@@ -270,7 +263,7 @@ def open_run(folder: str, configs: tuple[type, ...], name: str = "tokenizer.pt",
     values |= {name: value for name, value in saved["settings"].items() if name not in PLACES}
     try:
         data, val = train_and_val(values["data"], values["val_data"], values["holdout"],
-                                  values["seed"], folder)
+                                  values["seed"])
     except UserError as error:
         raise UserError(f"{error} (data and val_data of {folder}/config.json)") from error
     data = same_images(path, saved, data)

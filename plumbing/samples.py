@@ -55,6 +55,15 @@ def add_sampling_flags(parser: Parser, options: dict) -> None:
                         help=option.help)
 
 
+def add_decoder_flags(parser: Parser) -> None:
+    """For flow_decoder.Decoding.of_run()."""
+    to = parser.add_argument_group("how tokens become images")
+    to.add_argument("--decoder", choices=("mean", "flow"), help="mean: the tokenizer's own; flow: "
+                    "drawn, sharp (default: flow where the run has a finished one)")
+    to.add_argument("--flow_steps", type=number(int, 1, 1000), metavar="INT",
+                    help="flow: steps from noise to an image (default: 12)")
+
+
 def sampling_options(args: argparse.Namespace, options: dict, model) -> dict:
     """-> what to give to model.sample(): of each option the flag, else the default."""
     found = {}
@@ -180,7 +189,8 @@ def draw_samples(draw: Callable[[Tensor, int], tuple[Tensor, ...]], labels: Tens
 
 def how_drawn(args: argparse.Namespace, options: dict) -> str:
     """What the samples depend on, beside the run."""
-    words = "".join(f"{name} {value:g}, " for name, value in options.items())
+    words = "".join(f"{name} {value if isinstance(value, str) else f'{value:g}'}, "
+                    for name, value in options.items())
     return f"{words}seed {args.seed}, batch_size {args.batch_size}"
 
 

@@ -8,11 +8,9 @@ hang          sleep for an hour
 nan           a loss that is not a number, and its gradients
 inf           a loss that is not finite while its gradients are: nobody else notices by himself
 term          SIGTERM to this process
-kill-worker   SIGKILL to a data worker
 tokens        SIGKILL in the middle of the token cache
 save          SIGKILL at the fsync of a save that has this number
 """
-import multiprocessing
 import os
 import signal
 import sys
@@ -38,9 +36,7 @@ def accident() -> None:
         raise RuntimeError("an accident, on purpose")
     if kind == "hang":
         time.sleep(3600)
-    if kind == "kill-worker":
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    elif kind not in ("nan", "inf"):
+    if kind not in ("nan", "inf"):
         os.kill(os.getpid(), signal.SIGTERM if kind == "term" else signal.SIGKILL)
 
 

@@ -37,7 +37,8 @@ SMALL = ("--preset tiny --encoder_width 32 --encoder_heads 2 --expert_width 32 -
          "--decoder_width 32 --decoder_heads 2 --token_schedule 2 4 6 --codebook_size 16 "
          "--batch_size 8 --base_steps 6 --continuous_steps 3 --grow_steps 4 --finetune_steps 4 "
          "--generator_width 32 --generator_depth 1 --generator_heads 2 --generator_batch_size 8 "
-         "--generator_steps 5 --tail_drop 0.5 "
+         "--generator_steps 5 --tail_drop 0.5 --flow_decoder_width 16 --flow_decoder_heads 2 "
+         "--flow_decoder_depth 1 --flow_decoder_steps 5 "
          "--reseed_every 2 --log_every 1 --save_every 2 --sample_every 3 --device cpu").split()
 # d2it.train's, with all stages in it.
 SMALL_D2IT = (
@@ -121,6 +122,12 @@ def some_shapes(path, n: int, first: int = 0) -> str:
     return str(path)
 
 
+def shape_pixels(n: int) -> torch.Tensor:
+    """The first n of the built-in shapes: uint8 (n, 32, 32, 3)."""
+    images = open_images("shapes")
+    return torch.from_numpy(np.stack([images.load(i) for i in range(n)]))
+
+
 def held_shapes(path, n: int = 60) -> str:
     """n shapes that are none of the first 60, which tests learn from."""
     return some_shapes(path, n, first=60)
@@ -177,16 +184,21 @@ def rows(folder) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
-def interrupt_at(monkeypatch, phase: str, step: int) -> None:
-    """SIGTERM as soon as that line of the log is written."""
+def when_logged(patch, phase: str, step: int | None, act) -> None:
+    """act() as soon as that line of the log is written; step None: that of the phase's results."""
     write = checkpoint.append_jsonl
 
-    def write_and_interrupt(path, row):
+    def write_and_act(path, row):
         write(path, row)
-        if (row["phase"], row["step"]) == (phase, step):
-            signal.raise_signal(signal.SIGTERM)
+        logged = row["step"] if "learning_rate" in row else None
+        if (row["phase"], logged) == (phase, step):
+            act()
+    patch.setattr(checkpoint, "append_jsonl", write_and_act)
 
-    monkeypatch.setattr(checkpoint, "append_jsonl", write_and_interrupt)
+
+def interrupt_at(patch, phase: str, step: int) -> None:
+    """SIGTERM as soon as that line of the log is written."""
+    when_logged(patch, phase, step, lambda: signal.raise_signal(signal.SIGTERM))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -14,9 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import config
+import flow_decoder
 import generator
 import loop
-from d2it import diffusion, dvae, presets
+import diffusion
+from d2it import content, dvae, presets
+from nativetok import doubling
 from plumbing import run
 from plumbing.start import main_with_user_errors
 
@@ -57,8 +60,20 @@ def noise_of_row(i, grain, channels, noise=None):
 
 by_row(generator, "random_masks", lambda i, batch, *more: (1, *more))
 by_row(diffusion, "random_times", lambda i, batch, *more: (1, *more))
-by_row(diffusion, "grained_noise", noise_of_row)
+by_row(content, "grained_noise", noise_of_row)
 by_row(dvae, "grained_noise", noise_of_row)
+by_row(flow_decoder, "random_times", lambda i, batch, *more: (1, *more))
+by_row(flow_decoder, "image_noise", lambda i, images: (images[i:i + 1],))
+
+
+def same_length(L: int) -> int:
+    """Another one in each step, the same in all micro-batches and processes."""
+    step, lengths = calls["length"] // pieces, doubling(L)
+    calls["length"] += 1
+    return lengths[step % len(lengths)]
+
+
+flow_decoder.prefix_length = same_length
 
 
 def over(self, batches, original=loop.Loop.over):

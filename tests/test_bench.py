@@ -83,11 +83,6 @@ def test_every_row_runs_and_is_written_with_its_origin(start, tmp_path, monkeypa
     assert bench.table(rows).count("\n") == 1 + len(rows)
 
 
-@pytest.mark.parametrize("wrong, says", [
-    (("--rows", "speed"), ("speed", "encode")), (("--json", "none/x.json"), ("none/x.json",))])
-def test_wrong_use_gets_one_line_before_anything_is_measured(wrong, says):
-    refused(bench.parse, wrong, names=says)
-
-
-def test_a_program_that_fails_is_one_line_with_its_last_words():
+def test_an_unknown_row_and_a_program_that_fails_are_one_line():
+    refused(bench.parse, ("--rows", "speed"), names=("speed", "encode"))
     refused(bench.start, "-c", "import sys; sys.exit('no such thing')", names=["no such thing"])

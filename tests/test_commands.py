@@ -28,7 +28,8 @@ from helpers import ROOT, SMALL, held_shapes, made_once, some_shapes
 from plumbing import run
 from plumbing.flags import UserError
 
-PAGES = ("README.md", "EXERCISES.md", "CONTRIBUTING.md", "d2it/README.md", "experiments/README.md",
+PAGES = ("README.md", "PAPER.md", "EXERCISES.md", "CONTRIBUTING.md", "d2it/README.md",
+         "experiments/README.md", "experiments/SPEED.md", "experiments/IMAGENET.md",
          "experiments/RECORDS.md", "tests/README.md", "Makefile")
 FOLDERS = ("", "plumbing/", "evaluation/", "d2it/", "experiments/", "tests/")
 COMMAND = r"(?:\w+=\S+ )?(?:python|torchrun) (?=\S)"

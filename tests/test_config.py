@@ -8,9 +8,7 @@ import re
 import pytest
 
 import config
-from config import (
-    CONFIGS, PRESETS, RUN_ONLY, GeneratorConfig, TokenizerConfig, TrainConfig, load_preset,
-    parse_run)
+from config import CONFIGS, PRESETS, RUN_ONLY, TokenizerConfig, load_preset, parse_run
 from d2it import presets
 from helpers import ROOT, refused
 from plumbing.flags import Parser, UserError, as_dict, build, need, read_run
@@ -72,7 +70,7 @@ def test_every_field_has_a_flag_that_changes_this_field_alone():
     for name in FIELDS:
         value = another(name, start[name])
         args = parse_run("", ["--preset", "imagenet-32", *as_flag(name, value)])
-        changed = as_dict(args.tok, args.gen, args.train)
+        changed = as_dict(args.tok, args.gen, args.flow, args.train)
         assert changed == {**start, name: value} and type(changed[name]) is type(start[name])
 
 
@@ -107,7 +105,7 @@ def test_later_wins_default_then_preset_then_flag():
 # argparse alone would take the second and third for encoder_width
 @pytest.mark.parametrize("line", ["--colour red", "--encoder_wid 64", "--encoder_w=64", "--no-fli",
                                   "--image_size many", "--image_size", "--image_size 32 64",
-                                  "--stage 4", "--device tpu", "images"])
+                                  "--stage 5", "--device tpu", "images"])
 def test_a_wrong_or_shortened_flag_stops_with_one_line_and_exit_code_2(line, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_run("", line.split())
@@ -189,7 +187,7 @@ def test_unknown_names_are_refused():
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_loads_and_survives_json(name):
     loaded = load_preset(name)
-    assert tuple(map(type, loaded)) == CONFIGS == (TokenizerConfig, GeneratorConfig, TrainConfig)
+    assert tuple(map(type, loaded)) == CONFIGS
     values = json.loads(json.dumps(as_dict(*loaded)))
     assert build(CONFIGS, values) == loaded
     assert values.items() >= json.loads(json.dumps(PRESETS[name])).items()
@@ -206,13 +204,13 @@ def save_run(folder, **changes) -> tuple:
 def test_a_saved_run_stands_for_its_preset(tmp_path):
     saved, mine = save_run(tmp_path / "mine"), str(tmp_path / "mine")
     args = parse_run("", ["--run", mine])
-    assert (args.tok, args.gen, args.train) == saved
+    assert (args.tok, args.gen, args.flow, args.train) == saved
     assert (args.run, args.preset) == (mine, "tiny")
     args = parse_run("", ["--run", mine, "--batch_size", "9"])
-    assert (args.tok, args.train) == (saved[0], dataclasses.replace(saved[2], batch_size=9)), (
+    assert (args.tok, args.train) == (saved[0], dataclasses.replace(saved[-1], batch_size=9)), (
         "a flag still wins")
     args = parse_run("", ["--run", mine, "--preset", "imagenet-32"])
-    assert (args.tok, args.gen, args.train) == load_preset("imagenet-32"), (
+    assert (args.tok, args.gen, args.flow, args.train) == load_preset("imagenet-32"), (
         "and so does a preset that was asked for")
 
 
@@ -234,12 +232,14 @@ def test_a_folder_that_is_no_run_or_is_torn_is_named(tmp_path):
 
 def test_settings_puts_each_field_on_one_side_and_those_of_the_run_on_neither():
     everything = as_dict(*load_preset("tiny"))
-    tokenizer, generator = (config.settings(kind, *load_preset("tiny"))
-                            for kind in ("tokenizer", "generator"))
+    tokenizer, generator, flow = (config.settings(kind, *load_preset("tiny"))
+                                  for kind in ("tokenizer", "generator", "flow_decoder"))
     assert set(RUN_ONLY) <= everything.keys(), "no misspelt name"
-    assert not tokenizer.keys() & generator.keys()
-    assert {**tokenizer, **generator} == {k: v for k, v in everything.items() if k not in RUN_ONLY}
+    assert len({**tokenizer, **generator, **flow}) == sum(map(len, (tokenizer, generator, flow)))
+    fixed = {k: v for k, v in everything.items() if k not in RUN_ONLY}
+    assert {**tokenizer, **generator, **flow} == fixed
     # A finished tokenizer must not be refused because a generator's setting changed, nor the other
     # way round.
     assert {"codebook_size", "batch_size", "learning_rate", "seed"} <= tokenizer.keys()
     assert {"generator_width", "label_dropout", "generator_steps"} <= generator.keys()
+    assert {"flow_decoder_width", "flow_decoder_steps"} <= flow.keys()

@@ -99,13 +99,6 @@ def test_patches_differ_from_the_start_although_all_read_the_same_codes():
     assert torch.pdist(patches).min() > 0.01
 
 
-@torch.no_grad()
-def test_images_of_a_batch_do_not_meet():
-    decoder, codes = small(), some_codes(batch=3)
-    for b in range(3):
-        torch.testing.assert_close(decoder(codes[b:b + 1])[0], decoder(codes)[b])
-
-
 @pytest.mark.parametrize("k", [1, 5, 7])
 def test_every_parameter_gets_a_gradient_whatever_the_prefix(k):
     """DistributedDataParallel waits for each of them, also when tail drop keeps one code."""

@@ -13,6 +13,7 @@ import sample
 from evaluation import judging
 from evaluation.judging import Batching, FeatureNet, FeatureStats, Reference, extract
 from evaluation.tinycnn import random_twin, train_judge
+from flow_decoder import Decoding
 from helpers import called, folder_of, good, ranks, some_shapes, train_shapes, turned_away
 from plumbing import checkpoint
 from plumbing.datasets import open_images, train_and_val
@@ -363,8 +364,8 @@ def test_each_split_of_the_inception_score_has_all_classes(grays):
     args = eval_fid.parse(["--images", str(path), "--data", str(path), "--features", "inception"])
     how, procs = Batching(16), Processes("cpu")
     originals = eval_fid.reference_images(args, eval_fid.open_given(args, procs), how)
-    (stat,), quality = extract(judging.reconstruction(Perfect(), originals, procs.device), [net],
-                               how, procs)
+    (stat,), quality = extract(judging.reconstruction(Decoding(Perfect()), originals, how,
+                                                     procs.device), [net], how, procs)
     whole, mean, _ = stat.score.scores()
     assert quality["psnr"] > 60
     assert whole == pytest.approx(10, rel=0.01), "ten classes, equally often, each beyond doubt"
@@ -373,7 +374,7 @@ def test_each_split_of_the_inception_score_has_all_classes(grays):
 
 class Perfect:
     """A tokenizer that loses nothing."""
-    num_tokens = 1
+    num_tokens, unfinished = 3, ""  # its ids are the images, cut after so many channels
 
     def encode(self, images):
         return images
@@ -424,11 +425,11 @@ def test_a_sweep_tries_every_combination_that_a_generator_reads(run, tmp_path):
     (("--run", "RUN", "--seed", "99999999999999999999"), ("--seed",)),
     (("--run", "RUN", "--image_size", "0"), ("--image_size",)),
     (("--run", "RUN", "--sweep", "seed=1,2"), ("seed", "cfg_scale")),
-    (("--run", "RUN", "--sweep", "cfg_scale=1;2"), ("1;2", "not numbers")),
+    (("--run", "RUN", "--sweep", "cfg_scale=1;2"), ("1;2", "--sweep")),
     (("--run", "RUN", "--sweep", "cfg_scale=1,nan"), ("nan",)),
     # given twice
     (("--run", "RUN", "--sweep", "cfg_scale=1", "cfg_scale=2"), ("twice",)),
-    (("--run", "RUN", "--cfg_scale", "2", "--sweep", "cfg_scale=1,2"), ("one of them",)),
+    (("--run", "RUN", "--cfg_scale", "2", "--sweep", "cfg_scale=1,2"), ("twice", "A,B,C")),
     # nothing would read it
     (("--run", "RUN", "--generator", "ar", "--steps", "4"), ("no generator", "steps")),
     (("--run", "RUN", "--generator", "maskgit", "--sweep", "top_k=1"), ("no generator", "top_k")),

@@ -84,8 +84,8 @@ def test_both_curves_are_on_the_page_and_need_no_other_package(page):
     order, training = re.findall(r"<svg.*?</svg>", text, flags=re.S)
     assert order.count("<polyline") == 4, "two of each run"
     assert "under the AR model" in order
-    # three lengths and the fine-tune, then two generators
-    assert training.count("<polyline") == 6 and "grow-4 (pixels)" in training
+    # three lengths and the fine-tune, then two generators and the flow decoder
+    assert training.count("<polyline") == 7 and "grow-4 (pixels)" in training
     assert "matplotlib" not in text + Path(explain.__file__).read_text(encoding="utf-8")
 
 

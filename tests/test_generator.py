@@ -1,5 +1,4 @@
 """Promises of generator.py: what each generator may see, how it learns, what sampling keeps."""
-import inspect
 import math
 from functools import partial
 
@@ -59,18 +58,15 @@ def test_ar_token_5_cannot_influence_predictions_up_to_5():
     assert (changed[:, 5:] > 1e-3).all(), "and it does influence all later ones"
 
 
-def test_maskgit_last_token_influences_all_predictions():
-    model, ids = loud(MaskGITGenerator), some_ids()
-    other = torch.where(torch.arange(L) == L - 1, (ids + 1) % K, ids)
-    assert ((model(LABELS, ids) - model(LABELS, other)).abs().amax(dim=2) > 1e-3).all()
-
-
 @KINDS
 def test_every_row_depends_on_the_class_and_its_place(Kind):
     model, ids = loud(Kind), torch.zeros(4, L - 1, dtype=torch.int64)
     changed = (model(LABELS, ids) - model((LABELS + 1) % C, ids)).abs().amax(dim=2)
     assert (changed > 1e-3).all()
     assert torch.pdist(model(LABELS, ids)[0, 1:]).min() > 0.1, "although all tokens are alike"
+    if Kind is MaskGITGenerator:  # the last token reaches all
+        other = torch.where(torch.arange(L - 1) == L - 2, 1, ids)
+        assert ((model(LABELS, ids) - model(LABELS, other)).abs().amax(dim=2) > 1e-3).all()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -132,21 +128,18 @@ def test_maskgit_loss_is_the_weighted_smoothed_cross_entropy_of_a_masked_input()
     assert info["masked_accuracy"].item() == pytest.approx(right / masked.sum().item())
 
 
-def test_label_dropout_hides_its_share_in_training_only():
-    model, labels = small(ARGenerator, label_dropout=0.1), torch.ones(20000, dtype=torch.int64)
+@KINDS
+def test_label_dropout_hides_its_share_in_training_only(Kind):
+    model, labels = small(Kind, label_dropout=0.1), torch.ones(20000, dtype=torch.int64)
     assert torch.equal(model.hide_labels(labels), labels)
     hidden = model.train().hide_labels(labels)
     assert set(hidden.tolist()) == {1, C}
     assert (hidden == C).float().mean().item() == pytest.approx(0.1, abs=0.01)
-
-
-@KINDS
-def test_training_loss_with_all_labels_hidden_is_the_unconditional_loss(Kind):
     model, ids, losses = loud(Kind, label_dropout=1.0).train(), some_ids(), []
     for labels in (LABELS, (LABELS + 1) % C):
         torch.manual_seed(0)
         losses.append(model.loss(ids, labels)[0].item())
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1], "all hidden: the loss of no class"
 
 
 @KINDS
@@ -219,14 +212,6 @@ def test_cached_sampling_equals_uncached(cfg_scale):
     assert torch.equal(cached, model.sample(LABELS, cfg_scale, generator=seeded(), use_cache=False))
 
 
-@torch.no_grad()
-def test_cached_logits_equal_uncached():
-    model, ids = loud(ARGenerator), some_ids()[:, :-1]
-    _, newest = model.begin(LABELS, cfg_scale=1)
-    rows = torch.cat([newest(LABELS, ids[:, :t]) for t in range(L)], dim=1)
-    torch.testing.assert_close(rows, model(LABELS, ids), rtol=1e-4, atol=1e-4)
-
-
 @KINDS
 def test_the_same_generator_state_repeats_the_ids_and_another_seed_does_not(Kind):
     model = small(Kind)
@@ -243,13 +228,6 @@ def test_sampling_has_no_dropout_and_restores_the_mode(Kind):
     assert torch.equal(ids, expected) and model.training and model.blocks[0].training
     losses = [model.loss(ids, LABELS)[0].item() for _ in range(2)]
     assert losses[0] != losses[1], "while training has dropout"
-
-
-@KINDS
-def test_options_name_all_settings_of_sample_but_those_that_only_a_program_can_give(Kind):
-    settings = set(inspect.signature(Kind.sample).parameters)
-    assert set(Kind.options) == settings - {"self", "labels", "generator", "use_cache", "trace"}
-    assert len(set(Kind.options)) == len(Kind.options)
 
 
 @pytest.mark.parametrize("num_tokens, steps", [(5, 5), (12, 8)])

@@ -186,15 +186,12 @@ def test_a_broken_image_is_refused_with_its_name_a_reason_and_a_repair(tmp_path,
 
 
 @pytest.mark.parametrize("what, content", [
-    ("HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), ("HEIC", b"\0\0\0\x1cftypmif1"),
-    ("AVIF", b"\0\0\0\x1cftypavif" + bytes(20)), ("MP4", b"\0\0\0\x20ftypisom"),
-    ("JPEG XL", b"\xff\x0a\xfa"), ("camera's raw", b"II*\0" + bytes(9)),
-    ("PDF", b"%PDF-1.7\n"), ("Photoshop", b"8BPS\0\1"), ("WebM", b"\x1aE\xdf\xa3\1"),
-    ("HTML page", b"\xef\xbb\xbf\n<!-- no -->\n<HTML><body>404"), ("zip", b"PK\3\4" + bytes(30)),
-    ("SVG", b'<?xml version="1.0"?>\n<!-- x --><svg xmlns="">'), ("JSON", b'{"error": 404}'),
-    ("XML", b'<?xml version="1.0"?><Error><Code>AccessDenied'), ("zeros alone", bytes(5000)),
+    ("HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"), ("PDF", b"%PDF-1.7\n"),
+    ("AVIF", b"\0\0\0\x1cftypavif" + bytes(20)), ("zip", b"PK\3\4" + bytes(30)),
+    ("HTML page", b"\xef\xbb\xbf\n<!-- no -->\n<HTML><body>404"),
     ("'Access denied'", b"Access denied\n"), ("Git LFS", b"version https://git-lfs.github.com/spec"),
-    ("torn JPEG", b"\xff\xd8\xff\xe0"), ("begins with b'\\x01\\xfe", b"\1\xfe\2\xfd\3")])
+    ("torn JPEG", b"\xff\xd8\xff\xe0"),
+    ("begins with b'\\x01\\xfe", b"\1\xfe\2\xfd\3")])
 def test_what_is_no_picture_is_called_by_what_it_is(what, content):
     message = refused(decode, content, "photo.jpg", names=["photo.jpg: ", what, "replace or"])
     if what in ("HEIC", "PDF", "HTML page", "zip", "Git LFS"):

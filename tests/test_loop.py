@@ -20,7 +20,7 @@ from config import Optim
 from d2it import presets
 from helpers import (
     SMALL, SMALL_D2IT, folder_of, interrupt_at, program, ranks, refused, rows, same_content,
-    train_shapes, without_times)
+    train_shapes, when_logged, without_times)
 from loop import Loop, make_ema, new_optimizer
 from nativetok import NativeTok
 from plumbing import checkpoint
@@ -29,9 +29,10 @@ from plumbing import run as run_folder
 pytestmark = pytest.mark.usefixtures("quick")
 also = pytest.mark.faults  # another case of a promise that `make test` holds by its first one
 
-PHASES = {"train": ("base", "grow-4", "grow-6", "finetune", "ar", "maskgit"),
+PHASES = {"train": ("base", "grow-4", "grow-6", "finetune", "ar", "maskgit",
+                    "flow_decoder"),
           "d2it.train": ("dvae", "grain", "content")}
-FILES = {"train": ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt"),
+FILES = {"train": ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt", "flow-decoder.pt"),
          "d2it.train": ("dvae.pt", "grain.pt", "content.pt")}
 FLAGS = {"train": SMALL, "d2it.train": SMALL_D2IT}
 
@@ -70,21 +71,6 @@ def steps(folder, phase=None) -> list:
 def without_clock(folder) -> list[dict]:
     quick = ("seconds", "per_second", "peak_mb")
     return [{k: v for k, v in row.items() if k not in quick} for row in rows(folder)]
-
-
-def when_logged(patch, wanted, act) -> None:
-    """act() as soon as a line of the log is written for which wanted(line) is true."""
-    write = checkpoint.append_jsonl
-
-    def write_and_act(path, row):
-        write(path, row)
-        if wanted(row):
-            act()
-    patch.setattr(checkpoint, "append_jsonl", write_and_act)
-
-
-def is_step(phase: str, step: int):
-    return lambda row: (row["phase"], row["step"]) == (phase, step) and "learning_rate" in row
 
 
 # ------------------------------------------------------------------------------------------------
@@ -129,12 +115,10 @@ def test_batches_that_end_before_the_steps_do_are_a_user_error():
     (dict(grad_clip=0.0), dict(grad_clip=1e9)),            # 0 is no limit
     (dict(log_every=1), dict(log_every=5))])
 def test_the_weights_are_the_same_to_the_bit_with(one, other):
+    limited = fit(factor=lambda step: 10.0 ** step, grad_clip=0.1)[0].state_dict()
+    free = fit(factor=lambda step: 10.0 ** step, grad_clip=0.0)[0].state_dict()
+    assert not same_content(limited, free), "a limit shows"
     assert same_content(fit(**one)[0].state_dict(), fit(**other)[0].state_dict())
-
-
-def test_a_limited_gradient_makes_other_weights():
-    assert not same_content(fit(factor=lambda step: 10.0 ** step, grad_clip=0.0)[0].state_dict(),
-                            fit(factor=lambda step: 10.0 ** step, grad_clip=0.1)[0].state_dict())
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run():
@@ -205,9 +189,9 @@ def stop(patch, phase: str, moment: str) -> None:
     elif moment == "a signal":
         interrupt_at(patch, phase, 2)
     elif moment == "killed":
-        when_logged(patch, is_step(phase, 3), kill)
+        when_logged(patch, phase, 3, kill)
     else:
-        when_logged(patch, lambda row: row["phase"] == phase and "learning_rate" not in row, kill)
+        when_logged(patch, phase, None, kill)
 
 
 # In each phase another moment; four such runs have every moment in every phase.
@@ -281,7 +265,7 @@ def torn_after(patch, folder, phase: str, step: int) -> dict:
     def tear():
         for file, (content, _) in files.items():
             file.write_bytes(b"x" * len(content))
-    when_logged(patch, is_step(phase, step), tear)
+    when_logged(patch, phase, step, tear)
     return files
 
 
@@ -315,13 +299,12 @@ def test_images_that_fail_in_mid_training_lose_no_step(tmp_path, name, phase, st
 
 
 def test_a_data_worker_that_is_killed_loses_no_step(whole, data, tmp_path):
-    """train.py's: test_faults.py."""
     def kill_worker():
         worker = multiprocessing.active_children()[0]
         os.kill(worker.pid, signal.SIGKILL)
         worker.join()
     with pytest.MonkeyPatch.context() as patch:
-        when_logged(patch, is_step("dvae", 2), kill_worker)
+        when_logged(patch, "dvae", 2, kill_worker)
         refused(train_codes, tmp_path, data, "--workers", "1", "--save_every", "1000",
                 names=["a data worker died", "step 2 of dvae is saved"])
     train_codes(tmp_path, data)
@@ -382,7 +365,7 @@ def to_be_repeated(folder, copy, names, accumulate: int) -> None:
 
 
 @pytest.mark.parametrize("name, missing, phases", [
-    pytest.param("train", ("generator",), ("ar", "maskgit"), marks=also),
+    pytest.param("train", ("generator", "flow"), ("ar", "maskgit", "flow_decoder"), marks=also),
     pytest.param("d2it.train", ("dvae", "grain", "content"), ("dvae",), marks=also),
     ("d2it.train", ("grain", "content"), ("grain", "content"))])
 def test_two_processes_with_micro_batches_take_the_steps_of_one(
@@ -433,8 +416,7 @@ def test_only_the_forward_of_the_model_runs_under_autocast(data, tmp_path, monke
     assert len(seen) == 8 and set(map(frozenset, seen.values())) == {frozenset({False})}, seen
 
 
-def test_what_d2it_hands_on_and_says(data, tmp_path, monkeypatch, capsys):
-    """--timeout reaches the data workers; Muon without a matrix is told of in one line."""
+def test_timeout_reaches_the_data_workers_of_d2it_too(data, tmp_path, monkeypatch):
     seen = []
 
     class Stream(run_folder.ImageStream):
@@ -444,5 +426,3 @@ def test_what_d2it_hands_on_and_says(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_folder, "ImageStream", Stream)
     train_codes(tmp_path, data, "--stage", "1", "--timeout", "77")
     assert seen == [77]
-    told = [line for line in capsys.readouterr().out.splitlines() if "--optimizer muon" in line]
-    assert len(told) == 1 and told[0].startswith("dvae: no hidden matrices")

@@ -51,10 +51,3 @@ def test_rows_of_a_plain_image_differ_from_the_start():
     """Or every token would read the same mean patch until positions have been learned."""
     rows = small()(torch.zeros(1, 3, 16, 16))[0]
     assert torch.pdist(rows).min() > 0.1
-
-
-@torch.no_grad()
-def test_images_of_a_batch_do_not_meet_and_there_is_no_chance_in_it():
-    mit, images = small().train(), some_images()
-    alone = torch.cat([mit(images[:1]), mit(images[1:])])
-    torch.testing.assert_close(mit(images), alone)

@@ -15,7 +15,7 @@ from generator import ARGenerator
 from helpers import ROOT
 from layers import Attention
 from loop import new_optimizer
-from muon import Muon, matrices_of, newton_schulz, newton_schulz_fast, whole_float32
+from muon import Muon, matrices_of, newton_schulz, newton_schulz_fast
 from nativetok import NativeTok
 
 
@@ -92,6 +92,11 @@ def test_torchs_own_muon_takes_the_same_step_on_a_single_matrix():
     assert (moved - expected).norm() / expected.norm() < 0.03
 
 
+def content_transformer() -> Content:
+    dvae, cfg, _ = presets.load_preset("d2it-tiny")
+    return Content(cfg, dvae.code_dim, dvae.side, 10)
+
+
 def groups_of(model, kind: str = "muon", *scales) -> dict:
     """{name: group} of the optimizer; each parameter is in one group."""
     groups = new_optimizer(model, kind, 0.1, 0.99, *(scales or (7.0,))).param_groups
@@ -110,57 +115,48 @@ def test_the_codebook_and_nothing_else_learns_at_its_own_rate(kind):
         assert groups[name]["scale"] == scale, name
 
 
+@pytest.mark.parametrize("kind", ("adamw", "muon"))
+def test_weight_decay_touches_matrices_only(kind):
+    one_row = ("bias", "pos", "position", "query", "norm.weight", "norm1.weight", "norm2.weight",
+               "codebook", "mask_tokens")
+    for model in (NativeTok(config.load_preset("tiny")[0]), content_transformer()):
+        for name, group in groups_of(model, kind).items():
+            assert bool(group["weight_decay"]) != name.endswith(one_row), name
+    corner = groups_of(DVAE(presets.load_preset("d2it-tiny")[0]), kind)["decoder.corner"]
+    assert corner["weight_decay"] == 0
+
+
 def test_muon_has_the_hidden_matrices_and_adamw_everything_else():
-    tok, gen, _ = config.load_preset("tiny")
-    groups = {**groups_of(NativeTok(tok)), **groups_of(ARGenerator(gen, 16, 256, 10))}
-    for name, count in (
-            ("mit.blocks.0.attention.qkv", 3), ("mit.dimension_switcher", 1),
-            ("mocet.experts.0.layers.0.wq", 1), ("mocet.experts.0.layers.0.w1", 1),
-            ("decoder.blocks.0.mlp.0", 1), ("blocks.0.attention.qkv", 3),
-            ("blocks.0.attention.out", 1), ("blocks.0.mlp.w13", 2), ("blocks.0.mlp.w2", 1)):
-        assert groups[f"{name}.weight"]["matrices"] == count, name
-        assert groups[f"{name}.weight"]["scale"] == 7.0
-    for name in ("mit.embed.weight", "mit.pos", "mocet.embed_code.weight", "mit.norm.weight",
-                 "mocet.experts.0.head.weight", "mocet.experts.0.query",
-                 "mocet.experts.0.layers.0.w1.bias", "quantizer.codebook",
-                 "decoder.code_to_patch.0", "decoder.to_pixels.weight", "token.weight",
-                 "label.weight", "head.weight", "position"):
-        assert (groups[name]["matrices"], groups[name]["scale"]) == (0, 1.0), name
-    assert groups["quantizer.codebook"]["weight_decay"] == 0.0
-
-
-def content_groups() -> dict:
-    """Of the smallest content transformer of d2it."""
-    dvae, cfg, _ = presets.load_preset("d2it-tiny")
-    return groups_of(Content(cfg, dvae.code_dim, dvae.side, 10))
-
-
-def test_what_a_condition_makes_is_as_many_matrices_to_muon():
     """adaLN's six vectors come from six matrices; a cell's split into four codes from four."""
-    groups = content_groups()
-    for name, count in (("blocks.0.condition.1", 6), ("refine.blocks.0.condition.1", 6),
-                        ("last.condition.1", 2), ("refine.last.condition.1", 2),
-                        ("refine.split", 4), ("blocks.0.attention.qkv", 3), ("time.mlp.2", 1),
-                        ("blocks.0.mlp.0", 1), ("refine.blocks.0.attention.out", 1)):
-        assert groups[f"{name}.weight"]["matrices"] == count, name
-        assert groups[f"{name}.weight"]["scale"] == 7.0
-
-
-def test_what_reads_or_writes_times_labels_codes_and_places_is_adamws():
-    groups = content_groups()
-    outer = ("time.mlp.0", "label", "embed", "grain_embed", "coarse_head", "fine_head",
-             "refine.embed", "refine.head")
-    for name in (*(f"{layer}.weight" for layer in outer), "position", "refine.position"):
-        assert (groups[name]["matrices"], groups[name]["scale"]) == (0, 1.0), name
-    assert {name for name, group in groups.items() if not group["weight_decay"]} == {
-        name for name in groups if name.endswith(("bias", "position"))}
-
-
-def test_a_network_of_convolutions_has_nothing_for_muon():
-    groups = groups_of(DVAE(presets.load_preset("d2it-tiny")[0]))
-    assert {(group["matrices"], group["scale"]) for group in groups.values()} == {(0, 1.0)}
-    assert groups["decoder.corner"]["weight_decay"] == 0.0
-    assert groups["decoder.enter.weight"]["weight_decay"] == 0.1
+    tok, gen, *_ = config.load_preset("tiny")
+    convolutions = DVAE(presets.load_preset("d2it-tiny")[0])
+    for model, hidden, others in (
+            (NativeTok(tok),
+             {"mit.blocks.0.attention.qkv": 3, "mit.dimension_switcher": 1,
+              "mocet.experts.0.layers.0.wq": 1, "mocet.experts.0.layers.0.w1": 1,
+              "decoder.blocks.0.mlp.0": 1},
+             ["mit.embed.weight", "mit.pos", "mocet.embed_code.weight", "mit.norm.weight",
+              "mocet.experts.0.head.weight", "mocet.experts.0.query", "quantizer.codebook",
+              "mocet.experts.0.layers.0.w1.bias", "decoder.code_to_patch.0",
+              "decoder.to_pixels.weight"]),
+            (ARGenerator(gen, 16, 256, 10),
+             {"blocks.0.attention.qkv": 3, "blocks.0.attention.out": 1, "blocks.0.mlp.w13": 2,
+              "blocks.0.mlp.w2": 1},
+             ["token.weight", "label.weight", "head.weight", "position"]),
+            (content_transformer(),
+             {"blocks.0.condition.1": 6, "refine.blocks.0.condition.1": 6, "last.condition.1": 2,
+              "refine.last.condition.1": 2, "refine.split": 4, "blocks.0.attention.qkv": 3,
+              "time.mlp.2": 1, "blocks.0.mlp.0": 1, "refine.blocks.0.attention.out": 1},
+             ["time.mlp.0.weight", "label.weight", "embed.weight", "grain_embed.weight",
+              "coarse_head.weight", "fine_head.weight", "refine.embed.weight",
+              "refine.head.weight", "position", "refine.position"]),
+            (convolutions, {}, dict(convolutions.named_parameters()))):
+        groups = groups_of(model)
+        for name, count in hidden.items():
+            group = groups[f"{name}.weight"]
+            assert (group["matrices"], group["scale"]) == (count, 7.0), name
+        for name in others:
+            assert (groups[name]["matrices"], groups[name]["scale"]) == (0, 1.0), name
 
 
 def test_the_name_of_a_layer_decides_nothing():
@@ -168,17 +164,6 @@ def test_the_name_of_a_layer_decides_nothing():
     names = {p: name for name, p in model.named_parameters()}
     assert {names[p]: count for p, count in matrices_of(model).items()} == {
         "multihead.qkv.weight": 3, "multihead.out.weight": 1, "tokens.weight": 0}
-
-
-def test_the_precision_of_products_is_put_back_after_an_error_too():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with pytest.raises(RuntimeError), whole_float32(torch.device("cpu")):
-            raise RuntimeError("out of memory, say")
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def test_adamw_is_torchs():

@@ -3,6 +3,7 @@ import contextlib
 import itertools
 import json
 import re
+import statistics
 from pathlib import Path
 from unittest import mock
 
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import train
-from experiments import bench, order, order_table, search
+from experiments import bench, grain, grain_table, order, order_table, search
 from generator import ARGenerator
 from layers import count_parameters
 from nativetok import NativeTok
@@ -22,6 +23,8 @@ RESULTS = ROOT / "experiments" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECORDS = (ROOT / "experiments" / "RECORDS.md").read_text(encoding="utf-8")
 MEASURED = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+SPEED = (ROOT / "experiments" / "SPEED.md").read_text(encoding="utf-8")
+IMAGENET = (ROOT / "experiments" / "IMAGENET.md").read_text(encoding="utf-8")
 
 
 def section(title: str, page: str = MEASURED) -> str:
@@ -74,7 +77,7 @@ def test_result_files_say_where_they_come_from():
 
 def sizes(name: str) -> tuple[list[str], str]:
     """A preset's parameters in millions: tokenizer, MIT, experts, decoder, AR model."""
-    tok, gen, _ = config.load_preset(name)
+    tok, gen, *_ = config.load_preset(name)
     classes = 1000 if "imagenet" in name else 10
     with torch.device("meta"):  # counted without making them
         model = NativeTok(tok).grow_to(tok.num_tokens)
@@ -105,7 +108,7 @@ def gflop(step) -> float:
 
 def imagenet_costs() -> dict[str, tuple[int, float, int, int]]:
     """{phase of imagenet-128: tokens, GFLOP an image, steps, images a step}"""
-    tok, gen, settings = config.load_preset("imagenet-128")
+    tok, gen, _, settings = config.load_preset("imagenet-128")
     images = torch.zeros(1, 3, tok.image_size, tok.image_size, device="meta")
     with torch.device("meta"):
         model = NativeTok(tok).eval()
@@ -131,7 +134,7 @@ def imagenet_costs() -> dict[str, tuple[int, float, int, int]]:
 @pytest.mark.faults  # half a minute: each of 128 experts is called and counted
 def test_costs_of_imagenet_are_what_the_operations_add_up_to():
     """Operations of an image, then steps times images, on eight GPUs of 300 TFLOP/s each."""
-    rows = tables(section("ImageNet, several GPUs, several machines"))[0]
+    rows = tables(section("Several GPUs, several machines", IMAGENET))[0]
     found, flops = imagenet_costs(), 8 * 300e12
     assert [row[0] for row in rows] == list(found)
     for row, (tokens, cost, steps, batch) in zip(rows, found.values()):
@@ -180,8 +183,8 @@ def test_the_table_of_cifar_is_that_of_its_result_file():
     check_table(on_a_gpu, right)
 
 
-def test_second_thoughts_are_those_of_their_result_files():
-    made, text = results("cifar-joint"), section("Second thoughts")
+def test_the_gains_of_a_search_are_those_of_their_result_files():
+    made, text = results("cifar-joint"), section("Searching for better tokens")
     learned, = made["phases"]
     assert made["command"] in text.replace("\\\n        ", "")
     assert f"{learned['seconds'] / 60:.1f} minutes" in text
@@ -241,9 +244,9 @@ def test_pages_say_of_intervention_what_its_result_file_says():
     exact = [f"{made['images']} images", f"{first['original']:.2f}", f"{first['broken']:.2f} dB",
              f"{first['answered']:.2f} dB", f"{first['later_ids_changed']:.0%} of their tokens"]
     assert [words for words in exact if words not in section("CIFAR-10")] == []
-    rough = (f"{first['broken']:.1f} dB (picture and error)", f"{first['answered']:.1f} dB, of "
-             f"{first['original']:.1f}")
-    assert [words for words in rough if words not in README] == []
+    rough = (f"PSNR falls from {first['original']:.1f} to {first['broken']:.1f} dB, and the later "
+             f"experts bring it back to {first['answered']:.1f} dB")
+    assert rough in README.replace("\n", " ")
 
 
 def test_the_newest_speed_record_is_that_of_its_result_file():
@@ -266,8 +269,84 @@ def test_the_table_of_exercises_is_that_of_its_result_file():
 
 
 def test_the_table_of_speed_is_what_bench_makes_of_its_rows():
-    right = bench.table(results("bench-cpu")["rows"])
-    assert right in section("Speed") + "\n", f"the right table:\n{right}"
+    rows = results("bench-cpu")["rows"]
+    times, share = ([row["value"] for row in rows if row["name"].startswith(name)]
+                    for name in ("query against block", "whole encoder against"))
+    text = section("Speed").replace("\n", " ")
+    assert f"is {min(times):.0f} to {max(times):.0f} times as fast" in text
+    assert f"takes {min(share):.0%} to {max(share):.0%} of TiTok-B's time" in text
+    right = bench.table(rows)
+    assert right in section("The bench", SPEED) + "\n", f"the right table:\n{right}"
+
+
+# ------------------------------------------------------------------------------------------------
+# the front page
+
+def minutes(made: dict) -> float:
+    return sum(phase["seconds"] for phase in made["phases"]) / 60
+
+
+def judged(made: dict, name: str) -> dict:
+    row, = (row for row in made["evaluation"]["rows"] if row["name"] == name)
+    return row
+
+
+def test_the_table_of_results_on_the_front_page_is_that_of_the_result_files():
+    """What was measured and what came out, of each row."""
+    demo, grown, joint, found, d2it, all_fine = map(results, (
+        "demo", "cifar", "cifar-joint", "search", "demo-d2it", "demo-d2it-fine"))
+    ar, maskgit = (judged(demo, name)["class_accuracy"] for name in ("ar", "maskgit"))
+    arms = {arm: [statistics.mean(row[what] for row in order_results("order-cifar")[arm])
+                  for what in ("psnr", "ar_bits_total")] for arm in ("nativetok-joint", "titok")}
+    (psnr, bits), (psnr_of_unordered, bits_of_unordered) = arms.values()
+    codes = grain_table.rows_of(order_table.read_results(
+        str(RESULTS / "grain-cifar-cpu"), (*grain.ARMS, *grain.GONE)))["Codes"]
+    by_detail, at_random = (statistics.mean(row["PSNR, dB"] for row in codes[name])
+                            for name in ("entropy", "random"))
+    last = {made["command"]: [phase for phase in made["phases"] if "psnr" in phase][-1]["psnr"]
+            for made in (demo, grown, joint, d2it)}
+    demo_psnr, grown_psnr, joint_psnr, d2it_psnr = last.values()
+    share = judged(d2it, "samples.npz")["class_accuracy"]
+    check_table(tables(section("Results", README))[0], [
+        ["the demo reconstructs shapes", f"{demo_psnr:.2f} dB from 16 tokens of 8 bits"],
+        ["the demo's new images",
+         f"{ar:.1%} (AR) and {maskgit:.1%} (MaskGIT) of 500 show their class"],
+        [f"CIFAR-10, grown by HNT, {minutes(grown):.0f} minutes of one thread with its generator",
+         f"{grown_psnr:.2f} dB from 16 tokens of 9 bits"],
+        [f"CIFAR-10, all 16 experts from the start, {minutes(joint):.0f} minutes of two cores",
+         f"{joint_psnr:.2f} dB"],
+        ["the same tokenizer, its encoder searches for better tokens",
+         f"{found['rows'][0]['psnr']:.2f} becomes {found['rows'][-1]['psnr']:.2f} dB"],
+        ["CIFAR-10, ordered tokens against unordered ones of a network as large",
+         f"{psnr:.2f} against {psnr_of_unordered:.2f} dB, at {bits:.1f} against "
+         f"{bits_of_unordered:.1f} bits"],
+        [f"the demo of D²iT, {minutes(d2it) + minutes(all_fine):.1f} minutes of one thread",
+         f"{d2it_psnr:.2f} dB with {d2it['phases'][0]['codes']:.1f} codes of at most 64; "
+         f"{share:.1%} of 500 samples show their class"],
+        ["D²iT on CIFAR-10, codes placed by detail against at random",
+         f"{by_detail:.2f} against {at_random:.2f} dB"]])
+    pca = dict(results("order-cifar/pca")["bits_and_psnr"])
+    assert f"as many bits reaches {pca[16 * 9]:.2f} dB on CIFAR-10" in README.replace("\n", " ")
+
+
+def test_the_front_page_says_of_the_demo_and_of_gpus_what_their_files_say():
+    demo, photos, gpu, text = results("demo"), results("photos"), results("gpu"), README
+    steps = {(row["phase"], row["way"]): row for row in gpu["rows"]}
+    eager, recorded = (steps["finetune", way] for way in ("eager", "graph"))
+    psnr = demo["evaluation"]["psnr_by_tokens"]
+    tokenizer = [phase for phase in results("cifar-gpu")["phases"] if "psnr" in phase]
+    right = [
+        f"{60 * minutes(demo):.0f} seconds of them for training",
+        f"a PSNR of {psnr['4']:.2f} dB from 4 numbers, {psnr['8']:.2f} dB from 8 and "
+        f"{psnr['16']:.2f} dB from 16",
+        f"Of {judged(demo, 'ar')['n']} new images",
+        f"{judged(demo, 'ar')['class_accuracy']:.1%} with one generator (AR) and in "
+        f"{judged(demo, 'maskgit')['class_accuracy']:.1%} with another (MaskGIT)",
+        f"took {minutes(photos):.1f} minutes of one thread",
+        f"reached {photos['phases'][3]['psnr']:.2f} dB",
+        f"[{eager['ms'] / recorded['ms']:.1f} times as fast]", f"takes {recorded['gib']:.1f} GiB",
+        f"trains in {sum(phase['seconds'] for phase in tokenizer):.0f} seconds on an H100"]
+    assert [words for words in right if words not in text.replace("\n", " ")] == []
 
 
 # What made the next ones is gone (experiments/README.md says where it is); their numbers stay.
@@ -291,7 +370,7 @@ def test_the_table_of_gpu_steps_is_that_of_its_result_file():
             share = eager["gflop"] / best["ms"] / made["tflops"]
             right.append([name, f"{eager['ms']:.1f}", *ms, f"{best['per_second']:,.0f}",
                           f"{share:.1%}", f"{best['gib']:.1f}"])
-    check_table(tables(section("Speed"))[3], right)
+    check_table(tables(section("Speed"))[0], right)
 
 
 def test_the_table_of_a_sampling_step_is_that_of_its_result_file():
@@ -307,11 +386,12 @@ def test_the_table_of_a_sampling_step_is_that_of_its_result_file():
             cells.append(" → ".join(f"{one[case]['ms'][kind]:.1f}{call}"
                                     for one, call in zip((before, now), calls)))
         right.append([kind, *cells])
-    check_table(tables(section("Speed"))[1], right)
+    check_table(tables(section("A sampling step", SPEED))[0], right)
 
 
 def test_the_table_of_growing_sizes_is_that_of_its_result_file():
-    made, shown_rows, right = results("scaling"), tables(section("Speed"))[2], []
+    made, right = results("scaling"), []
+    shown_rows, = tables(section("How time and memory grow", SPEED))
     for what in ("tokens", "patches", "width"):
         values = made[what]["points"]
         for work in ("encoding", "training step"):

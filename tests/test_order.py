@@ -1,8 +1,6 @@
 """experiments/order.py: arms of equal size, controls that lose nothing but the order, results that
 are whole and repeatable."""
-import contextlib
 import dataclasses
-import io
 import json
 import math
 import re
@@ -17,28 +15,15 @@ import config
 from config import CONFIGS
 from experiments import order, order_table
 from generator import ARGenerator
-from helpers import held_shapes, some_shapes
+from helpers import called, good, held_shapes, some_shapes, turned_away
 from nativetok import NativeTok, as_it_is
 from plumbing import checkpoint
 from plumbing.datasets import open_images
 from plumbing.flags import UserError, as_dict, build
-from plumbing.start import main_with_user_errors
 
 ROOT = Path(__file__).parent.parent
 
 TRIED = ["nativetok-hnt", "nativetok-shuffled"]
-
-
-def command(*flags) -> tuple[int, str, str]:
-    """order.py in this process -> exit code, stdout, stderr."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            words = [*map(str, flags), "--device", "cpu"]
-            main_with_user_errors(lambda: order.main(order.parse(words)))
-        except SystemExit as stop:
-            code = stop.code
-    return code, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +35,7 @@ def flags(tmp_path_factory):
     flags = ["--quick", "--data", data, "--val_data", val, "--budget", 20, "--generator_steps", 4,
              "--num_samples", 20, "--out", folder / "out", "--arms", *TRIED]
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    code, _, err = command(*flags)
-    assert code == 0, err
+    good(order, *flags)
     after = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert after == before, "Ctrl-C and SIGTERM would be answered by a run that is over"
     yield flags
@@ -207,7 +191,7 @@ def test_results_hold_what_was_promised(results):
 def test_bits_under_ar_are_the_loss_of_the_model():
     """In bits of an image, over two batches of unequal size."""
     torch.manual_seed(0)
-    _, gen, _ = config.load_preset("tiny")
+    _, gen, *_ = config.load_preset("tiny")
     gen = dataclasses.replace(gen, generator_width=32, generator_depth=1, generator_heads=2)
     model = ARGenerator(gen, 6, 8, 2).eval()
     ids, labels = torch.randint(8, (order.BATCH + 30, 6)), torch.arange(order.BATCH + 30) % 2
@@ -258,23 +242,6 @@ def test_guidance_is_chosen_on_other_samples_than_are_reported(best, monkeypatch
 # ------------------------------------------------------------------------------------------------
 # tables
 
-def test_older_results_report_maskgit_in_the_steps_it_was_tried_in():
-    """They hold samples of several numbers of steps, with and without guidance."""
-    rows = [{"name": "maskgit", "steps": steps, "cfg_scale": scale, "fd_tinycnn_x": scale / steps}
-            for steps in (1, 8, 16) for scale in (1.0, 2.0)]
-    tried = [{**row, "fd_tinycnn_x": -row["cfg_scale"]} for row in rows if row["steps"] == 8]
-    row = order_table.reported({"tried": tried, "samples": rows, "fd_tinycnn_x": 0}, "maskgit")
-    assert (row["steps"], row["cfg_scale"]) == (8, 2.0)
-
-
-def test_a_result_lies_above_the_pca_code_of_as_many_bits_and_nothing_is_said_beyond_it():
-    points = [[10, 15.0], [20, 17.0]]
-    above = [order_table.above_pca({"psnr": 16.5, "ar_bits_total": bits}, points)
-             for bits in (10, 200 ** 0.5, 20, 9, 21)]
-    assert above[:3] == pytest.approx([1.5, 0.5, -0.5]) and above[3:] == [None, None]
-    assert order_table.above_pca({"psnr": 16.5, "ar_bits_total": 15}, []) is None
-
-
 def test_both_tables_have_one_row_per_arm_and_figures_a_curve(out):
     tables = (out / "table.md").read_text().split("## ")[1:]
     assert [table.splitlines()[0] for table in tables] == list(order_table.TABLES)
@@ -287,14 +254,6 @@ def test_both_tables_have_one_row_per_arm_and_figures_a_curve(out):
         assert drawing.startswith("<svg xmlns=") and drawing.count("<polyline") == len(TRIED)
 
 
-def test_several_seeds_become_mean_and_spread(results, tmp_path):
-    for seed, db in ((0, 20.0), (1, 22.0)):
-        result = {**results["nativetok-hnt"], "seed": seed, "psnr": db}
-        (tmp_path / f"nativetok-hnt-{seed}.json").write_text(json.dumps(result))
-    code, text, _ = command("--table", "--out", tmp_path)
-    assert code == 0 and "| nativetok-hnt | 2 | 21.00 ± 1.4 | " in text
-
-
 # ------------------------------------------------------------------------------------------------
 # going on
 
@@ -303,8 +262,7 @@ def test_a_second_call_trains_nothing_and_changes_nothing(flags, out, monkeypatc
         return {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
     before = contents()
     monkeypatch.setattr(order, "train_arm", None)  # whoever calls it fails
-    code, text, err = command(*flags)
-    assert code == 0 and text.count("finished before") == len(TRIED), err
+    assert good(order, *flags).count("finished before") == len(TRIED)
     assert contents() == before
 
 
@@ -336,18 +294,14 @@ def test_the_yardstick_gets_an_eighth_to_all_of_the_tokens_bits(tmp_path):
     (("--table", "--out", "nowhere"), ("no results",)),
 ])
 def test_wrong_use_gets_one_line(wrong, says):
-    code, _, err = command(*wrong)
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
-    for text in says:
-        assert text in err, err
+    turned_away(order, *wrong, says=says)
 
 
 def test_results_of_other_settings_or_judges_are_not_taken_for_these(flags, results, tmp_path):
-    code, _, err = command(*flags, "--budget", 30)
+    code, _, err = called(order, *flags, "--budget", 30)
     assert code == 2 and "base_steps: " in err and "--out" in err, err
     mine, other = (json.dumps(results[arm]) for arm in TRIED[:2])
     other = other.replace(order_table.fd_key(results[TRIED[0]]), "fd_tinycnn_00000000")
     for arm, text in zip(TRIED, (mine, other)):
         (tmp_path / f"{arm}-0.json").write_text(text)
-    code, _, err = command("--table", "--out", tmp_path)
-    assert code == 2 and "different judges" in err
+    turned_away(order, "--table", "--out", tmp_path, says=["different judges"])

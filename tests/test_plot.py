@@ -38,13 +38,6 @@ def test_it_is_well_formed_whatever_the_labels_say():
     assert words.count(label) == 3 and "<script" not in text
 
 
-def test_legend_lies_below_the_curves():
-    text = svg([Curve("a", [1, 2], [3, 4]), Curve("b", [1, 2], [4, 3])], "x", "y")
-    lowest = max(y for line in lines(text) for _, y in line)
-    for label in "ab":
-        assert float(re.search(rf'y="([\d.]+)"[^>]*>{label}<', text)[1]) > lowest
-
-
 def test_a_long_curve_is_thinned():
     (line,) = lines(svg([Curve("x", range(100000), range(100000))], "x", "y"))
     assert plot.MOST / 2 < len(line) <= plot.MOST

@@ -132,13 +132,6 @@ def test_the_entropy_loss_moves_vectors_alone_and_apart():
     assert moved[2]["entropy"] < loss - 0.01
 
 
-def test_the_entropy_loss_is_computed_in_training_and_with_a_weight_only():
-    assert "entropy" in small()(some_z(3, 2, d))[2]
-    assert "entropy" not in small().eval()(some_z(3, 2, d))[2]
-    cfg = TokenizerConfig(codebook_size=K, code_dim=d, entropy_weight=0.0)
-    assert "entropy" not in VectorQuantizer(cfg)(some_z(3, 2, d))[2]
-
-
 # ------------------------------------------------------------------------------------------------
 # usage
 
@@ -149,17 +142,6 @@ def test_usage_anchors_uniform_is_K_and_constant_is_1():
     assert used == 1.0
     torch.testing.assert_close(perplexity, torch.tensor([K, 1, 4], dtype=torch.float64))
     assert usage(ids[:, 1:], K)[0] == 4 / K
-
-
-def test_choices_are_counted_in_training_alone():
-    quantizer, z = small(), some_z(5, 7, d)
-    ids = [quantizer(z)[1], quantizer(some_z(9, d, seed=3))[1]]
-    expected = torch.bincount(torch.cat([i.flatten() for i in ids]), minlength=K)
-    assert torch.equal(quantizer.count, expected)
-    recent = quantizer.recent
-    quantizer.eval()(z)
-    assert torch.equal(quantizer.count, expected) and quantizer.recent is recent
-    torch.testing.assert_close(recent, F.normalize(some_z(9, d, seed=3), dim=-1))
 
 
 # ------------------------------------------------------------------------------------------------

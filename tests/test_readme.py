@@ -3,19 +3,25 @@
 Their tables of numbers: test_numbers.py. Their commands: test_commands.py.
 """
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import mse_loss
 
 import config
 import train
 from helpers import SMALL, some_shapes
 from nativetok import NativeTok
+from plumbing.datasets import open_images
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("README.md", "EXERCISES.md", "experiments/README.md", "CONTRIBUTING.md", "tests/README.md")
+NAMES = ("README.md", "PAPER.md", "EXERCISES.md", "CONTRIBUTING.md", "experiments/README.md",
+         "experiments/SPEED.md", "experiments/IMAGENET.md", "tests/README.md")
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = PAGES["README.md"]
 HOUSE = [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("evaluation/*.py")]
@@ -90,6 +96,10 @@ def test_the_tests_that_are_listed_exist():
         text = (ROOT / "tests" / f"{file}.py").read_text(encoding="utf-8")
         assert f"def test_{test}" in text or not test, f"{file}::{test}"
     assert named > 30
+    exercises = re.findall(r"`(test_\w+)`\s+in\s+`(tests/\w+\.py)`", PAGES["EXERCISES.md"])
+    assert len(exercises) == 2
+    for test, file in exercises:
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), test
 
 
 # ------------------------------------------------------------------------------------------------
@@ -134,15 +144,48 @@ def test_an_expert_of_ones_own_trains_through_all_stages_and_loads(tmp_path):
 
 
 def test_the_table_of_phases_is_the_plan_of_the_program():
-    tok, _, settings = config.load_preset("tiny")
+    tok, *_, settings = config.load_preset("tiny")
     plan = {phase.name: phase for phase in train.phases(tok, settings)}
     row = r"^\| (base|grow|finetune).*?\| (\d) \| (.*) \|$"
-    rows = re.findall(row, section("Stages and commands"), flags=re.M)
+    rows = re.findall(row, section("How it trains"), flags=re.M)
     assert len(rows) == 3
     for name, stage, cells in rows:
         phase = next(phase for key, phase in plan.items() if key.startswith(name))
         learns = ["learns" if part in phase.learns else "frozen" for part in train.PARTS]
         assert int(stage) == phase.stage and cells.split(" | ") == learns, name
+
+
+def test_the_training_step_of_the_front_page_learns():
+    """As it stands there, 20 times, on eight noisy images."""
+    code, = re.findall(r"```python\n(model = .*?)```", section("How it trains"), flags=re.S)
+    losses = []
+
+    def loss_and_note(recon, images):
+        losses.append(mse_loss(recon, images))
+        return losses[-1]
+    torch.manual_seed(0)
+    images = torch.rand(8, 3, 32, 32) * 2 - 1
+    exec(code, {"NativeTok": NativeTok, "load_preset": config.load_preset, "torch": torch,
+                "mse_loss": loss_and_note, "batches": [images] * 20})
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_cifar_10_as_the_front_page_makes_it_is_read(tmp_path, monkeypatch):
+    """From torchvision's data set, of which this test has a small one."""
+    code, = re.findall(r"```python\n(import numpy.*?)```", README, flags=re.S)
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+
+    def cifar10(folder, train, download):
+        return SimpleNamespace(data=np.full((20, 32, 32, 3), 50 + train, np.uint8),
+                               targets=[*range(10)] * 2, classes=names)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", SimpleNamespace(CIFAR10=cifar10))
+    (tmp_path / "cifar10").mkdir()  # where torchvision lays what it has loaded
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    train, test = (open_images(f"cifar10/{name}.npz") for name in ("train", "test"))
+    assert train.classes == test.classes == names and len(train) == len(test) == 20
+    assert (train.load(0) == 51).all() and (test.load(0) == 50).all()
 
 
 @pytest.mark.parametrize("labels", ([0], [0, 3, 7], [0, 3, 7, 9, 1]), ids=len)

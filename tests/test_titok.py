@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from config import TokenizerConfig
-from plumbing.flags import UserError
+from helpers import refused
 from quantizer import VectorQuantizer
 from titok import TiTok
 
@@ -93,15 +93,5 @@ def test_the_place_of_a_patch_matters(kind):
 
 
 @KINDS
-@torch.no_grad()
-def test_images_of_a_batch_do_not_meet(kind):
-    titok, quantizer = small(kind)
-    together = titok(some_images(), quantizer)[1]
-    for b in range(3):
-        assert torch.equal(titok(some_images()[b:b + 1], quantizer)[1][0], together[b])
-
-
-@KINDS
 def test_several_lengths_are_refused_with_the_one_to_give(kind):
-    with pytest.raises(UserError, match="no experts to grow.*--token_schedule 9$"):
-        small(kind, schedule=(3, 9))
+    refused(small, kind, (3, 9), names=["no experts to grow", "--token_schedule 9"])

@@ -78,10 +78,11 @@ def test_links_lead_to_files_and_quoted_code_is_in_its_file():
     folder = ROOT / "d2it"
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", PAGE) if not link.startswith("http")]
     assert len(links) > 8 and all((folder / link).exists() for link in links)
-    source = {line.strip() for line in (folder / "diffusion.py").read_text().splitlines()}
+    source = {line.strip() for line in (ROOT / "diffusion.py").read_text().splitlines()}
     (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     assert set(block.splitlines()) <= source
-    for row in re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| [^|]+ \| ([^|]+) \|$", PAGE, flags=re.M):
+    rows = re.findall(r"^\| \[\w+\.py\]\(([\w./]+)\) \| [^|]+ \| ([^|]+) \|$", PAGE, flags=re.M)
+    for row in rows:
         text = (folder / row[0]).read_text()
         for name in re.findall(r"`([^`]+)`", row[1]):
             last = name.split(".")[-1].replace("()", "(")

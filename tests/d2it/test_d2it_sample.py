@@ -11,10 +11,9 @@ from PIL import Image
 import eval_fid
 from d2it import explain, sample
 from d2it import model as d2it_model
-from d2it.grain import spread
 from d2it.model import D2iT
 from experiments import record
-from helpers import held_shapes, refused
+from helpers import good, refused
 from plumbing import checkpoint
 from plumbing.datasets import open_images
 
@@ -28,10 +27,6 @@ def model(finished):
 
 def command(run, *flags) -> None:
     sample.main(sample.parse(["--run", str(run), "--device", "cpu", *map(str, flags)]))
-
-
-def judge(*words):
-    eval_fid.main(eval_fid.parse(list(map(str, words))))
 
 
 def test_a_sampled_latent_has_the_blocks_of_its_map(model):
@@ -60,14 +55,6 @@ def test_guidance_changes_the_content_and_not_the_map(model):
     assert torch.equal(plain.grain, guided.grain) and not torch.equal(plain.z, guided.z)
 
 
-def test_refinement_moves_fine_codes_only(model):
-    z, grain = model.sample(LABELS, steps=2, grain=torch.rand(6, 4, 4) < 0.5)
-    torch.nn.init.normal_(model.content.refine.head.weight, std=0.1)
-    t = torch.full((6,), 300)
-    off = model.content(z, t, LABELS, grain) - model.content(z, t, LABELS, grain, refine=False)
-    assert off.any() and not off[~spread(grain[:, None]).expand_as(off)].any()
-
-
 def test_a_picture_has_two_rows_a_class_and_the_same_command_writes_the_same_bytes(run, capsys):
     flags = ("--classes", "disc", "3", "--per_class", 3, "--steps", 2)
     command(run, *flags)
@@ -79,16 +66,13 @@ def test_a_picture_has_two_rows_a_class_and_the_same_command_writes_the_same_byt
     assert (run / "samples" / "sample.png").read_bytes() == first
 
 
-def test_a_painted_map_is_used_for_every_sample(run, tmp_path, capsys):
+def test_a_painted_map_is_used_for_every_sample_and_another_size_refused(run, tmp_path, capsys):
     painted = np.zeros((4, 4, 3), np.uint8)
     painted[0, :3] = 255
     Image.fromarray(painted).save(tmp_path / "map.png")
     assert sample.read_map(tmp_path / "map.png", 4)[0, 0].tolist() == [1, 1, 1, 0]
     command(run, "--grain", tmp_path / "map.png", "--per_class", 2, "--steps", 2)
     assert f"samples of {16 + 3 * 3}.0 codes each" in capsys.readouterr().out
-
-
-def test_a_picture_that_is_no_map_is_refused_with_the_size_of_one(tmp_path):
     for width, height in ((8, 4), (6, 6), (2, 2)):
         Image.new("RGB", (width, height)).save(tmp_path / "map.png")
         refused(sample.read_map, tmp_path / "map.png", 4,
@@ -114,27 +98,14 @@ def test_an_npz_names_its_classes_and_what_is_said_of_it_can_be_kept(run, tmp_pa
     assert kept["phases"][0]["psnr"] > 0 and kept["settings"]["content_steps"] == 5
 
 
-def test_eval_fid_judges_the_npz_by_one_judge_for_both_systems(
-        run, shapes_npz, tmp_path, capsys):
+def test_eval_fid_judges_the_npz_by_one_judge_for_both_systems(run, shapes_npz, tmp_path):
     command(run, "--npz", tmp_path / "x.npz", "--num_samples", 12, "--steps", 2)
     words = ["--images", tmp_path / "x.npz", "--judge", tmp_path / "judge.pt", "--data",
-             shapes_npz, "--json", tmp_path / "x.json", "--device", "cpu"]
-    refused(judge, *words, names=["no classifier", "--train_features"])
-    judge(*words, "--train_features", "2")
-    first = capsys.readouterr().out
-    assert "class_accuracy" in first and "x.npz" in first
-    judge(*words)
-    assert first.count("fd_tinycnn") == capsys.readouterr().out.count("fd_tinycnn")
+             shapes_npz, "--json", tmp_path / "x.json", "--train_features", "2"]
+    told = good(eval_fid, *words)
+    assert "class_accuracy" in told and "x.npz" in told
     row = json.loads((tmp_path / "x.json").read_text())["rows"][0]
     assert row["n"] == 12 and 0 <= row["class_accuracy"] <= 1
-    refused(judge, *words[:4], names=["--judge", "--data"])
-    # With held-out images of their own the judge learns from all of --data.
-    words[3] = tmp_path / "all.pt"
-    judge(*words, "--val_data", held_shapes(tmp_path / "held.npz", 30), "--train_features", "2")
-    assert json.loads((tmp_path / "x.json").read_text())["reference"]["n"] == 30
-    refused(judge, *words, names=["all.pt", "--val_data"])
-    refused(judge, "--images", tmp_path / "x.npz", "--data", shapes_npz, "--features", "inception",
-            "--val_data", shapes_npz, names=["--val_data", "--judge"])
 
 
 def test_each_part_that_is_unfinished_is_told_and_written(run, tmp_path, capsys):
@@ -168,16 +139,12 @@ def test_reconstructing_shows_image_entropy_map_and_image_again(run, tmp_path, c
 
 
 @pytest.mark.parametrize("flags, names", [
-    (("--reconstruct", "x.png", "--steps", 3), ["--steps is for samples"]),
     (("--reconstruct", "x.png", "--json", "x"), ["--json is for samples"]),
-    (("--reconstruct", "x.png", "--npz", "x"), ["one of them"]),
-    (("--num_samples", 3), ["--num_samples is for --npz"]),
     (("--json", "x"), ["--json is for --npz"]),
-    (("--npz", "x", "--per_class", 3), ["--per_class is for pictures"]),
     (("--npz", "x", "--out", "y"), ["--out is for pictures"]),
-    (("--run", "nowhere"), ["nowhere is not there"]),
     (("--classes", "dusc"), ["disc"])])
 def test_flags_that_would_not_be_read_and_unknown_classes_are_refused(finished, flags, names):
+    """What sample.py refuses too is tried there: the flags are read by one function."""
     refused(command, finished, *flags, names=names)
 
 

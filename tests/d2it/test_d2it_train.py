@@ -14,8 +14,8 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 import config
-from d2it import diffusion, presets, train
-from d2it.content import Content
+from d2it import train
+from d2it.content import Content, loss
 from d2it.dvae import DVAE
 from d2it.model import D2iT
 from d2it.presets import CONFIGS, PRESETS, load_preset, parse_run
@@ -26,7 +26,7 @@ from layers import count_parameters
 from plumbing import checkpoint
 from plumbing import run as run_folder
 from plumbing.datasets import open_images
-from plumbing.flags import as_dict, build
+from plumbing.flags import build
 
 CPU = torch.device("cpu")
 
@@ -189,7 +189,7 @@ def test_the_256_pixel_preset_takes_a_step_with_small_widths():
     dvae.calibrate(dvae.entropy(pixels))
     codes = dvae.encode(pixels)
     assert codes.z.shape == (2, 4, 32, 32) and codes.grain.shape == (2, 16, 16)
-    diffusion.loss(content, codes.z, torch.tensor([0, 1]), codes.grain)[0].backward()
+    loss(content, codes.z, torch.tensor([0, 1]), codes.grain)[0].backward()
     assert dvae.decode(codes).shape == (2, 3, 256, 256)
 
 
@@ -201,12 +201,3 @@ def test_wrong_sizes_are_refused_with_what_to_try():
             (dict(grain_policy="wavelet"), ["entropy"]),
             (dict(grain_ratio=1.5), ["share"])):
         refused(build, CONFIGS, values, names=names)
-
-
-def test_every_flag_has_a_line_of_help(capsys):
-    with pytest.raises(SystemExit):
-        parse_run(train.__doc__, ["--help"])
-    told = capsys.readouterr().out
-    for name in as_dict(*load_preset("d2it-tiny")):
-        assert f"--{name}" in told or f"--no-{name}" in told
-    assert presets.RUN_ONLY

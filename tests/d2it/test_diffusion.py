@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from d2it import diffusion
-from d2it.diffusion import (
-    KEPT, T, alpha_sigma, estimates, guided, loss, random_times, sample, target, times)
+from d2it import content as grained
+from d2it.content import guided, loss, sample
 from d2it.grain import code_weights, grained_noise
+from diffusion import KEPT, T, alpha_sigma, estimates, random_times, target, times
 from helpers import refused
 
 LABELS = torch.tensor([0, 1])
@@ -104,7 +104,7 @@ def test_training_times_cover_every_step_alike_and_never_leave_the_table(monkeyp
 
 def test_the_loss_is_the_mean_over_codes_as_computed_by_hand(monkeypatch):
     noise = grained_noise(GRAIN, 4, torch.Generator().manual_seed(0))
-    monkeypatch.setattr(diffusion, "grained_noise", lambda grain, channels: noise)
+    monkeypatch.setattr(grained, "grained_noise", lambda grain, channels: noise)
     got, logs = loss(constant(0.3), torch.randn(2, 4, 4, 4), LABELS, GRAIN)
     total, count = 0.0, 0.0
     for b, i, j in itertools.product(range(2), range(4), range(4)):

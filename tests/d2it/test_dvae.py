@@ -8,11 +8,10 @@ import torch
 from d2it.dvae import DVAE, Codes, fingerprint, kl
 from d2it.grain import code_weights, spread
 from d2it.presets import DVAEConfig
-from helpers import refused
+from helpers import refused, shape_pixels
 from loop import learning_rate, new_optimizer
 from losses import to_db
 from plumbing import checkpoint
-from plumbing.datasets import open_images
 from plumbing.flags import as_dict
 from plumbing.images import to_float
 
@@ -27,8 +26,7 @@ def model() -> DVAE:
 
 @pytest.fixture(scope="module")
 def pixels() -> torch.Tensor:
-    data = open_images("shapes")
-    return torch.from_numpy(np.stack([data.load(i) for i in range(64)]))
+    return shape_pixels(64)
 
 
 def calibrated(model, pixels):

@@ -1,14 +1,13 @@
 """Grain maps: what scores as detail, whose map is whose, what a copied code may never become."""
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from d2it.grain import (
     POLICIES, code_weights, count_codes, entropy, grain_map, grained_noise, gray, heat, kernel,
     merge, pack, painted, per_code, spread, threshold, unpack)
-from plumbing.datasets import open_images
+from helpers import shape_pixels
 
 FLAT = math.log(255 * 0.01) + 0.5 * math.log(2 * math.pi * math.e)  # of a Gaussian 2.55 levels wide
 
@@ -16,11 +15,6 @@ FLAT = math.log(255 * 0.01) + 0.5 * math.log(2 * math.pi * math.e)  # of a Gauss
 def cells(levels) -> torch.Tensor:
     """Gray levels (B, H, W) -> pixels uint8 (B, H, W, 3)."""
     return torch.as_tensor(levels, dtype=torch.uint8)[..., None].expand(-1, -1, -1, 3)
-
-
-def shapes(n: int = 300) -> torch.Tensor:
-    data = open_images("shapes")
-    return torch.from_numpy(np.stack([data.load(i) for i in range(n)]))
 
 
 def random_maps(B: int = 6, n: int = 4, seed: int = 0) -> torch.Tensor:
@@ -55,7 +49,7 @@ def test_counting_levels_first_gives_the_papers_sum_over_pixels_to_the_bit():
 
 
 def test_a_change_in_one_cell_changes_the_score_of_that_cell_only():
-    pixels = shapes(1).clone()
+    pixels = shape_pixels(1)
     before = entropy(pixels, 8)
     pixels[0, 8:16, 16:24] = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8)
     assert (before != entropy(pixels, 8)).nonzero().tolist() == [[0, 1, 2]]
@@ -81,7 +75,7 @@ def test_flat_cells_are_coarse_even_when_more_than_half_are_flat():
 
 
 def test_all_cells_are_fine_or_none_or_those_above_the_limit_whatever_the_batch():
-    pixels = shapes(20)
+    pixels = shape_pixels(20)
     maps = {policy: torch.cat([grain_map(part, 8, 2.5, policy) for part in pixels.split(3)])
             for policy in POLICIES}
     assert maps["fine"].all() and not maps["coarse"].any()

@@ -17,10 +17,9 @@ from d2it.presets import ContentConfig, DVAEConfig, parse_run
 from experiments import grain, grain_table
 from experiments.grain import ARMS, CODES, IMAGES, PLANS
 from experiments.grain_table import SWEEP
-from helpers import held_shapes, interrupt_at, refused
+from helpers import held_shapes, interrupt_at, refused, shape_pixels
 from plumbing import checkpoint
 from plumbing import run as run_folder
-from plumbing.datasets import open_images
 from plumbing.flags import as_dict
 
 TRIED = ["error", "d2it-4+2", "d2it-all"]
@@ -96,11 +95,6 @@ def test_arms_have_as_many_numbers_as_their_names_say_and_the_sweep_goes_up():
     assert not [arm for arm in ARMS for other in ARMS if re.match(rf"{re.escape(arm)}-\d", other)]
 
 
-def some_pixels(n: int) -> torch.Tensor:
-    images = open_images("shapes")
-    return torch.stack([torch.from_numpy(images.load(i).copy()) for i in range(n)])
-
-
 def dvae(change=lambda dvae: dvae, pixels: torch.Tensor | None = None) -> DVAE:
     """As training makes it: the change of a new one, calibrated."""
     torch.manual_seed(0)
@@ -118,7 +112,7 @@ def changes() -> dict:
 
 
 def test_a_control_has_as_many_fine_cells_in_each_image_as_entropy_and_others():
-    pixels = some_pixels(200)
+    pixels = shape_pixels(200)
     plain = dvae(pixels=pixels)
     scores, wanted = plain.entropy(pixels), plain.grain_of(pixels)
     maps = {}
@@ -140,7 +134,7 @@ def test_a_control_has_as_many_fine_cells_in_each_image_as_entropy_and_others():
 
 
 def test_maps_by_error_are_fine_where_the_coarse_arm_is_furthest_off():
-    pixels = some_pixels(12)
+    pixels = shape_pixels(12)
     model = dvae(changes()["error"], pixels)
     (coarse,), images = model.coarse, pixels.permute(0, 3, 1, 2) / 127.5 - 1
     mean, _ = coarse.moments(images, torch.zeros(12, 4, 4).bool())
@@ -152,7 +146,7 @@ def test_maps_by_error_are_fine_where_the_coarse_arm_is_furthest_off():
 
 
 def test_a_changed_dvae_begins_like_a_plain_one_and_is_loaded_with_its_change_only(tmp_path):
-    pixels, plain = some_pixels(20), dvae()
+    pixels, plain = shape_pixels(20), dvae()
     for arm, change in changes().items():
         model, path = dvae(change, pixels), tmp_path / f"{arm}.pt"
         assert all(torch.equal(model.state_dict()[name], value)
@@ -265,27 +259,6 @@ def test_a_second_call_trains_nothing_and_changes_nothing(words, out, monkeypatc
     command(*words)
     assert capsys.readouterr().out.count("finished before") == len(TRIED)
     assert contents() == before
-
-
-def test_tables_have_a_row_for_each_arm_and_kind_of_maps_and_a_mean(results, tmp_path, out):
-    shutil.copyfile(out / "real.json", tmp_path / "real.json")
-    for seed, dB in ((0, 20.0), (1, 22.0)):
-        for arm in ("error", "d2it-4+2"):
-            made = {**results[arm], "seed": seed} | ({"psnr": dB} if arm == "error" else {})
-            (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(made))
-    one_map = {**results["d2it-all"], "arm": "dit-fine"}
-    one_map["samples"] = [{**one_map["samples"][0], "map_obeyed": None}]
-    (tmp_path / "dit-fine-0.json").write_text(json.dumps(one_map))
-    text = grain_table.write_tables(str(tmp_path), ARMS)
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    heads = [row for row in rows if row[1] == "seeds"]
-    by_name = {row[0]: row for row in rows if row[1] != "seeds"}
-    assert list(by_name) == ["error", "dit-fine", "d2it-4+2", "d2it-4+2, true maps",
-                             "d2it-4+2, random maps"]
-    assert by_name["error"][heads[0].index("PSNR, dB")] == "21.00 ± 1.4"
-    assert by_name["dit-fine"][heads[1].index("map obeyed")] == ""
-    assert all(len(row) == len(heads[row[0] != "error"]) for row in by_name.values())
-    assert not (tmp_path / "sweep.svg").exists(), "a single point is no curve"
 
 
 def test_the_sweep_shows_both_distances_for_every_r_that_has_them(results):

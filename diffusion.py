@@ -1,16 +1,15 @@
-"""Diffusion on codes: noise, loss, sampler and guidance, all of it on one page.
+"""Diffusion: two paths from data to noise, and a sampler that goes back.
 
     t = 0        clean                          z_t = alpha z + sigma noise
     t = T        noise alone
     path "noise" alpha, sigma from 1,000 small steps; the net predicts the noise [DiT]
     path "flow"  a straight line, alpha = 1 - t/T; the net predicts its direction, noise - z [SiT]
 
-Paper    multi-grained noise: a coarse code is one number in four slots, and so is its noise
-In       content(z_t, t, labels, grain) -> (B, C, 2n, 2n), any such network; codes of mean 0, std 1
-Out      a loss, and samples z (B, C, 2n, 2n)
-Differs  every code counts once in the loss; the paper's own formula is not known to us. No learned
-         variance, no clipping of latents, no weights over t: what they are for, DiT's users ask
-Try      python -m d2it.diffusion      (CPU, a second)
+In       z (B, C, H, W) of about unit scale: D²iT's codes, or the images of flow_decoder.py
+         predict(z_t, t) -> (B, C, H, W), what target() asks for; t (B,) from 0 to T
+Out      samples z (B, C, H, W)
+Differs  no learned variance, no clipping, no weights over t, which DiT's code has
+Try      python diffusion.py      (CPU, a second)
 """
 from collections.abc import Callable
 from itertools import pairwise
@@ -18,8 +17,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from d2it.grain import code_weights, grained_noise
-from generator import guide
 from layers import at_least_float32
 from plumbing.flags import need
 
@@ -46,12 +43,12 @@ def alpha_sigma(t: Tensor, path: str) -> tuple[Tensor, Tensor]:
 
 
 def target(z: Tensor, noise: Tensor, path: str) -> Tensor:
-    """What the net should say."""
+    """What the net should predict."""
     return noise - z if path == "flow" else noise
 
 
 def estimates(z_t: Tensor, out: Tensor, t: Tensor, path: str) -> tuple[Tensor, Tensor]:
-    """What the net said at z_t -> its guess of z and of the noise; mixed as at t, they are z_t."""
+    """The net's output at z_t -> its guess of z and of the noise; mixed as at t, they are z_t."""
     alpha, sigma = alpha_sigma(t, path)
     if path == "flow":
         return z_t - sigma * out, z_t + alpha * out
@@ -59,52 +56,16 @@ def estimates(z_t: Tensor, out: Tensor, t: Tensor, path: str) -> tuple[Tensor, T
 
 
 # ------------------------------------------------------------------------------------------------
-# learning
+# times
 
 def random_times(batch: int, path: str, device=None) -> Tensor:
     """(B,) rising times, one in each B-th of [0, T]: the same distribution, evenly spread [VDM].
 
-    Images come in random order, so which of them gets which time is chance enough.
+    Images are shuffled, so times may be sorted.
     """
     t = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) * (T / batch)
     # TRAP: 63 + rand rounds to 64 once in a million times, and T + 1 is no step.
     return t if path == "flow" else (t.floor() + 1).clamp_max(T)
-
-
-def loss(content: Callable, z: Tensor, labels: Tensor, grain: Tensor,
-         path: str = "noise") -> tuple[Tensor, dict]:
-    """-> mean squared error over codes, a scalar, and the error by grain and by quarter of T.
-
-    Starts at 1 (path "flow": 2), when the net says nothing. An error near 1 in quarter 1 and near
-    0 in quarter 4 is no fault: little noise is hard to see, and much of it is all there is.
-    """
-    t = random_times(len(z), path, z.device)                  # (B,)
-    noise = grained_noise(grain, z.shape[1])                  # (B, C, 2n, 2n)
-    alpha, sigma = alpha_sigma(t, path)
-    out = content(alpha * z + sigma * noise, t, labels, grain)
-    error = (out.float() - target(z, noise, path)).square().mean(dim=1)   # (B, 2n, 2n)
-    weights = code_weights(grain)[:, 0]                       # (B, 2n, 2n): 1 fine, 1/4 coarse
-    fine = weights == 1
-    quarter = (4 * (t.ceil() - 1).clamp_min(0) / T).long()    # (B,) 0 .. 3; T/4 is of the first
-    logs = {"fine": error[fine], "coarse": error[~fine]}
-    logs |= {f"quarter_{q + 1}": error[quarter == q] for q in range(4)}
-    logs = {name: part.detach().mean() for name, part in logs.items() if part.numel()}
-    return (weights * error).sum() / weights.sum(), logs
-
-
-# ------------------------------------------------------------------------------------------------
-# sampling
-
-def guided(content: Callable, z_t: Tensor, t: Tensor, labels: Tensor, grain: Tensor,
-           no_class: int, scale: float) -> Tensor:
-    """Classifier-free guidance: scale 0 unconditional, 1 plain, above 1 guided."""
-    if scale == 1:
-        return at_least_float32(content(z_t, t, labels, grain))
-    none = torch.full_like(labels, no_class)
-    both = content(z_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, none]),
-                   grain.repeat(2, 1, 1))                     # (2B, C, 2n, 2n)
-    # TRAP: DiT guides 3 of its 4 channels, a remnant of pixel code.
-    return guide(*at_least_float32(both).chunk(2), scale)
 
 
 def times(steps: int) -> list[int]:
@@ -113,22 +74,25 @@ def times(steps: int) -> list[int]:
     return torch.linspace(T, 0, steps + 1).round().long().tolist()
 
 
-@torch.no_grad()
-def sample(content: Callable, z: Tensor, labels: Tensor, grain: Tensor, no_class: int,
-           path: str = "noise", steps: int = 50, cfg_scale: float = 1.0, eta: float = 0.0,
-           generator: torch.Generator | None = None, trace: list | None = None) -> Tensor:
-    """Noise z (B, C, 2n, 2n) from grained_noise -> codes.
+# ------------------------------------------------------------------------------------------------
+# sampling
 
-    A step splits z_t into the guessed image and the guessed noise, and mixes them for an earlier
+@torch.no_grad()
+def sample(predict: Callable, z: Tensor, path: str = "noise", steps: int = 50, eta: float = 0.0,
+           new_noise: Callable[[], Tensor] | None = None, trace: list | None = None) -> Tensor:
+    """Noise z (B, C, H, W) -> data.
+
+    A step splits z_t into the guessed data and the guessed noise, and mixes them for an earlier
     time. On the path "noise" this is DDIM, and with eta = 1 DDPM, where new noise takes the place
     of a part of the guessed one. On "flow" it is Euler's method, exactly.
-    trace   a list to which (t, z_t, guessed z) of every step are appended
+    new_noise   () -> noise like z, for eta above 0
+    trace       a list to which (t, z_t, guessed z) of every step are appended
     """
     need(eta == 0 or path == "noise", f"eta {eta:g} is for the path noise; leave it 0 on flow")
     need(0 <= eta <= 1, f"eta {eta:g} must be from 0 (DDIM) to 1 (DDPM)")
     for now, then in pairwise(times(steps)):
         t, s = (torch.full((len(z),), time, device=z.device) for time in (now, then))
-        out = guided(content, z, t, labels, grain, no_class, cfg_scale)
+        out = at_least_float32(predict(z, t))
         z_hat, noise_hat = estimates(z, out, t, path)
         if trace is not None:
             trace.append((now, z, z_hat))
@@ -136,12 +100,12 @@ def sample(content: Callable, z: Tensor, labels: Tensor, grain: Tensor, no_class
         fresh = eta * s_s / s_t * (1 - (a_t / a_s).square()).sqrt()           # DDIM, its sigma
         z = a_s * z_hat + (s_s.square() - fresh.square()).clamp_min(0).sqrt() * noise_hat
         if eta:
-            z = z + fresh * grained_noise(grain, z.shape[1], generator)
+            z = z + fresh * new_noise()
     return z
 
 
 if __name__ == "__main__":
-    print("How much of a code is signal and how much noise?   (alpha, sigma)")
+    print("How much of z_t is signal and how much noise?   (alpha, sigma)")
     for t in (0, 1, 100, 250, 500, 750, 1000):
         cells = [alpha_sigma(torch.tensor([t]), path) for path in ("noise", "flow")]
         text = [f"{alpha.item():.3f} {sigma.item():.3f}" for alpha, sigma in cells]
