@@ -40,7 +40,6 @@ class TokenizerConfig:
     token_schedule: tuple[int, ...] = (32, 64, 128)
     codebook_size: int = 4096  # number of codes, shared by all positions [TiTok]
     code_dim: int = 12  # channels of a code [TiTok]
-    commitment_weight: float = 0.25  # weight of the commitment loss [TiTok]
     # weight of the loss that keeps each position from saying always the same, 0 for none [ours]
     entropy_weight: float = 0.05
     decoder_width: int = 768  # channels of the decoder [TiTok-B]
@@ -86,7 +85,7 @@ class TokenizerConfig:
              f"{self.tokenizer} has no experts to grow; give one length, "
              f"like --token_schedule {steps[-1]}")
         shares(self, "tail_drop")
-        not_negative(self, "commitment_weight", "entropy_weight", "decoder_overlap")
+        not_negative(self, "entropy_weight", "decoder_overlap")
         need(2 * self.decoder_overlap <= self.patch_size,
              f"decoder_overlap {self.decoder_overlap} is more than half of patch_size "
              f"{self.patch_size}")
@@ -106,19 +105,20 @@ class GeneratorConfig:
     generator_depth: int = 12  # transformer blocks [LlamaGen-B]
     generator_heads: int = 12  # attention heads [LlamaGen-B]
     generator_dropout: float = 0.1  # dropout after attention and MLP [LlamaGen, MaskGIT]
-    # share of labels hidden in training, so that guidance has an unconditional side [LlamaGen]
-    label_dropout: float = 0.1
     label_smoothing: float = 0.1  # MaskGIT only: label smoothing [MaskGIT]
 
     def __post_init__(self):
         sizes(self, "generator_width", "generator_heads")
         sizes(self, "generator_depth", most=1000)
-        shares(self, "label_dropout")
         below_one(self, "generator_dropout", "label_smoothing")  # at 1 nothing would be learned
         width, heads = self.generator_width, self.generator_heads
         need(width % heads == 0 and width // heads % 2 == 0,
              f"generator_width {width} must be generator_heads {heads} times an even number "
              "(rotary pairs)")
+
+
+# Share of labels hidden in training, so that guidance has an unconditional side [LlamaGen, DiT].
+LABEL_DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -219,14 +219,6 @@ class TrainConfig(RunConfig):
     codebook_rate: float = 1.0
     # steps between replacements of codes that nothing chose, 0 for never [ours]
     reseed_every: int = 100
-    # weight of the ConvNeXt-S feature loss; needs torchvision [TiTok: 0.1 stage 2]
-    perceptual_weight: float = 0.0
-    # weight of the adversarial loss; at 1 it pulls as hard as the pixel error does [VQGAN: 0.8]
-    adversarial_weight: float = 0.0
-    adversarial_start: int = 20000  # tokenizer step at which the adversarial loss begins [TiTok]
-    # steps before adversarial_start in which the discriminator learns without being asked; one that
-    # judges with random weights throws the reconstruction back [ours]
-    adversarial_warmup: int = 1000
     # stage 3: the generators
     generators: str = "both"  # which generators to train: ar, maskgit or both
     generator_batch_size: int = 256  # token sequences per step over all processes [LlamaGen]
@@ -235,8 +227,6 @@ class TrainConfig(RunConfig):
     generator_min_learning_rate: float = 1e-4
     generator_warmup_steps: int = 1000  # steps until the learning rate has reached its peak [ours]
     generator_steps: int = 500000  # steps of each generator [MaskGIT]
-    generator_beta2: float = 0.95  # AdamW's second decay [LlamaGen]
-    generator_weight_decay: float = 0.05  # AdamW's weight decay, on matrices only [LlamaGen]
     # stage 4: the flow decoder
     flow_decoder_steps: int = 200000  # steps of the flow decoder; 0 for none [ours: not run]
     flow_decoder_learning_rate: float = 1e-4  # peak learning rate [DiT]
@@ -247,15 +237,12 @@ class TrainConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         choose("generators", self.generators, ("ar", "maskgit", "both"))
-        below_one(self, "generator_beta2")
         sizes(self, "generator_batch_size")
         at_least_one(self, "base_steps", "grow_steps", "finetune_steps", "generator_steps")
         not_negative(self, "learning_rate", "codebook_rate",
                      "generator_learning_rate", "generator_min_learning_rate",
-                     "generator_weight_decay", "flow_decoder_steps",
-                     "flow_decoder_learning_rate", "perceptual_weight", "adversarial_weight",
-                     "generator_warmup_steps", "reseed_every", "adversarial_start",
-                     "adversarial_warmup")
+                     "generator_warmup_steps", "reseed_every", "flow_decoder_steps",
+                     "flow_decoder_learning_rate")
         need(not self.cuda_graph or self.accumulate == 1, "a recording's gradients cannot be added "
              "up: with --cuda_graph leave out --accumulate")
         need(0 <= self.continuous_steps < self.base_steps,
@@ -264,10 +251,10 @@ class TrainConfig(RunConfig):
 
     @property
     def generator(self) -> Optim:
-        """How each generator learns."""
+        """How each generator learns; AdamW's second decay and weight decay are LlamaGen's."""
         return Optim(self.generator_batch_size, self.generator_steps, self.generator_learning_rate,
                      self.generator_min_learning_rate, self.generator_warmup_steps,
-                     self.generator_beta2, self.generator_weight_decay)
+                     beta2=0.95, weight_decay=0.05)
 
     @property
     def generator_kinds(self) -> tuple[str, ...]:
@@ -350,13 +337,14 @@ def settings(kind: str, *configs) -> dict:
 class Option(NamedTuple):
     """What a model's sample() can be given, as a flag: read(text) -> value."""
     read: Callable
-    default: float | None  # None: the model knows, .default_cfg_scale and .default_steps
+    default: float | None  # None: the model knows, .default_steps
     help: str
 
 
+GUIDANCE = 2.0  # what programs guide with where nothing else is asked for [ours]
 SAMPLING = {
-    "cfg_scale": Option(number(float), None, "guidance: 0 unconditional, 1 plain, above 1 guided "
-                        "(default: 2; 1 after --label_dropout 0)"),
+    "cfg_scale": Option(number(float), GUIDANCE, "guidance: 0 unconditional, 1 plain, above 1 "
+                        "guided (default: 2)"),
     "temperature": Option(number(float), 1.0, "of the tokens' distribution; 0 takes the likeliest "
                           "(default: 1)"),
     "top_k": Option(number(int), 0, "ar: draw from the k likeliest tokens; 0: off (default: 0)"),

@@ -47,7 +47,7 @@ from evaluation.measures import SSIM_WINDOW, frechet_distance
 from evaluation.report import headline, phases_table, run_summary, table
 from evaluation.tinycnn import images_of_judge, is_to_be_trained, train_judge
 from flow_decoder import Decoding
-from generator import GENERATORS, Generator, need_guidance
+from generator import GENERATORS, Generator
 from nativetok import NativeTok, from_checkpoint
 from plumbing import checkpoint
 from plumbing.archives import note
@@ -322,7 +322,6 @@ def samples(args, kind: str, given: Given, how: Batching, procs: Processes) -> l
     sources = []
     for values in itertools.product(*(args.sweep[name] for name in names)):
         tried = dict(zip(names, values))
-        need_guidance({**options, **tried}["cfg_scale"], model.cfg.label_dropout)
         sources.append(generated(kind, model, given.decode, args.num_samples, options, tried, how,
                                  procs.device))
     return sources

@@ -35,8 +35,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+<<<<<<< HEAD
 from config import CONFIGS
 from evaluation import interactive
+=======
+from config import CONFIGS, GUIDANCE
+>>>>>>> main
 from evaluation.intervention import intervene, interventions
 from generator import GENERATORS, Generator
 from losses import mse
@@ -232,7 +236,7 @@ drawn after those before it."""
 
 def ar_growing(page: Page, model: NativeTok, ar: Generator) -> None:
     ks, (labels, names) = doubling(model.num_tokens), first_labels(model, ar.classes)
-    scale, noise = ar.default_cfg_scale, torch.Generator().manual_seed(0)
+    scale, noise = GUIDANCE, torch.Generator().manual_seed(0)
     ids = ar.sample(labels, cfg_scale=scale, generator=noise)
     rows = list(torch.stack([decode(model, ids[:, :k]) for k in ks], dim=1))
     caption = AR.format(names=names, scale=scale, ks=", ".join(map(str, ks)))
@@ -247,7 +251,7 @@ chosen, so the picture is the final one, and the more of it is masked, the more 
 def maskgit_steps(page: Page, model: NativeTok, maskgit: Generator) -> None:
     """Tokens still masked are shown as black squares in a strip under the picture."""
     trace, (labels, names) = [], first_labels(model, maskgit.classes)
-    final = maskgit.sample(labels, cfg_scale=maskgit.default_cfg_scale, trace=trace,
+    final = maskgit.sample(labels, cfg_scale=GUIDANCE, trace=trace,
                            generator=torch.Generator().manual_seed(0))
     rows, size = [], model.cfg.image_size
     for i in range(len(labels)):
@@ -267,7 +271,7 @@ def maskgit_steps(page: Page, model: NativeTok, maskgit: Generator) -> None:
     page.grid("maskgit", "MaskGIT, step by step", caption, rows)
 
 
-GUIDANCE = """The same noise under guidance {scales}, one class per row ({names}). More guidance:
+GUIDED = """The same noise under guidance {scales}, one class per row ({names}). More guidance:
 more typical, less varied."""
 
 
@@ -277,7 +281,7 @@ def guidance(page: Page, model: NativeTok, ar: Generator) -> None:
     for scale in scales:
         noise = torch.Generator().manual_seed(1)
         columns.append(decode(model, ar.sample(labels, cfg_scale=scale, generator=noise)))
-    caption = GUIDANCE.format(scales=", ".join(f"{s:g}" for s in scales), names=names)
+    caption = GUIDED.format(scales=", ".join(f"{s:g}" for s in scales), names=names)
     page.grid("guidance", "Guidance", caption, list(torch.stack(columns, dim=1)))
 
 
@@ -397,8 +401,7 @@ def main(args) -> None:
     measured = []
     if "ar" in generators:
         ar_growing(page, model, generators["ar"])
-        if generators["ar"].cfg.label_dropout:  # else only one scale was learned
-            guidance(page, model, generators["ar"])
+        guidance(page, model, generators["ar"])
         if labelled:
             measured.append(bits_of(model, generators["ar"], ids, labels))
     if "maskgit" in generators:

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import GeneratorConfig
+from config import LABEL_DROPOUT, GeneratorConfig
 from layers import (
     ExactBuffers, KVCache, LlamaBlock, RMSNorm, at_least_float32, eval_mode, rotary_table)
 from plumbing import checkpoint
@@ -46,18 +46,6 @@ from plumbing.run import unfinished
 def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance on logits: scale 0 unconditional, 1 plain, above 1 guided."""
     return uncond + scale * (cond - uncond)
-
-
-def need_guidance(scale: float, label_dropout: float) -> None:
-    """Raise UserError for a scale that reads what nobody has learned."""
-    # TRAP: with the row "no class" as it was drawn at the start, guidance runs and adds noise.
-    need(scale == 1 or label_dropout > 0, f"cfg_scale {scale:g} reads the row of no class, which "
-         "label_dropout 0 has never trained; use cfg_scale 1, or train with --label_dropout 0.1")
-
-
-def default_guidance(label_dropout: float) -> float:
-    """2 [ours], and 1 where the row of no class was not learned."""
-    return 2.0 if label_dropout > 0 else 1.0
 
 
 def gumbel(shape, generator: torch.Generator | None, device) -> Tensor:
@@ -181,7 +169,7 @@ class Generator(ExactBuffers):
         """In training a share of labels becomes "no class", for guidance's unconditional side."""
         if not self.training:
             return labels
-        hidden = torch.rand(labels.shape, device=labels.device) < self.cfg.label_dropout
+        hidden = torch.rand(labels.shape, device=labels.device) < LABEL_DROPOUT
         return labels.masked_fill(hidden, self.num_classes)
 
     def check(self, labels: Tensor, generator: torch.Generator | None = None,
@@ -191,11 +179,6 @@ class Generator(ExactBuffers):
         need_generator(generator)
         for name, value in settings.items():
             need_number(name, value, whole=name in ("top_k", "steps"))
-
-    @property
-    def default_cfg_scale(self) -> float:
-        """What programs guide with where nothing else is asked for."""
-        return default_guidance(self.cfg.label_dropout)
 
     @staticmethod
     def load(path) -> "ARGenerator | MaskGITGenerator":

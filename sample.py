@@ -29,7 +29,7 @@ from torch import Tensor
 
 from config import SAMPLING
 from flow_decoder import Decoding
-from generator import GENERATORS, Generator, need_guidance
+from generator import GENERATORS, Generator
 from losses import psnr
 from nativetok import NativeTok, doubling, sample_batch
 from plumbing import checkpoint
@@ -71,7 +71,6 @@ def samples(args: argparse.Namespace, decode: Decoding, device: torch.device) ->
     model = Generator.of_run(args.run, args.generator, tokenizer, device)
     labels = asked_labels(args, model.classes)                                # (n,)
     options = sampling_options(args, {name: SAMPLING[name] for name in model.options}, model)
-    need_guidance(options["cfg_scale"], model.cfg.label_dropout)
     path = None if args.npz else os.path.join(args.out, f"sample-{args.generator}.png")
     need_places({"its picture": (path, PNG)}, {"--out": path and args.out})
 

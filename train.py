@@ -33,7 +33,7 @@ from evaluation.progress import (
 from flow_decoder import FlowDecoder, FlowNet
 from generator import GENERATORS, Generator
 from loop import LossOf, Stage, make_ema, need_equal_pieces
-from losses import Adversary, Perceptual, reconstruction
+from losses import reconstruction
 from nativetok import NativeTok, as_it_is, from_checkpoint
 from plumbing import checkpoint
 from plumbing.flags import as_dict, need
@@ -126,15 +126,14 @@ def train_phase(run: Run, phase: Phase, number: int, steps_before: int, change: 
 
     def content() -> dict:
         return {"tokenizer_config": as_dict(tok), "num_tokens": model.num_tokens,
-                "results": results, "bypass": model.quantizer.bypass,
-                "adversary": adversary and adversary.state_dict()}
+                "results": results, "bypass": model.quantizer.bypass}
 
     # 1. The tokenizer as the phase before has left it, or as far as this one has come. It grows if
     #    this phase is longer than the last. Then the average is copied anew, because new experts
     #    have no past to be averaged with. Each phase has a seed of its own, so that one that starts
     #    from a checkpoint draws the same new experts as one that runs through.
     stage = Stage(run, "tokenizer.pt", phase.name, new, settings("tokenizer", tok, train), content,
-                  needs=("num_tokens", "results", "bypass", "adversary"))
+                  needs=("num_tokens", "results", "bypass"))
     model, saved = stage.raw_model, stage.saved
     results = saved["results"] if saved else {}
     if model.num_tokens < phase.num_tokens:
@@ -150,20 +149,12 @@ def train_phase(run: Run, phase: Phase, number: int, steps_before: int, change: 
     freeze(model, phase.learns)
     model.quantizer.bypass = (saved["bypass"] if stage.goes_on
                                   else number == 0 and train.continuous_steps > 0)
-    # Two optional judges of sharpness. Squared error alone prefers a blur to a wrong edge.
-    perceptual = Perceptual().to(run.procs.device) if train.perceptual_weight else None
-    adversary = None
-    if train.adversarial_weight:
-        adversary = Adversary(train.learning_rate, run.procs.device, train.accumulate)
-        if saved:
-            adversary.load(saved["adversary"] or {}, stage.path)
     stage.begin(train.optim(phase.steps, train.learning_rate), number,
                 codebook_rate=train.codebook_rate, cuda_graph=train.cuda_graph)
 
     # 3. Learn. Every term is a mean over the batch; this is the one place that weighs them.
-    weights = {"pixels": 1.0, "codebook": 1.0, "commitment": tok.commitment_weight,
-               "entropy": tok.entropy_weight, "perceptual": train.perceptual_weight,
-               "adversarial": train.adversarial_weight}
+    weights = {"pixels": 1.0, "codebook": 1.0, "commitment": 0.25,  # [TiTok]
+               "entropy": tok.entropy_weight}
 
     def show(name: str) -> None:
         show_reconstructions(run, ema, name)
@@ -174,21 +165,9 @@ def train_phase(run: Run, phase: Phase, number: int, steps_before: int, change: 
             with stage.autocast():
                 recon, _, terms = stage.model(images)
             terms["pixels"] = reconstruction(recon, images)
-            if perceptual:
-                terms["perceptual"] = perceptual(recon, images)
-            if adversary:
-                # The discriminator first learns without being asked: one that judges with random
-                # weights throws the reconstruction back.
-                until = train.adversarial_start - (steps_before + stage.step)
-                if until <= train.adversarial_warmup:
-                    adversary.see(images, recon)
-                if until <= 0:
-                    terms["adversarial"] = adversary.judge(recon, terms["pixels"])
             stage.backward(sum(weights[name] * term for name, term in terms.items()), terms)
             if stage.stepped:
                 update_codebook(model.quantizer, ema.quantizer, stage.step, phase, train)
-                if adversary:
-                    adversary.learn()
             stage.save_or_show(show)
         result = {"num_tokens": model.num_tokens, **evaluate(ema, run), "seconds": stage.seconds}
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import diffusion
+from config import LABEL_DROPOUT
 from d2it.grain import code_weights, grained_noise, pack, unpack
 from d2it.presets import ContentConfig, load_preset
 from generator import guide
@@ -99,7 +100,7 @@ class Content(nn.Module):
         """In training a share of the labels becomes "none", so that guidance has its other side."""
         if not self.training:
             return labels
-        hidden = torch.rand(labels.shape, device=labels.device) < self.cfg.label_dropout
+        hidden = torch.rand(labels.shape, device=labels.device) < LABEL_DROPOUT
         return labels.masked_fill(hidden, self.classes)
 
     def forward(self, z_t: Tensor, t: Tensor, labels: Tensor, grain: Tensor,

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config import GUIDANCE
 from diffusion import estimates
 from d2it.dvae import DVAE, Codes
 from d2it.grain import count_codes, heat, painted
@@ -242,7 +243,7 @@ def spread_to(maps: Tensor, S: int) -> Tensor:
 
 def samples(page: Page, model: D2iT, per_class: int) -> None:
     labels = torch.arange(min(10, len(model.classes)), device=model.dvae.limit.device)
-    scale = model.default_cfg_scale
+    scale = GUIDANCE
     images, grain = model.draw(labels.repeat_interleave(per_class), {"cfg_scale": scale}, 0, 0)
     rows = [row for pair in zip(images.split(per_class), painted(images, grain).split(per_class))
             for row in pair]

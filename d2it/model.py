@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 import diffusion
+from config import GUIDANCE
 from d2it import content
 from d2it.content import Content
 from d2it.dvae import DVAE, Codes
 from d2it.grain import grained_noise, take_top
-from generator import ARGenerator, Generator, default_guidance, need_guidance
+from generator import ARGenerator, Generator
 from nativetok import as_it_is
 from plumbing.flags import need
 from plumbing.given import need_generator, need_labels, need_map, need_number, need_pixels
@@ -69,7 +70,7 @@ class D2iT(nn.Module):
         return self.grain.sample(labels, generator=generator).view(-1, n, n).bool()
 
     @torch.no_grad()
-    def sample(self, labels: Tensor, cfg_scale: float | None = None, steps: int = 50,
+    def sample(self, labels: Tensor, cfg_scale: float = GUIDANCE, steps: int = 50,
                eta: float = 0.0, generator: torch.Generator | None = None,
                grain: Tensor | None = None, trace: list | None = None) -> Codes:
         """labels (B,) -> codes. The same generator state gives the same bits.
@@ -81,9 +82,7 @@ class D2iT(nn.Module):
         cfg, n, here = self.content.cfg, self.dvae.cfg.side, self.dvae.limit
         need_labels(labels, len(self.classes), here)
         need_generator(generator)
-        cfg_scale = self.default_cfg_scale if cfg_scale is None else cfg_scale
         need_number("cfg_scale", cfg_scale)
-        need_guidance(cfg_scale, cfg.label_dropout)
         need_number("steps", steps, 1, diffusion.T, whole=True)
         need_number("eta", eta, 0, 1)
         labels = labels.long()
@@ -94,10 +93,6 @@ class D2iT(nn.Module):
         z = content.sample(self.content, noise, labels, grain, self.content.classes, cfg.path,
                            steps, cfg_scale, eta, generator, trace)
         return Codes(z, grain)
-
-    @property
-    def default_cfg_scale(self) -> float:
-        return default_guidance(self.content.cfg.label_dropout)
 
     def decode(self, codes: Codes) -> Tensor:
         """-> images (B, 3, H, W) in about [-1, 1]."""

@@ -74,7 +74,6 @@ class ContentConfig:
     content_depth: int = 10  # blocks of the rough network, over the cells [paper]
     refine_depth: int = 2  # blocks of RefineNet, over fine codes only; 0 for none [paper]
     content_heads: int = 12  # attention heads [DiT-B]
-    label_dropout: float = 0.1  # share of labels hidden in training, for guidance [DiT]
     path: str = "noise"  # noise: the net predicts the noise [DiT]; flow: a direction [SiT]
     grain_width: int = 384  # channels of the grain transformer [ours: DiT-S's size]
     grain_depth: int = 12  # blocks of the grain transformer [ours]
@@ -84,7 +83,6 @@ class ContentConfig:
         choose("path", self.path, ("noise", "flow"))
         sizes(self, "content_width", "content_heads", "grain_width", "grain_heads")
         sizes(self, "content_depth", "grain_depth", most=1000)
-        shares(self, "label_dropout")
         need(0 <= self.refine_depth <= 1000,
              f"refine_depth {self.refine_depth} is out of range; give 0 (none) to 1,000")
         width, heads = self.content_width, self.content_heads
@@ -97,8 +95,7 @@ class ContentConfig:
     def generator(self) -> GeneratorConfig:
         """The grain transformer's settings, as generator.py calls them."""
         return GeneratorConfig(generator_width=self.grain_width, generator_depth=self.grain_depth,
-                               generator_heads=self.grain_heads, generator_dropout=0.0,
-                               label_dropout=self.label_dropout)
+                               generator_heads=self.grain_heads, generator_dropout=0.0)
 
 
 @dataclass(frozen=True)
@@ -169,8 +166,8 @@ def settings(stage: int, dvae: DVAEConfig, content: ContentConfig, train: TrainC
 
     Later stages may be trained anew with other settings on the same DVAE.
     """
-    of_maps = ("grain_width", "grain_depth", "grain_heads", "label_dropout")
-    of_content = tuple(name for name in as_dict(content) if name not in of_maps[:3])
+    of_maps = ("grain_width", "grain_depth", "grain_heads")
+    of_content = tuple(name for name in as_dict(content) if name not in of_maps)
     mine = as_dict(dvae) if stage == 1 else {
         name: as_dict(content)[name] for name in (of_maps if stage == 2 else of_content)}
     others = [p for s, p in ((1, "dvae_"), (2, "grain_"), (3, "content_")) if s != stage]

@@ -28,7 +28,6 @@ from d2it.dvae import DVAE
 from d2it.grain import count_codes, gray, heat, painted
 from d2it.model import D2iT
 from diffusion import T
-from generator import need_guidance
 from losses import psnr
 from plumbing import checkpoint
 from plumbing.flags import need, number
@@ -98,7 +97,6 @@ def samples(args: argparse.Namespace, device: torch.device) -> None:
     model = D2iT.of_run(args.run, device)
     labels = asked_labels(args, model.classes)                                # (n,)
     options = sampling_options(args, SAMPLING, model)
-    need_guidance(options["cfg_scale"], model.content.cfg.label_dropout)
     grain = read_map(args.grain, model.dvae.cfg.side).to(device) if args.grain else None
     path = None if args.npz else os.path.join(args.out, "sample.png")
     need_places({"its picture": (path, PNG)}, {"--out": path and args.out},

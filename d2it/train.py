@@ -19,13 +19,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from config import GUIDANCE
 from d2it import content
 from d2it.content import Content
 from d2it.dvae import DVAE, Codes
 from d2it.grain import code_weights, grained_noise, painted
 from d2it.presets import parse_run, settings
 from d2it.progress import held_out, reconstruction_quality, some_training_images
-from generator import ARGenerator, default_guidance
+from generator import ARGenerator
 from loop import LossOf, Stage, need_equal_pieces
 from losses import reconstruction
 from nativetok import as_it_is
@@ -175,8 +176,7 @@ def train_content(run: Run, change_dvae: Callable, change: Callable) -> None:
         pixels, labels = next(held_out(run, 12))
         grain = dvae.grain_of(pixels)
         start = grained_noise(grain, C, torch.Generator().manual_seed(train.seed))
-        z = content.sample(stage.ema, start, labels, grain, classes, cfg.path, 50,
-                             default_guidance(cfg.label_dropout))
+        z = content.sample(stage.ema, start, labels, grain, classes, cfg.path, 50, GUIDANCE)
         pixels = pixels.cpu()
         run.grid(name, [to_float(pixels), to_float(painted(pixels, grain)),
                         dvae.decode(Codes(z, grain))])

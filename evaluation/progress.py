@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from config import GUIDANCE
 from flow_decoder import FlowDecoder
 from losses import mse, to_db
 from nativetok import NativeTok
@@ -85,6 +86,6 @@ def show_samples(run: Run, tokenizer: NativeTok, model: nn.Module, name: str) ->
     if run.procs.main:
         classes = torch.arange(min(10, len(run.data.classes)), device=run.procs.device)
         noise = torch.Generator().manual_seed(run.train.seed)
-        ids = model.sample(classes.repeat_interleave(8), cfg_scale=model.default_cfg_scale,
+        ids = model.sample(classes.repeat_interleave(8), cfg_scale=GUIDANCE,
                            generator=noise)
         run.grid(name, list(tokenizer.decode(ids).split(8)))

@@ -255,19 +255,15 @@ def load_strict(module: nn.Module, state: dict, what: str) -> None:
     module.load_state_dict(state, strict=True)
 
 
-def load_optimizer(optimizer, state: dict, what: str, may_be_new: bool = False) -> None:
+def load_optimizer(optimizer, state: dict, what: str) -> None:
     """Load `state` into `optimizer`, or raise UserError when it belongs to other parameters.
-
-    optimizer    of torch.optim, or used alike
-    may_be_new   it may be one of torch.optim that has made no step, and has no moments; a Muon has
 
     TRAP: torch loads a state without the moments of a parameter as well, and that parameter then
     starts anew.
     """
     wanted = sum(len(group["params"]) for group in optimizer.param_groups)
     found = len(state.get("state", {}))
-    complete = found == wanted or (found == 0 and may_be_new)
-    need({"param_groups", "state"} <= state.keys() and complete,
+    need({"param_groups", "state"} <= state.keys() and found == wanted,
          f"{what} does not fit: it has moments of {found} parameters, not of {wanted}")
     try:
         optimizer.load_state_dict(state)

@@ -68,11 +68,23 @@ def choose(name: str, value: str, options) -> None:
     need(value in options, f"{name} {value!r} is unknown; choose one of {', '.join(options)}")
 
 
+# Settings of older versions that are constants by now. A file that still names one means the same.
+CONSTANTS = {"commitment_weight": 0.25, "generator_beta2": 0.95, "generator_weight_decay": 0.05,
+             "label_dropout": 0.1, "perceptual_weight": 0.0, "adversarial_weight": 0.0,
+             "adversarial_start": 20000, "adversarial_warmup": 1000}
+
+
+def without_constants(values: dict) -> dict:
+    """Field values by name, without those that no other value of was ever wanted."""
+    return {name: value for name, value in values.items() if CONSTANTS.get(name) != value}
+
+
 def build(configs: tuple[type, ...], values: dict) -> tuple:
     """Field values by name, any subset -> one instance of each dataclass.
 
     Raises UserError for an unknown name or a value of another type.
     """
+    values = without_constants(values)
     known = {f.name for config in configs for f in dataclasses.fields(config)}
     unknown = sorted(set(values) - known)
     need(not unknown, f"unknown setting {', '.join(unknown)}")

@@ -16,7 +16,7 @@ from plumbing import checkpoint
 from plumbing.archives import note
 from plumbing.batches import ImageStream, eval_batches
 from plumbing.datasets import ImageSet, some_of, train_and_val
-from plumbing.flags import UserError, as_dict, as_flags, build, need, read_run
+from plumbing.flags import UserError, as_dict, as_flags, build, need, read_run, without_constants
 from plumbing.images import save_grid, to_uint8
 from plumbing.processes import Processes, forget_holder, lock_folder
 
@@ -93,7 +93,7 @@ class Run:
         # A setting that is newer than the checkpoint had its default's effect.
         defaults = as_dict(*build(tuple(map(type, self.configs)), {}))
         was = {name: defaults[name] for name in fixed if name in defaults}
-        was |= saved["settings"]
+        was |= without_constants(saved["settings"])
         old = as_flags({name: tuple(value) if isinstance(value, list) else value
                         for name, value in was.items() if fixed.get(name) != value})
         checkpoint.check_same(was, fixed, f"{path}: settings", "start anew in another --run "

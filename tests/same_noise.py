@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import config
+import diffusion
 import flow_decoder
 import generator
 import loop
-import diffusion
 from d2it import content, dvae, presets
 from nativetok import doubling
 from plumbing import run
@@ -29,6 +29,7 @@ args = (presets if name == "d2it.train" else config).parse_run("", words)
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 pieces, calls = args.train.accumulate, Counter()
 run.EVAL_IMAGES = 20
+generator.LABEL_DROPOUT = content.LABEL_DROPOUT = 0
 
 
 def by_row(module, function: str, one_row) -> None:

@@ -167,11 +167,17 @@ def test_widths_that_heads_or_positions_do_not_fit_are_refused(part, width, head
 @pytest.mark.parametrize("wrong", [
     dict(tokenizer="vqgan"), dict(expert="mlp"), dict(generators="none"), dict(precision="fp16"),
     dict(tail_drop=1.5), dict(batch_size=0), dict(save_every=0),
-    dict(beta2=1.0), dict(generator_beta2=1.0),  # the average would never move
+    dict(beta2=1.0),  # the average would never move
     dict(base_steps=100, continuous_steps=100)])
 def test_a_value_out_of_range_is_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         build(CONFIGS, wrong)
+
+
+def test_a_setting_that_is_a_constant_by_now_is_read_where_it_had_this_value():
+    assert build(CONFIGS, {"label_dropout": 0.1, "image_size": 32})[0].image_size == 32
+    with pytest.raises(UserError, match="unknown setting label_dropout"):
+        build(CONFIGS, {"label_dropout": 0.2})
 
 
 def test_unknown_names_are_refused():
@@ -241,5 +247,5 @@ def test_settings_puts_each_field_on_one_side_and_those_of_the_run_on_neither():
     # A finished tokenizer must not be refused because a generator's setting changed, nor the other
     # way round.
     assert {"codebook_size", "batch_size", "learning_rate", "seed"} <= tokenizer.keys()
-    assert {"generator_width", "label_dropout", "generator_steps"} <= generator.keys()
+    assert {"generator_width", "label_smoothing", "generator_steps"} <= generator.keys()
     assert {"flow_decoder_width", "flow_decoder_steps"} <= flow.keys()

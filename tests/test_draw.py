@@ -59,3 +59,13 @@ def test_masked_counts_follow_arccos():
         expected = math.cos(x * math.pi / 2)
         assert (share > x).float().mean().item() == pytest.approx(expected, abs=0.015)
     assert (masked.float().mean(dim=0) - 2 / math.pi).abs().max() < 0.02, "all places alike"
+
+
+def test_mask_schedule_is_the_arccos_curve_and_reveals_a_token_at_every_step():
+    assert G.mask_schedule(32, 8) == [
+        math.floor(32 * math.acos(s / 8) / (math.pi / 2)) for s in range(1, 9)]
+    for length in range(1, 65):
+        for steps in range(1, length + 1):
+            masked = [length] + G.mask_schedule(length, steps)
+            assert len(masked) == steps + 1 and masked[-1] == 0
+            assert all(before > after for before, after in zip(masked, masked[1:]))

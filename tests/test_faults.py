@@ -20,7 +20,7 @@ from plumbing import checkpoint
 
 pytestmark = pytest.mark.faults
 NAMES = ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt")
-ADVERSARY = ["--adversarial_weight", "0.1", "--adversarial_start", "3"]
+
 PORT = iter(range(29700, 29999))
 
 
@@ -89,13 +89,6 @@ def whole(data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole_adversary(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adversary") / "run"
-    done(folder, data, *ADVERSARY)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def whole_two(data, tmp_path_factory):
     """A run that nothing happened to, with two processes."""
     folder = tmp_path_factory.mktemp("two") / "run"
@@ -114,15 +107,6 @@ def test_sigterm_and_resume_gives_the_same_bits(whole, data, tmp_path, step, wor
     assert code == 3, err
     done(tmp_path, data, "--workers", workers)
     assert equal(tmp_path, whole)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_same_after_the_adversarial_loss_has_started(whole_adversary, data, tmp_path, workers):
-    assert train(tmp_path, data, *ADVERSARY, "--workers", workers, fault="term:0:5")[0] == 3
-    saved = checkpoint.load(tmp_path / "tokenizer.pt")["adversary"]
-    assert saved["optimizer"]["state"], "the adversary has learned"
-    done(tmp_path, data, *ADVERSARY, "--workers", workers)
-    assert equal(tmp_path, whole_adversary)
 
 
 @pytest.mark.parametrize("step", [4, 10])
@@ -260,19 +244,18 @@ def test_a_full_disk_ends_the_run_with_the_old_checkpoint_and_no_remains(whole, 
 # a state that lacks something
 
 KEYS = ["settings", "data", "phase", "step", "model", "ema", "optimizer", "random", "results",
-        "num_tokens", "adversary", "bypass"]
+        "num_tokens", "bypass"]
 
 
 @pytest.fixture(scope="module")
 def stopped(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    assert train(folder, data, *ADVERSARY, fault="term:0:5")[0] == 3
+    assert train(folder, data, fault="term:0:5")[0] == 3
     return checkpoint.load(folder / "tokenizer.pt"), folder
 
 
 @pytest.mark.parametrize("key", [*KEYS, "model/decoder.norm.weight", "ema/quantizer.codebook",
-                                 "optimizer/state", "optimizer/state/3", "adversary/net",
-                                 "adversary/lecam/real_anchor", "adversary/optimizer"])
+                                 "optimizer/state", "optimizer/state/3"])
 def test_each_state_that_is_taken_away_is_named(quick, stopped, data, tmp_path, key):
     saved, folder = stopped
     shutil.copytree(folder, tmp_path / "run")
@@ -287,7 +270,7 @@ def test_each_state_that_is_taken_away_is_named(quick, stopped, data, tmp_path, 
     saved.pop("format", None)
     checkpoint.save(tmp_path / "run" / "tokenizer.pt", without(saved, key.split("/")))
     name = {"optimizer/state/3": "optimizer"}.get(key, key.split("/")[-1])
-    refused(train_shapes, tmp_path / "run", data, *ADVERSARY, names=[name])
+    refused(train_shapes, tmp_path / "run", data, names=[name])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -16,9 +16,15 @@ L, K, C = 8, 16, 3
 KINDS = pytest.mark.parametrize("Kind", [ARGenerator, MaskGITGenerator])
 
 
+@pytest.fixture(autouse=True)
+def no_label_is_hidden(monkeypatch):
+    """Where nobody asked for it."""
+    monkeypatch.setattr(G, "LABEL_DROPOUT", 0.0)
+
+
 def small(Kind, num_tokens=L, classes=C, **settings):
     """A small generator in eval mode, without randomness in its loss that nobody asked for."""
-    off = dict(generator_dropout=0.0, label_dropout=0.0, label_smoothing=0.0)
+    off = dict(generator_dropout=0.0, label_smoothing=0.0)
     cfg = GeneratorConfig(generator_width=32, generator_depth=2, generator_heads=2,
                           **{**off, **settings})
     torch.manual_seed(0)
@@ -129,13 +135,15 @@ def test_maskgit_loss_is_the_weighted_smoothed_cross_entropy_of_a_masked_input()
 
 
 @KINDS
-def test_label_dropout_hides_its_share_in_training_only(Kind):
-    model, labels = small(Kind, label_dropout=0.1), torch.ones(20000, dtype=torch.int64)
+def test_label_dropout_hides_its_share_in_training_only(Kind, monkeypatch):
+    monkeypatch.setattr(G, "LABEL_DROPOUT", 0.1)
+    model, labels = small(Kind), torch.ones(20000, dtype=torch.int64)
     assert torch.equal(model.hide_labels(labels), labels)
     hidden = model.train().hide_labels(labels)
     assert set(hidden.tolist()) == {1, C}
     assert (hidden == C).float().mean().item() == pytest.approx(0.1, abs=0.01)
-    model, ids, losses = loud(Kind, label_dropout=1.0).train(), some_ids(), []
+    monkeypatch.setattr(G, "LABEL_DROPOUT", 1.0)
+    model, ids, losses = loud(Kind).train(), some_ids(), []
     for labels in (LABELS, (LABELS + 1) % C):
         torch.manual_seed(0)
         losses.append(model.loss(ids, labels)[0].item())

@@ -31,9 +31,8 @@ FILES = ("layers", "mit", "mocet", "titok", "quantizer", "decoder", "nativetok",
 MODULES = [importlib.import_module(file) for file in FILES]
 MODELS = [name for name in test_types.MODULES if name not in ("TinyCNN", "FIDInceptionV3")]
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.02}
-# The arguments of the one hang together by their graph, the other is given a function that draws:
-# what they call, and what calls them, is called here.
-LEFT_OUT = {"losses.Adversary.judge", "diffusion.sample"}
+# It is given a function that draws: what it calls, and what calls it, is called here.
+LEFT_OUT = {"diffusion.sample"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -75,14 +74,6 @@ def judges(dtype) -> None:
     a, b = (some(test_types.B, 3, 32, 32).to(dtype) * scale for scale in (0.5, -0.5))
     losses.to_db(losses.mse(a, b))
     losses.reconstruction(a, b), losses.psnr(a, b)
-    made("Perceptual").to(dtype)(a, b)
-    net, lecam = made("Discriminator").to(dtype), losses.LeCam(0.5)
-    real, fake = net(a), net(b)
-    losses.discriminator_loss(real, fake), losses.generator_loss(fake)
-    lecam.update(real, fake), lecam(real, fake)
-    adversary = losses.Adversary.__new__(losses.Adversary)
-    adversary.net, adversary.seen = net, []
-    adversary.see(a, b)
 
 
 def codes(dtype) -> None:

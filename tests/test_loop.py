@@ -372,8 +372,8 @@ def test_two_processes_with_micro_batches_take_the_steps_of_one(
         whole, data, tmp_path, name, missing, phases):
     """Where masks, times and noise are the same: tests/same_noise.py sees to that. The phases of
     the tokenizer, which has no such noise: test_train.py."""
-    flags = [*FLAGS[name], "--data", data, "--label_dropout", 0, "--save_every", 1000,
-             "--sample_every", 1000, "--optimizer", "adamw"]
+    flags = [*FLAGS[name], "--data", data, "--save_every", 1000, "--sample_every", 1000,
+             "--optimizer", "adamw"]
     if name == "train":
         flags += ["--generator_dropout", 0]
     if phases == ("dvae",):
@@ -403,17 +403,15 @@ def test_only_the_forward_of_the_model_runs_under_autocast(data, tmp_path, monke
             return original(*args, **kwargs)
         monkeypatch.setattr(owner, name, watched)
     for owner, name in ((NativeTok, "forward"), (train, "show_reconstructions"),
-                        (train, "evaluate"), (checkpoint, "save"), (losses.Adversary, "learn"),
-                        (losses.Adversary, "judge"), (train, "update_codebook"),
+                        (train, "evaluate"), (checkpoint, "save"), (train, "update_codebook"),
                         (Loop, "backward"), (run_folder.Run, "grid")):
         watch(owner, name)
     flags = ("--precision", "bf16", "--save_every", "2", "--sample_every", "2")
-    train_shapes(tmp_path / "a", data, *flags, "--stage", "1", "--adversarial_weight", "0.1",
-                 "--adversarial_start", "4", "--adversarial_warmup", "3")
+    train_shapes(tmp_path / "a", data, *flags, "--stage", "1")
     train_codes(tmp_path / "b", data, *flags, "--dvae_steps", "3", "--grain_steps", "3",
                 "--content_steps", "3")
     assert seen.pop("forward") == {True}
-    assert len(seen) == 8 and set(map(frozenset, seen.values())) == {frozenset({False})}, seen
+    assert len(seen) == 6 and set(map(frozenset, seen.values())) == {frozenset({False})}, seen
 
 
 def test_timeout_reaches_the_data_workers_of_d2it_too(data, tmp_path, monkeypatch):

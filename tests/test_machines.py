@@ -17,7 +17,6 @@ import pytest
 import torch
 from PIL import Image
 
-import losses
 from helpers import PNG, ROOT, folder_of, names, refused, same, take
 from plumbing import batches, checkpoint, datasets, processes, start
 from plumbing.batches import ImageStream
@@ -319,14 +318,3 @@ def test_formats_are_those_that_the_installed_pillow_reads(monkeypatch, knows):
     spec.loader.exec_module(images)
     assert ("QOI" in images.FORMATS) == knows
     assert images.decode(PNG, "x").shape == (4, 6, 3)
-
-
-def test_a_classifier_is_torchvisions_where_there_is_one(monkeypatch):
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 224), torch.nn.Flatten())
-    weights = SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url=""))
-    models = SimpleNamespace(convnext_small=lambda weights: net, ConvNeXt_Small_Weights=weights)
-    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
-    monkeypatch.setitem(sys.modules, "torchvision.models", models)
-    images = torch.rand(2, 3, 32, 32)
-    assert losses.Perceptual().logits(images).shape == (2, 2)
-    assert losses.Perceptual()(images, images) == 0

@@ -90,6 +90,7 @@ def test_what_forward_returns_is_what_encode_and_decode_give(kind):
     recon, ids, losses = model(images)
     assert recon.shape == images.shape and recon.dtype == torch.float32
     assert all(loss.ndim == 0 for loss in losses.values())
+    assert set(losses) == {"codebook", "commitment"}, "the entropy term costs time: training only"
     assert torch.equal(model.encode(images), ids)
     assert ids.dtype == torch.int64 and ids.shape == (8, model.num_tokens)
     torch.testing.assert_close(model.decode(ids), recon, rtol=1e-4, atol=1e-4)

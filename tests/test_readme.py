@@ -97,7 +97,7 @@ def test_the_tests_that_are_listed_exist():
         assert f"def test_{test}" in text or not test, f"{file}::{test}"
     assert named > 30
     exercises = re.findall(r"`(test_\w+)`\s+in\s+`(tests/\w+\.py)`", PAGES["EXERCISES.md"])
-    assert len(exercises) == 2
+    assert exercises
     for test, file in exercises:
         assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8"), test
 

@@ -49,6 +49,15 @@ def test_changed_settings_and_changed_images_are_refused_with_the_difference(fin
     assert contents(finished) == before
 
 
+def test_a_run_from_before_a_setting_became_a_constant_goes_on(finished, data, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    for file in folder.glob("*.pt"):
+        saved = checkpoint.load(file)
+        saved["settings"]["generator_beta2"] = 0.95
+        checkpoint.save(file, saved)
+    train_shapes(folder, data)
+
+
 def test_moved_images_are_the_same_images(finished, data, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     moved = shutil.copy(data, tmp_path / "elsewhere.npz")

@@ -100,13 +100,3 @@ def test_two_processes_with_micro_batches_take_the_steps_of_one(data, tmp_path, 
 def test_a_batch_that_cannot_be_cut_into_equal_micro_batches_is_refused(data, tmp_path, flag):
     refused(train_shapes, tmp_path, data, "--accumulate", "4", flag, "10", names=["try 8"])
     assert not (tmp_path / "config.json").exists()
-
-
-def test_the_discriminator_learns_before_it_judges(data, tmp_path):
-    flags = ("--stage", "1", "--adversarial_weight", "0.1", "--adversarial_start", "5",
-             "--adversarial_warmup", "3", "--base_steps", "6", "--log_every", "1")
-    train_shapes(tmp_path, data, *flags)
-    logged = [row for row in rows(tmp_path) if "learning_rate" in row]
-    assert ["adversarial" in row for row in logged] == [False] * 5 + [True]
-    state = checkpoint.load(tmp_path / "tokenizer.pt")["adversary"]["optimizer"]["state"]
-    assert {int(part["step"]) for part in state.values()} == {4}  # after steps 2, 3, 4 and 5
