@@ -35,12 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-<<<<<<< HEAD
-from config import CONFIGS
-from evaluation import interactive
-=======
 from config import CONFIGS, GUIDANCE
->>>>>>> main
+from evaluation import interactive
 from evaluation.intervention import intervene, interventions
 from generator import GENERATORS, Generator
 from losses import mse

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from config import GUIDANCE
 from evaluation.intervention import errors, intervene
 from generator import ARGenerator, sample_from
 from layers import eval_mode
@@ -216,7 +217,7 @@ def finished(ar: ARGenerator, labels: Tensor, begun: Tensor, scale: float,
 
 def write(page: Page, model: NativeTok, ar: ARGenerator, label: int = 0) -> None:
     """A tree: {"id", "p", "tile", "next": [...]}, at its leaves "last", the tile of a sample."""
-    device, scale = model.quantizer.codebook.device, ar.default_cfg_scale
+    device, scale = model.quantizer.codebook.device, GUIDANCE
     depth, choices = min(DEPTH, ar.num_tokens), min(CHOICES, ar.codebook_size)
     begun, layer = torch.empty(1, 0, dtype=torch.long, device=device), [{}]
     root = layer[0]
