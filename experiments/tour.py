@@ -13,7 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from plumbing.flags import UserError
+from plumbing.flags import Parser
+from plumbing.outputs import need_places
+from plumbing.processes import need_one_process
 from plumbing.start import main_with_user_errors
 
 NOTEBOOK = Path(__file__).parent.parent / "tour.ipynb"
@@ -63,18 +65,17 @@ def outputs(number: int, printed: str, shown) -> list[dict]:
 
 
 def main(args) -> None:
+    need_one_process("experiments.tour")
+    need_places({"--out": (args.out, (".ipynb", b"{"))})
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     execute(notebook["cells"])
-    try:
-        Path(args.out).write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n",
-                                  encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {args.out}: {error.strerror}; give another --out") from error
+    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    Path(args.out).write_text(text, encoding="utf-8")
     print(f"{args.out}: {len(notebook['cells'])} cells")
 
 
 def parse(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(prog="tour.py", description=__doc__)
     parser.add_argument("--out", required=True, metavar="FILE", help="the notebook with outputs")
     return parser.parse_args(argv)
 

@@ -24,15 +24,19 @@ PROGRAMS = {
     "experiments.order": [([], "--out")],
     "experiments.grain": [([], "--out")],
     "experiments.record": [([*RUN, "--by", "me"], "--out")],
+    "experiments.flow": [([*RUN, "--judge", "judge.pt"], "--out"), (RUN, "--pictures")],
+    "experiments.moving": [(RUN, "--out")],
+    "experiments.tour": [([], "--out")],
     "experiments.speedrun": [(["--data", "DATA", "--val_data", "DATA"], "--out")],
 }
 CASES = [(program, words, flag) for program, uses in PROGRAMS.items() for words, flag in uses]
-FILES = ("experiments.record",)  # where --out is one
+FILES = ("experiments.record", "experiments.flow", "experiments.moving", "experiments.tour")  # where --out is one
 WORK = ("sample.draw_samples", "d2it.sample.draw_samples", "plumbing.page.Page.grid",
         "eval_fid.judge", "eval_fid.extract", "experiments.search.search",
         "experiments.bench.Bench.seconds", "train.main",
         "d2it.train.main", "experiments.record.phases",
-        "d2it.train.train_dvae")
+        "d2it.train.train_dvae", "experiments.flow.train_judge",
+        "experiments.flow.draw_pictures")
 
 
 def started(monkeypatch, program: str, words: list[str]) -> None:
@@ -61,7 +65,7 @@ def here(small_run, finished, shapes_npz, tmp_path, monkeypatch):
 def test_every_program_looks_at_its_places_before_it_works(program, words, flag, here, tmp_path,
                                                            monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    folder = flag == "--out" and program not in FILES
+    folder = flag == "--out" and program not in FILES or flag == "--pictures"
     wrong = ["file/x"] if folder else [".", "none/x", "file/x"]
     for value in (*wrong, ""):
         with pytest.raises(UserError) as caught:
@@ -112,6 +116,6 @@ def test_a_program_of_one_process_refuses_several(program, here, monkeypatch):
                             MASTER_PORT="29500").items():
         monkeypatch.setenv(name, value)
     words, flag = PROGRAMS[program][-1]
-    words = [*words, flag, "x"] if program == "experiments.record" else words
+    words = [*words, flag, "x"] if program in FILES else words
     with pytest.raises(UserError, match=f"{program}.* works in one process.*without torchrun"):
         started(monkeypatch, program, here(words))
