@@ -136,7 +136,7 @@ def main() -> None:
 
     # 2. Rows, each on the disk before the next one is made.
     made = {**provenance("python -m experiments.flow " + shlex.join(sys.argv[1:]), procs.device),
-            "judge_accuracy": round(accuracy, 4), "held_out": reference.n,
+            "seed": args.seed, "judge_accuracy": round(accuracy, 4), "held_out": reference.n,
             "nets": {net.key: net.title for net in nets}}
     old = checkpoint.read_json(args.out) if os.path.exists(args.out) else {"rows": []}
     rows = old["rows"] if old.get("nets") == made["nets"] else []
