@@ -2,6 +2,7 @@
 # make demo-d2it     the same for the second system, d2it/
 # make test          packages and the test suite
 # make test-faults   the slow tests: kill, tear and fill things
+# make test-page     the pages of explain.py, clicked on in Chromium
 # make lint          ruff, with the rules in pyproject.toml
 # make clean         remove the packages, the demos' runs and caches
 
@@ -14,7 +15,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # plain pytest runs them too
 SIDE_BY_SIDE := -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo demo-d2it test test-faults lint clean
+.PHONY: demo demo-d2it test test-faults test-page lint clean
 
 demo: .venv/ready
 	$(BIN)/python train.py --preset tiny --run $(RUN)
@@ -38,6 +39,13 @@ test: .venv/ready-dev
 
 test-faults: .venv/ready-dev
 	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m faults
+
+# Where there is no Chromium and apt cannot install it, one line says so.
+test-page: .venv/ready-dev
+	@if command -v chromium > /dev/null \
+		|| { apt-get update && apt-get install -y chromium; } > /dev/null 2>&1; \
+	then $(BIN)/python -m pytest -q -m page; \
+	else echo "test-page: skipped, as there is no chromium here, and apt cannot install it"; fi
 
 lint: .venv/ready-dev
 	$(BIN)/python -m ruff check .

@@ -1,13 +1,20 @@
-"""What do the tokens mean? Pictures for a trained run, and a page that shows them.
+"""What do the tokens mean? A page for a trained run: sections to change, then pictures.
 
 Run      python explain.py --run runs/NAME
          python explain.py --run runs/NAME --against runs/OTHER
-             also bits per position of another run, say one with --tokenizer titok
-Makes    RUN/explain/index.html, or --out DIR, with its pictures beside it; it needs no network
-         and answers.json, the numbers of one of them
+             also another run on the same images, say one with --tokenizer titok: its tokens under
+             the same clicks, its bits per position
+Makes    RUN/explain/index.html, or --out DIR: one file that needs no network
+         beside it its pictures as PNG, and answers.json, the numbers of one of them
 Exit     0 done, 1 failure, 2 something to mend
 
-What the page shows:
+What a reader can change (evaluation/interactive.py):
+  change           one token: what breaks, and what later experts recover
+  prefix           the image from its first k tokens, with their bits
+  look             where each expert looks
+  write            the next token, three times; the AR model does the rest
+
+What stands below, as pictures:
   token by token   the image after 1, 2, 4, ... L tokens, and what each step added
   attention        where each expert looks
   answers          token 1 of another image, and how the later experts answer to it
@@ -29,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import CONFIGS, GUIDANCE
+from evaluation import interactive
 from evaluation.intervention import intervene, interventions
 from generator import GENERATORS, Generator
 from losses import mse
@@ -36,7 +44,7 @@ from nativetok import NativeTok, doubling, from_checkpoint
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import to_float, to_uint8
-from plumbing.page import Page
+from plumbing.page import Page, opaque
 from plumbing.plot import COLORS, Curve, log_curves, svg
 from plumbing.processes import Processes, need_one_process
 from plumbing.run import OpenRun, held_out, need_same_held_out, open_run
@@ -48,7 +56,8 @@ def parse(argv=None):
     parser.add_argument("--run", required=True,
                         help="folder of a run of train.py, with a finished tokenizer")
     parser.add_argument("--against", metavar="RUN",
-                        help="another run on the same images, for the order picture")
+                        help="another run on the same images: its tokens under the same clicks, "
+                             "its bits in the order picture")
     parser.add_argument("--images", type=number(int, 2), default=6, metavar="N",
                         help="images in each picture (default: 6)")
     parser.add_argument("--out", metavar="DIR", help="folder for the page (default: RUN/explain)")
@@ -58,14 +67,18 @@ def parse(argv=None):
 
 
 def wrapped(cells: Tensor, columns: int) -> list[Tensor]:
-    """uint8 images (n, H, W, 3) -> rows of `columns` images, the last one filled up with white."""
+    """uint8 images (n, H, W, 3) -> rows (columns, H, W, 4), the last one filled up."""
     return list(filled(cells, -len(cells) % columns).split(columns))
 
 
+def even(n: int, most: int) -> int:
+    """n cells in as few rows of at most `most` as can be, all of them about equally long."""
+    return math.ceil(n / math.ceil(n / most))
+
+
 def filled(cells: Tensor, missing: int) -> Tensor:
-    """uint8 images (n, H, W, 3) and as many white ones as are missing."""
-    white = torch.full((missing, *cells.shape[1:]), 255, dtype=torch.uint8)
-    return torch.cat([cells, white])
+    """uint8 images (n, H, W, 3) and as many transparent ones as are missing: (.., H, W, 4)."""
+    return F.pad(opaque(cells), (0, 0) * 3 + (0, missing))
 
 
 def difference(images: Tensor, before: Tensor) -> Tensor:
@@ -109,11 +122,9 @@ itself: {first:.0%} at expert 1, {last:.0%} at expert {L}."""
 def attention(page: Page, model: NativeTok, images: Tensor, x: Tensor) -> None:
     """The last layer of each expert over the patches, mean of its heads: over all of x, then of
     single images."""
-    trace, side = [], model.cfg.image_size // model.cfg.patch_size
-    with torch.no_grad():
-        model.mocet.forward_loop(model.mit(x), model.quantizer, trace)
-    depth = model.cfg.expert_depth
-    last_layers = [a[..., :side * side] for a in trace[depth - 1::depth]]     # L x (B, heads, N)
+    side = model.cfg.image_size // model.cfg.patch_size
+    last_layers = [a[..., :side * side]                                       # L x (B, heads, N)
+                   for a in interactive.attention_of(model, x)]
     maps = torch.stack([a.mean(dim=1) for a in last_layers], dim=1).cpu()     # (B, L, N)
     on_tokens = [1 - a.sum(dim=-1).mean().item() for a in last_layers]
 
@@ -123,11 +134,11 @@ def attention(page: Page, model: NativeTok, images: Tensor, x: Tensor) -> None:
         mask = F.interpolate(scaled.view(-1, 1, side, side), size=under.shape[:2], mode="nearest")
         mask = mask.permute(0, 2, 3, 1)                                       # (L, H, W, 1)
         return (under.float() * (0.15 + 0.85 * mask)).to(torch.uint8)
-    white, columns = torch.full_like(images[0], 255), 12
-    pictures = [shown(maps.mean(dim=0), white)]
+    columns = even(model.num_tokens, 12)
+    pictures = [shown(maps.mean(dim=0), torch.full_like(images[0], 255))]
     pictures += [shown(maps[i], images[i]) for i in range(min(4, len(images)))]
     blocks = list(zip(*(wrapped(row, columns) for row in pictures)))          # one per 12 experts
-    blank = white.expand(columns, *white.shape)
+    blank = torch.zeros_like(blocks[0][0])                                    # transparent
     rows = [row for block in blocks for row in (*block, blank)][:-1]
     caption = ATTENTION.format(L=model.num_tokens, columns=columns, n=len(x), first=on_tokens[0],
                                last=on_tokens[-1])
@@ -135,20 +146,22 @@ def attention(page: Page, model: NativeTok, images: Tensor, x: Tensor) -> None:
 
 
 ANSWERS = """Each row: a held-out image, its reconstruction, another image. Then token 1 is
-exchanged for that of the other image: alone (broken), and with the experts after it reading it and
-choosing their tokens anew (answered). Beside both, the difference from the reconstruction: gray is
-none. {meaning} PSNR over {n} held-out images: {original:.2f} dB as they are; {each}. The rows are
-those of them that token 1 damages most."""
-NATIVE = """Each token is chosen in view of those before it, so the later ones paint back what the
-first gets wrong: that is native order."""
-UNORDERED = """Here nobody answers: {name} chooses all its tokens at once, none in view of the
-others."""
-EACH = """token {position} broken {broken:.2f}, answered {answered:.2f} ({later_ids_changed:.0%}
+swapped for that of the other image: first alone, then with the later experts re-encoding. Beside
+both stands the difference from the reconstruction; gray is none. {meaning} PSNR over {n} held-out
+images: {original:.2f} dB unchanged; {each}. The rows are the images that the swap damages most."""
+NATIVE = """Each expert reads the tokens before its own, so later tokens correct what the first gets
+wrong: this is native order."""
+UNORDERED = """Here no token changes: {name} chooses all its tokens at once, and none reads
+another."""
+EACH = """token {position} swapped {broken:.2f}, re-encoded {answered:.2f} ({later_ids_changed:.0%}
 of the later tokens changed)"""
 
 
-def answers(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, rows: int) -> None:
-    """Token 1 of another image; the numbers are those of all pixels, which are one batch."""
+def answers(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, rows: int) -> dict:
+    """Token 1 of another image; the numbers are those of all pixels, which are one batch.
+
+    -> the row of interventions() for token 1
+    """
     name, others = model.cfg.tokenizer, ids.roll(1, dims=0)
     meaning = NATIVE if name == "nativetok" else UNORDERED.format(name=name)
     measured = interventions(model, pixels)
@@ -167,12 +180,13 @@ def answers(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, rows: int
     cells = [pixels, whole, pixels.roll(1, dims=0), broken, difference(broken, whole),
              answered, difference(answered, whole)]
     rows = list(torch.stack([cell[worst] for cell in cells], dim=1))
-    page.grid("answers", "Later experts answer", caption, rows)
+    page.grid("answers", "Later experts re-encode", caption, rows)
+    return measured[0]
 
 
-SWAPS = """Twice, read like text: an image, its reconstruction, another image; then the first one's
-reconstruction with token 1, 2, ... {L} taken from the other. What changes is what that position
-says. Later tokens were chosen with the old one in view, and are not asked to answer here."""
+SWAPS = """Two images, read like text: an image, its reconstruction, another image; then the first
+one's reconstruction with token 1, 2, ... {L} swapped for the other's. What changes is what that
+token encodes. The other tokens are kept; no expert re-encodes here."""
 
 
 def swaps(page: Page, model: NativeTok, images: Tensor, ids: Tensor) -> None:
@@ -182,12 +196,12 @@ def swaps(page: Page, model: NativeTok, images: Tensor, ids: Tensor) -> None:
         mixed[places, places] = ids[b]
         one, other = images[a:a + 1], images[b:b + 1]
         cells = [one, decode(model, ids[a:a + 1]), other, decode(model, mixed)]
-        rows += wrapped(torch.cat(cells), 9)
+        rows += wrapped(torch.cat(cells), even(model.num_tokens + 3, 10))
     page.grid("swaps", "One token from another image", SWAPS.format(L=model.num_tokens), rows)
 
 
-CODES = """For positions {places}: the two codes that each says most often, two rows a position;
-each row shows held-out images for which it says that code. What do the images of a row share?"""
+CODES = """For positions {places}: the two codes that occur there most often, a row for each, with
+held-out images that have this code at this position. What do the images of a row share?"""
 
 
 def favourite_codes(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor,
@@ -226,8 +240,8 @@ def ar_growing(page: Page, model: NativeTok, ar: Generator) -> None:
 
 
 MASKGIT = """Classes {names}, {steps} steps. The strip below each picture has one square per token,
-gray when it is known, black while it is masked. The picture is the final one, the paler the more of
-it is still masked: a decoder cannot show a token that has not been chosen."""
+light when it is known, black while it is masked. The decoder cannot show a token that has not been
+chosen, so the picture is the final one, and the more of it is masked, the more it is gray."""
 
 
 def maskgit_steps(page: Page, model: NativeTok, maskgit: Generator) -> None:
@@ -243,7 +257,7 @@ def maskgit_steps(page: Page, model: NativeTok, maskgit: Generator) -> None:
             # The decoder knows no mask: a masked position borrows what it says in the end.
             picture = decode(model, torch.where(known, ids[i], final[i])[None])[0]
             share = 0.25 + 0.75 * known.float().mean().item()
-            picture = (picture.float() * share + 255 * (1 - share)).to(torch.uint8)
+            picture = (picture.float() * share + 128 * (1 - share)).to(torch.uint8)
             strip = torch.where(known.cpu(), 200, 0).float().view(1, 1, 1, -1)
             strip = F.interpolate(strip, size=(max(2, size // 8), size), mode="nearest")[0, 0]
             strip = strip.to(torch.uint8)[..., None].expand(-1, -1, 3)
@@ -270,20 +284,19 @@ def guidance(page: Page, model: NativeTok, ar: Generator) -> None:
 # ------------------------------------------------------------------------------------------------
 # curves
 
-@torch.no_grad()
 def bits_per_position(model: NativeTok, ar: Generator, ids: Tensor,
                       labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """-> bits of each position under the AR model, and its marginal entropy: what is left to know
     without looking at others."""
-    nll = 0
-    for i, y in zip(ids.split(250), labels.split(250)):
-        nll = nll + ar.loss(i, y)[1]["nll_by_position"] * (len(i) / len(ids))
+    bits = torch.cat([interactive.bits_of_tokens(ar, i, y)
+                      for i, y in zip(ids.split(250), labels.split(250))]).mean(dim=0)
     _, perplexity = usage(ids, model.cfg.codebook_size)
-    return nll.cpu().numpy() / math.log(2), perplexity.log2().cpu().numpy()
+    return bits.cpu().numpy(), perplexity.log2().cpu().numpy()
 
 
-ORDER = """Bits needed for each token of {n} held-out images, given the class and the tokens before
-it, against the entropy of the position by itself. The gap is what the order and the class explain.
+ORDER = """Bits that the AR model needs for each token of {n} held-out images, given the class and
+the tokens before it, against the entropy of the position by itself. With {K} codes, {bits:g} bits a
+token is guessing. The gap between the two is what the order and the class explain.
 The marginal entropy of few images is too small where a position uses many codes, so the gap is a
 lower bound."""
 OVER = """ Nothing can be read from it for {names}: there the model needs more bits than the
@@ -294,8 +307,8 @@ NO_LABELS = """Left out: the held-out images have no labels of the classes that 
 the bits of a token are counted given the class."""
 
 
-def order(page: Page, measured: list[tuple[str, np.ndarray, np.ndarray]], n: int) -> None:
-    """measured: name, bits and marginal entropy by position, of each run."""
+def order(page: Page, measured: list[tuple[str, np.ndarray, np.ndarray]], n: int, K: int) -> None:
+    """measured: name, bits and marginal entropy by position, of each run; K codes."""
     curves, over = [], []
     for color, (name, bits, marginal) in zip(COLORS, measured):
         place = list(range(1, len(bits) + 1))
@@ -305,7 +318,8 @@ def order(page: Page, measured: list[tuple[str, np.ndarray, np.ndarray]], n: int
                          bits.tolist(), color)]
         if bits.sum() > marginal.sum():
             over.append(name)
-    caption = ORDER.format(n=n) + (OVER.format(names=", ".join(over)) if over else "")
+    caption = ORDER.format(n=n, K=K, bits=round(math.log2(K), 2))
+    caption += OVER.format(names=", ".join(over)) if over else ""
     page.add("What order explains", caption, svg(curves, "position", "bits"))
 
 
@@ -362,17 +376,24 @@ def main(args) -> None:
     pixels, labels = held_out(run)
     ids, images = encoded(model, pixels), pixels[:args.images]
 
+    labelled = val.classes == run.data.classes  # a flat folder's labels say nothing
+
     token_by_token(page, model, images, ids)
     if model.cfg.tokenizer == "nativetok":
         attention(page, model, images, to_float(pixels[:64].to(device)))
-    answers(page, model, pixels[:250], ids[:250], args.images)
+    token_1 = answers(page, model, pixels[:250], ids[:250], args.images)
+    models, all_ids = [model], [ids[:250]]
+    if args.against and other_model.num_tokens == model.num_tokens:  # a chip for each, in both
+        models.append(other_model)
+        all_ids.append(encoded(other_model, pixels[:250]))
+    interactive.sections(page, models, pixels[:250], all_ids, token_1, generators.get("ar"),
+                         labels if labelled else None)
     swaps(page, model, images, ids)
     favourite_codes(page, model, pixels, ids)
 
     for kind in GENERATORS:
         if kind not in generators:
             print(f"no {kind} generator in {args.run}; its pictures are left out")
-    labelled = val.classes == run.data.classes  # a flat folder's labels say nothing
     measured = []
     if "ar" in generators:
         ar_growing(page, model, generators["ar"])
@@ -386,7 +407,7 @@ def main(args) -> None:
         other_ids = encoded(other_model, other_pixels)
         measured.append(bits_of(other_model, other_generators["ar"], other_ids, other_labels))
     if measured:
-        order(page, measured, len(ids))
+        order(page, measured, len(ids), model.cfg.codebook_size)
     elif not labelled:
         page.add("What order explains", NO_LABELS, "")
     page.add("Training", TRAINING, log_curves(args.run))

@@ -1,10 +1,11 @@
-"""What does D²iT do with an image? Pictures for a trained run, and a page that shows them.
+"""What does D²iT do with an image? A page for a trained run: a map to change, then pictures.
 
 Run      python -m d2it.explain --run runs/NAME [--against runs/COARSE runs/FINE]
-Makes    RUN/explain/index.html, or --out DIR, with its pictures beside it; it needs no network
+Makes    RUN/explain/index.html, or --out DIR: one file that needs no network; beside it its
+         pictures as PNG
 Exit     0 done, 1 failure, 2 something to mend
 
-What the page shows:
+What a reader can change: which cells are fine. What stands below, as pictures:
   maps             images, the entropy of their cells, which cells are fine
   reconstructions  what the codes keep, and what other runs' codes keep of the same images
   latents          three channels of the codes as colours
@@ -79,6 +80,54 @@ def shown(images: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 # the DVAE
 
+CELLS = """An image is cut into cells. A fine cell (red frame) has four codes, a coarse one a single
+code. Click a cell to make it fine or coarse: the image is encoded and decoded again (codes are the
+mean of the posterior). Single cells change in the image's own map, which goes by the entropy of
+their gray levels; or choose one of five whole maps. Which click gains most for three codes?"""
+CELLS_BODY = """<div class="pick" id="images" role="group" aria-label="image"></div>
+<div class="pick" id="maps" role="group" aria-label="map"></div>
+<div class="row three" id="cells-pictures"></div>
+<p id="cells-said" aria-live="polite"></p>"""
+WHOLE = ("its own", "all coarse", "all fine", "the opposite", "a diagonal")
+PICTURES = 800  # of that section; with larger maps it shows fewer images
+
+
+def under(dvae: DVAE, pixels: Tensor, grain: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3), any map (B, n, n) -> uint8 images decoded from the posterior's mean."""
+    with torch.no_grad():
+        mean, _ = dvae.moments(to_float(pixels), grain)
+        return shown(dvae.decode(Codes(dvae.standardised(mean, grain), grain)))
+
+
+def whole_maps(own: Tensor) -> Tensor:
+    """bool (n, n) -> those of WHOLE (5, n, n)."""
+    nothing = torch.zeros_like(own)
+    return torch.stack([own, nothing, ~nothing, ~own, hand_painted(len(own)).to(own.device)])
+
+
+def cells(page: Page, dvae: DVAE, pixels: Tensor) -> None:
+    """The section that a reader can change: of each image five maps, and each single flip."""
+    n, images = dvae.cfg.side, []
+    for one in pixels[:max(1, min(8, PICTURES // (n * n + len(WHOLE))))]:
+        own = dvae.grain_of(on(dvae, one[None]))[0]
+        flips = own ^ torch.eye(n * n, dtype=torch.bool, device=own.device).view(-1, n, n)
+        grain = torch.cat([whole_maps(own), flips])
+        rows = []
+        for part in grain.split(64):
+            same = one.expand(len(part), *one.shape)
+            decoded = under(dvae, on(dvae, same), part)
+            dB = to_db(mse(to_float(decoded), to_float(same)))
+            for tile, row, codes, db in zip(page.sheet.add(decoded), part.flatten(1).tolist(),
+                                            count_codes(part).tolist(), dB.tolist()):
+                text = "".join("01"[fine] for fine in row)
+                rows.append({"tile": tile, "map": text, "codes": codes,
+                             "db": round(min(db, 99), 2)})
+        images.append({"tile": page.sheet.add(one[None])[0], "maps": rows[:len(WHOLE)],
+                       "flips": rows[len(WHOLE):]})
+    page.section("cells", "Make a cell fine or coarse", CELLS, CELLS_BODY,
+                 {"side": n, "names": WHOLE, "images": images})
+
+
 def maps(page: Page, dvae: DVAE, pixels: Tensor) -> None:
     grain, scores = dvae.grain_of(on(dvae, pixels)), dvae.entropy(on(dvae, pixels))
     codes = ", ".join(str(c) for c in count_codes(grain).tolist())
@@ -95,13 +144,13 @@ def reconstructions(page: Page, dvae: DVAE, pixels: Tensor, others: dict[str, DV
         codes = model.encode(on(model, pixels), fixed())
         recon = model.decode(codes).clamp(-1, 1).cpu()
         off = (shown(recon).float() - pixels.float()).abs().mean(dim=-1, keepdim=True)
-        off = (255 - 4 * off).clamp(0, 255).to(torch.uint8)
+        off = (4 * off).clamp(0, 255).to(torch.uint8)
         rows += [shown(recon), off.expand(-1, -1, -1, 3)]
         dB = to_db(mse(recon, to_float(pixels)).mean()).item()
         told.append(f"{name} {dB:.1f} dB with {count_codes(codes.grain).float().mean():.0f} codes")
-    page.grid("reconstructions", TITLES["reconstructions"], "Images; then, for each run, what its "
-              f"codes say of them and its error, four times as dark. {'; '.join(told)}. Is what is "
-              "lost lost in fine cells or in coarse ones?", rows)
+    page.grid("reconstructions", TITLES["reconstructions"], "Images; then, for each run, "
+              "what its codes decode to and its error, four times as bright. "
+              f"{'; '.join(told)}. Is more lost in fine cells or in coarse ones?", rows)
 
 
 def latents(page: Page, dvae: DVAE, pixels: Tensor) -> None:
@@ -235,6 +284,7 @@ def main(args) -> None:
                 f"{model.dvae.limit.item():.3f} nats, policy {cfg.grain_policy}. "
                 f"{unfinished}Made by: python -m d2it.explain --run {shlex.quote(args.run)}")
 
+    cells(page, model.dvae, pixels[:8])
     maps(page, model.dvae, few)
     reconstructions(page, model.dvae, few, others)
     latents(page, model.dvae, few)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from config import CONFIGS
+from config import CONFIGS, GUIDANCE
 from flow_decoder import Decoding
 from generator import Generator
 from nativetok import from_checkpoint
@@ -103,7 +103,7 @@ def main(args) -> None:
     # One image of each class, of at most ten classes.
     shown = [int((labels == c).nonzero()[0]) for c in labels.unique()[:10]]
     ids = model.encode(to_float(pixels[shown].to(device)))                  # (n, L)
-    new = ar.sample(labels[shown].to(device), cfg_scale=ar.default_cfg_scale,
+    new = ar.sample(labels[shown].to(device), cfg_scale=GUIDANCE,
                     generator=torch.Generator().manual_seed(args.seed))     # (n, L)
     write_gif(frames(decode, pixels[shown], ids, new), args.out, args.scale)
     print(f"wrote {args.out}")

@@ -200,21 +200,28 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_grid(images: Tensor | np.ndarray, path: str, columns: int, scale: int = 1) -> None:
-    """Write uint8 images (B, H, W, 3) as one PNG: row by row, with white margins.
+    """Write uint8 images (B, H, W, 3) as one PNG. Raises UserError when `path` cannot be written.
+    """
+    with checkpoint.replacing(path) as file:
+        grid_of(images, columns, scale).save(file, format="PNG")
 
+
+def grid_of(images: Tensor | np.ndarray, columns: int, scale: int = 1) -> Image.Image:
+    """uint8 images (B, H, W, 3) as one: row by row, with white margins.
+
+    images  with a fourth channel, opacity, the margins are transparent
     scale   how many times each is enlarged
-    Raises UserError when `path` cannot be written.
     """
     images = torch.as_tensor(images).cpu().numpy().repeat(scale, axis=1).repeat(scale, axis=2)
-    (B, H, W, _), margin = images.shape, 2
+    (B, H, W, channels), margin = images.shape, 2
     rows = math.ceil(B / columns)
     height, width = margin + rows * (H + margin), margin + columns * (W + margin)
-    sheet = np.full((height, width, 3), 255, np.uint8)
+    sheet = np.full((height, width, channels), 255, np.uint8)
+    sheet[..., 3:] = 0
     for k, image in enumerate(images):
         y, x = margin + k // columns * (H + margin), margin + k % columns * (W + margin)
         sheet[y:y + H, x:x + W] = image
-    with checkpoint.replacing(path) as file:
-        Image.fromarray(sheet).save(file, format="PNG")
+    return Image.fromarray(sheet)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Promises of explain.py: pictures are there, true to the model; the page needs no network."""
+import io
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from helpers import called, turned_away
 from nativetok import NativeTok, doubling
 from plumbing import checkpoint
 from plumbing.images import to_float
-from plumbing.page import Page
+from plumbing.page import Page, Sheet
 from plumbing.run import open_run
 
 
@@ -36,13 +37,46 @@ def page(small_run, tmp_path_factory):
 def test_every_picture_of_the_page_exists_and_nothing_comes_from_elsewhere(page):
     out, said = page
     text = (out / "index.html").read_text(encoding="utf-8")
-    shown = re.findall(r'src="([^"]+)"', text)
-    assert {"tokens.png", "added.png", "attention.png", "answers.png", "swaps.png", "codes.png",
-            "ar.png", "maskgit.png", "guidance.png"} <= set(shown)
-    assert {path.name for path in out.glob("*.png")} == set(shown)
+    names = {"tokens.png", "added.png", "attention.png", "answers.png", "swaps.png", "codes.png",
+             "ar.png", "maskgit.png", "guidance.png"}
+    assert {path.name for path in out.glob("*.png")} == names
+    assert all(str(out / name) in said for name in names)
+    shown = re.findall(r'(?:src|href)="([^"]+)"', text)
+    assert len(shown) == len(names) and all(uri.startswith("data:image/") for uri in shown)
     drawn = text.replace("http://www.w3.org/2000/svg", "")  # a name, which nobody fetches
-    assert not re.search(r"https?://|<script", drawn), "it must open without a network"
-    assert all(str(out / name) in said for name in shown)
+    assert not re.search(r"https?://|url\(|@import|fetch\(", drawn), "it must open alone"
+
+
+def test_the_page_has_its_sections_and_fits_into_three_megabytes(page):
+    text = (page[0] / "index.html").read_text(encoding="utf-8")
+    assert re.findall(r'<section id="(\w+)"', text) == ["change", "prefix", "look", "write"]
+    assert len(text) < 3e6
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text)[1])
+    assert len(data["change"]["models"]) == 2, "those of --against answer the same clicks"
+    for model in data["change"]["models"]:
+        assert [len(row) for row in model["swaps"]] == [6] * 8, "images, tokens"
+
+
+@pytest.mark.parametrize("size, tile", [(32, 32), (28, 32), (256, 64)])
+def test_tiles_are_the_images_up_to_a_jpeg_and_equal_ones_are_one(size, tile):
+    sheet, smooth = Sheet(size), torch.linspace(0, 255, size).view(1, 1, size, 1)
+    images = smooth.expand(3, size, size, 3).to(torch.uint8).contiguous()
+    images[1] = 255 - images[1]
+    assert sheet.add(images) == [0, 1, 0] and (sheet.side, sheet.columns) == (tile, 2)
+    shown = np.asarray(Image.open(io.BytesIO(sheet.jpeg()))).astype(int)
+    assert shown.shape == (2 * tile, 2 * tile, 3)
+    for k in (0, 1):
+        cell = shown[:tile, k * tile:(k + 1) * tile]
+        wanted = np.linspace(0, 255, tile) if k == 0 else np.linspace(255, 0, tile)
+        assert np.abs(cell - wanted[None, :, None]).max() < 14
+
+
+def test_longer_tokenizers_show_fewer_images_of_the_same_budget():
+    from evaluation.interactive import PICTURES, extent
+    assert extent(16) == (8, 3) and extent(128)[0] >= 2
+    for L in (1, 16, 32, 64, 128, 200):
+        images, donors = extent(L)
+        assert 2 * images * L * donors <= PICTURES
 
 
 def test_both_curves_are_on_the_page_and_need_no_other_package(page):
@@ -57,7 +91,7 @@ def test_both_curves_are_on_the_page_and_need_no_other_package(page):
 
 def cells_of(path, columns: int) -> np.ndarray:
     """A grid of enlarged images, back as (rows, columns, 32, 32, 3)."""
-    sheet = np.asarray(Image.open(path)).astype(int)
+    sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
     tops, lefts = range(2, len(sheet), 66), range(2, 2 + columns * 66, 66)
     return np.stack([np.stack([sheet[y:y + 64:2, x:x + 64:2] for x in lefts]) for y in tops])
 
@@ -98,8 +132,8 @@ def test_the_picture_of_answers_holds_what_the_intervention_makes(tokenizer, sil
     rows = interventions(model, pixels)
     assert json.loads((tmp_path / "answers.json").read_text()) == {"images": 9, "rows": rows}
     row = rows[0]
-    assert f"token 1 broken {row['broken']:.2f}, answered {row['answered']:.2f}" in text
-    assert bool(silent) == np.array_equal(broken, answered) == ("nobody answers" in text)
+    assert f"token 1 swapped {row['broken']:.2f}, re-encoded {row['answered']:.2f}" in text
+    assert bool(silent) == np.array_equal(broken, answered) == ("no token changes" in text)
     assert silent in text
 
 

@@ -187,7 +187,7 @@ def test_the_page_is_there_after_each_picture(run, tmp_path, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(explain, "swaps", swaps)
     assert called(explain, "--run", run, "--out", tmp_path, "--images", 2)[0] == 130
-    assert "tokens.png" in (tmp_path / "index.html").read_text()
+    assert "<h2>Token by token</h2>" in (tmp_path / "index.html").read_text()
 
 
 def test_a_class_whose_name_is_no_text_costs_no_page(run, tmp_path):

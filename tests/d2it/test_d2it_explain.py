@@ -6,9 +6,15 @@ import pytest
 import torch
 from PIL import Image
 
+from browser import read_page
 from d2it import explain
+from d2it.dvae import Codes
 from d2it.model import D2iT
+from d2it.presets import CONFIGS
 from helpers import refused, some_shapes
+from losses import mse, to_db
+from plumbing.images import to_float, to_uint8
+from plumbing.run import held_out, open_run
 
 
 def command(run, *flags) -> None:
@@ -31,8 +37,45 @@ def test_the_page_shows_every_picture_and_asks_for_no_network(page):
     text = (page / "index.html").read_text()
     for name, title in explain.TITLES.items():
         assert title in text
-        assert name == "training" or (page / f"{name}.png").exists() and f'"{name}.png"' in text
-    assert "http" not in text.replace("http://www.w3.org", "")
+        assert name == "training" or (page / f"{name}.png").exists()
+    assert text.count("<img src=\"data:image/") == len(explain.TITLES) - 1
+    assert "http" not in text.replace("http://www.w3.org", "") and len(text) < 3e6
+
+
+@pytest.mark.page
+def test_a_click_makes_a_cell_fine_and_shows_its_codes_and_decibels(page, finished, tmp_path):
+    dvae = D2iT.of_run(str(finished), torch.device("cpu")).dvae
+    pixels, _ = held_out(open_run(str(finished), CONFIGS, "dvae.pt", "-m d2it.train"))
+    read_now = """{codes: number("codes"), more: at("more").textContent,
+      gain: at("gain").textContent, captions: at("cells-pictures").textContent,
+      fine: [...document.querySelectorAll(".cells button")].map(x => +(x.className === "fine"))}"""
+    read = read_page(page / "index.html", tmp_path, f"""
+      const cell = n => document.querySelectorAll(".cells button")[n];
+      read.first = {read_now};
+      cell(6).click();
+      read.flipped = {read_now};
+      document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {{key: "ArrowDown"}}));
+      read.below = [...document.querySelectorAll(".cells button")].indexOf(document.activeElement);
+      cell(6).click();
+      read.back = {read_now};
+      at("maps").children[2].click();
+      read.all = {read_now};""", "#image=1")
+    own = dvae.grain_of(pixels[1:2])
+    other = own.clone()
+    other.view(-1)[6] ^= True
+
+    def wanted(grain):
+        mean, _ = dvae.moments(to_float(pixels[1:2]), grain)
+        decoded = dvae.decode(Codes(dvae.standardised(mean, grain), grain))
+        return to_db(mse(to_float(to_uint8(decoded)), to_float(pixels[1:2]))).item()
+    for name, grain in (("first", own), ("flipped", other), ("back", own),
+                        ("all", torch.ones_like(own))):
+        codes, dB = len(own.flatten()) + 3 * int(grain.sum()), wanted(grain)
+        assert read[name]["fine"] == grain.flatten().int().tolist(), name
+        assert read[name]["codes"] == codes and f"{dB:.2f} dB" in read[name]["captions"], name
+        gain = float(read[name]["gain"].replace("\u2212", "-"))
+        assert gain == pytest.approx(dB - wanted(own), abs=0.011)
+    assert read["below"] == 10, "an arrow key moves by a row"
 
 
 def test_pictures_have_the_rows_that_their_captions_name(page, finished, other):
