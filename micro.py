@@ -88,7 +88,7 @@ class Layer(nn.Module):
 
 
 class MIT(nn.Module):
-    """Meta Image Transformer: every patch looks at every other. What it says is computed once."""
+    """Meta Image Transformer: all patches look at all. Its features are computed once per image."""
 
     def __init__(self):
         super().__init__()
@@ -253,15 +253,16 @@ class Generator(nn.Module):
 
 def learning(name, model, steps, rate=1.0):
     """Yields so many times, and after each loss.backward() moves what has a gradient."""
-    parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for key, p in parameters.items() if ".w" in key and p.ndim == 2]
-    rest = [p for key, p in parameters.items() if not (".w" in key and p.ndim == 2)]
-    # On the layers' matrices a step of Muon is worth about two of AdamW.
+    matrices, rest = [], []  # positions, queries, codes and biases are the rest
+    for key, p in model.named_parameters():
+        if p.requires_grad:
+            (matrices if key.endswith(".weight") else rest).append(p)
+    # On matrices a step of Muon is worth about two of AdamW.
     optimizers = ((torch.optim.Muon(matrices, weight_decay=0.0), 0.02 * rate),
                   (torch.optim.AdamW(rest, betas=(0.9, 0.98)), 3e-3 * rate))
     for step in range(steps):
         yield step
-        nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        nn.utils.clip_grad_norm_([*matrices, *rest], 1.0)
         rise, fall = min(1, (step + 1) / 20), math.cos(math.pi / 2 * step / steps) ** 2
         for optimizer, peak in optimizers:
             optimizer.param_groups[0]["lr"] = peak * rise * (0.05 + 0.95 * fall)
@@ -288,7 +289,7 @@ def train_tokenizer(name, model, images, steps, rate=1.0):
 
 
 def psnr(a, b):
-    """In dB, of images in [-1, 1]; +6 dB halves the error."""
+    """Of images in [-1, 1], in dB; +6 dB halves the RMS error."""
     return 10 * math.log10(4 / F.mse_loss(a, b).item())
 
 

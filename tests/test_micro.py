@@ -57,7 +57,7 @@ def test_the_loss_is_that_of_quantizer_weighed_as_in_train(both):
     tokenizer, _, quantizer = both
     z = torch.nn.functional.normalize(torch.randn(16, 4, micro.d), dim=-1)
     _, ids, losses = quantizer.train()(z)
-    weights = {"codebook": 1, "commitment": CONFIG.commitment_weight,
+    weights = {"codebook": 1, "commitment": 0.25,
                "entropy": CONFIG.entropy_weight}
     expected = sum(weights[name] * loss for name, loss in losses.items())
     torch.testing.assert_close(tokenizer.quantizer.loss(z, ids), expected)
