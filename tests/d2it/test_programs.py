@@ -30,7 +30,8 @@ PROGRAMS = {
     "experiments.speedrun": [(["--data", "DATA", "--val_data", "DATA"], "--out")],
 }
 CASES = [(program, words, flag) for program, uses in PROGRAMS.items() for words, flag in uses]
-FILES = ("experiments.record", "experiments.flow", "experiments.moving", "experiments.tour")  # where --out is one
+FILES = ("experiments.record", "experiments.flow", "experiments.moving",
+         "experiments.tour")  # where --out is one
 WORK = ("sample.draw_samples", "d2it.sample.draw_samples", "plumbing.page.Page.grid",
         "eval_fid.judge", "eval_fid.extract", "experiments.search.search",
         "experiments.bench.Bench.seconds", "train.main",
