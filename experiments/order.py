@@ -253,6 +253,7 @@ class Permuted(nn.Module):
     def __init__(self, tokenizer: NativeTok, order: Tensor):
         super().__init__()
         self.tokenizer, self.num_tokens, self.cfg = tokenizer, tokenizer.num_tokens, tokenizer.cfg
+        self.unfinished = tokenizer.unfinished
         self.register_buffer("order", order)
         self.fingerprint = checkpoint.fingerprint({"order": order},
                                                   {"tokenizer": tokenizer.fingerprint})

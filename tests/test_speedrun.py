@@ -41,7 +41,7 @@ def test_a_folder_that_is_no_speed_runs_stays_as_it_is(small_run, raced, tmp_pat
     refused(speedrun.main, arguments(*data, "--out", mine), names=["mine", "no speed run's folder"])
     # its mark alone proves nothing about what else is there
     (mine / "speedrun.json").write_text(json.dumps({"command": "python -m experiments.speedrun"}))
-    refused(speedrun.main, arguments(*data, "--out", mine), names=["generator-ar.pt"])
+    refused(speedrun.main, arguments(*data, "--out", mine), names=["flow-decoder.pt"])
     (mine / "speedrun.json").write_text(json.dumps({"command": "mine"}))
     refused(speedrun.main, arguments(*data, "--out", mine), names=["was not written by"])
     (mine / "speedrun.json").unlink()
