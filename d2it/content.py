@@ -9,8 +9,7 @@ Paper    "rough prediction of noise with detailed regions correction": DiT block
 In       z_t (B, C, 2n, 2n), t (B,) in 0..T, labels (B,) with `classes` for "none", grain (B, n, n)
 Out      what target() of diffusion.py asks for, (B, C, 2n, 2n); constant in coarse blocks
 Differs  router and inputs of RefineNet are known by name only; what stands here is our reading:
-         the grain chooses the head, RefineNet sees a cell's h, its own noisy codes and places.
-         Every code counts once in the loss; the paper's own formula is not known to us
+         the grain chooses the head, RefineNet sees a cell's h, its own noisy codes and places
 Try      python -m d2it.content      (CPU, a second)
 """
 from collections.abc import Callable
@@ -18,14 +17,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-import diffusion
 from config import LABEL_DROPOUT
-from d2it.grain import code_weights, grained_noise, pack, unpack
+from d2it.grain import pack, unpack
 from d2it.presets import ContentConfig, load_preset
-from generator import guide
 from layers import (
-    DiTBlock, LastNorm, TimeEmbedding, as_matrices, as_weights, at_least_float32,
-    count_parameters, init_vit, patchify, sincos_2d, unpatchify)
+    DiTBlock, LastNorm, TimeEmbedding, as_matrices, as_weights, count_parameters,
+    init_vit, patchify, sincos_2d, unpatchify)
 from nativetok import as_it_is
 from plumbing import checkpoint
 from plumbing.flags import build, need
@@ -138,56 +135,6 @@ class Content(nn.Module):
         checkpoint.load_strict(model, saved["ema"], path)
         model.fingerprint, model.unfinished = saved["dvae"], unfinished(saved, path)
         return model.eval()
-
-
-# ------------------------------------------------------------------------------------------------
-# learning and sampling
-
-def loss(network: Callable, z: Tensor, labels: Tensor, grain: Tensor,
-         path: str = "noise") -> tuple[Tensor, dict]:
-    """-> mean squared error over codes, a scalar, and the error by grain and by quarter of T.
-
-    Starts at 1 (path "flow": 2), when the net says nothing. An error near 1 in quarter 1 and near
-    0 in quarter 4 is no fault: little noise is hard to see, and much of it is all there is.
-    """
-    t = diffusion.random_times(len(z), path, z.device)                  # (B,)
-    noise = grained_noise(grain, z.shape[1])                  # (B, C, 2n, 2n)
-    alpha, sigma = diffusion.alpha_sigma(t, path)
-    out = network(alpha * z + sigma * noise, t, labels, grain)
-    error = (out.float() - diffusion.target(z, noise, path)).square().mean(dim=1)   # (B, 2n, 2n)
-    weights = code_weights(grain)[:, 0]                       # (B, 2n, 2n): 1 fine, 1/4 coarse
-    fine = weights == 1
-    # (B,) 0 .. 3; T/4 is of the first
-    quarter = (4 * (t.ceil() - 1).clamp_min(0) / diffusion.T).long()
-    logs = {"fine": error[fine], "coarse": error[~fine]}
-    logs |= {f"quarter_{q + 1}": error[quarter == q] for q in range(4)}
-    logs = {name: part.detach().mean() for name, part in logs.items() if part.numel()}
-    return (weights * error).sum() / weights.sum(), logs
-
-
-def guided(network: Callable, z_t: Tensor, t: Tensor, labels: Tensor, grain: Tensor,
-           no_class: int, scale: float) -> Tensor:
-    """Classifier-free guidance: scale 0 unconditional, 1 plain, above 1 guided."""
-    if scale == 1:
-        return at_least_float32(network(z_t, t, labels, grain))
-    none = torch.full_like(labels, no_class)
-    both = network(z_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([labels, none]),
-                   grain.repeat(2, 1, 1))                     # (2B, C, 2n, 2n)
-    # TRAP: DiT guides 3 of its 4 channels, a remnant of pixel code.
-    return guide(*at_least_float32(both).chunk(2), scale)
-
-
-@torch.no_grad()
-def sample(network: Callable, noise: Tensor, labels: Tensor, grain: Tensor, no_class: int,
-           path: str = "noise", steps: int = 50, cfg_scale: float = 1.0, eta: float = 0.0,
-           generator: torch.Generator | None = None, trace: list | None = None) -> Tensor:
-    """Grained noise (B, C, 2n, 2n) -> codes, under the maps grain (B, n, n); see diffusion.py."""
-    def predict(z_t: Tensor, t: Tensor) -> Tensor:
-        return guided(network, z_t, t, labels, grain, no_class, cfg_scale)
-
-    def new_noise() -> Tensor:
-        return grained_noise(grain, noise.shape[1], generator)
-    return diffusion.sample(predict, noise, path, steps, eta, new_noise, trace)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-import diffusion
 from config import GUIDANCE
-from d2it import content
+from d2it import diffusion
 from d2it.content import Content
 from d2it.dvae import DVAE, Codes
 from d2it.grain import grained_noise, take_top
@@ -90,7 +89,7 @@ class D2iT(nn.Module):
             grain = self.maps(labels, generator)
         need_map(grain, len(labels), n, here)
         noise = grained_noise(grain, self.content.channels, generator)
-        z = content.sample(self.content, noise, labels, grain, self.content.classes, cfg.path,
+        z = diffusion.sample(self.content, noise, labels, grain, self.content.classes, cfg.path,
                            steps, cfg_scale, eta, generator, trace)
         return Codes(z, grain)
 

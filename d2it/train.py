@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from config import GUIDANCE
-from d2it import content
+from d2it import diffusion
 from d2it.content import Content
 from d2it.dvae import DVAE, Codes
 from d2it.grain import code_weights, grained_noise, painted
@@ -176,7 +176,7 @@ def train_content(run: Run, change_dvae: Callable, change: Callable) -> None:
         pixels, labels = next(held_out(run, 12))
         grain = dvae.grain_of(pixels)
         start = grained_noise(grain, C, torch.Generator().manual_seed(train.seed))
-        z = content.sample(stage.ema, start, labels, grain, classes, cfg.path, 50, GUIDANCE)
+        z = diffusion.sample(stage.ema, start, labels, grain, classes, cfg.path, 50, GUIDANCE)
         pixels = pixels.cpu()
         run.grid(name, [to_float(pixels), to_float(painted(pixels, grain)),
                         dvae.decode(Codes(z, grain))])
@@ -186,7 +186,7 @@ def train_content(run: Run, change_dvae: Callable, change: Callable) -> None:
             # TRAP: a cache of codes would freeze one mirror image and one draw of the posterior.
             z, grain = dvae.encode(pixels)
             with stage.autocast():
-                loss, terms = content.loss(stage.model, z, labels, grain, cfg.path)
+                loss, terms = diffusion.loss(stage.model, z, labels, grain, cfg.path)
             stage.backward(loss, terms, code_weights(grain).mean())
             stage.save_or_show(show)
 
@@ -195,7 +195,7 @@ def train_content(run: Run, change_dvae: Callable, change: Callable) -> None:
         with torch.no_grad():
             for pixels, labels in held_out(run):
                 z, grain = dvae.encode(pixels)
-                loss, _ = content.loss(stage.ema, z, labels, grain, cfg.path)
+                loss, _ = diffusion.loss(stage.ema, z, labels, grain, cfg.path)
                 total += loss.item() * len(pixels)
     finish(stage, show, loss=total / len(run.eval_indices))
 

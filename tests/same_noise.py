@@ -14,11 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import config
-import diffusion
 import flow_decoder
 import generator
 import loop
-from d2it import content, dvae, presets
+from d2it import content, diffusion, dvae, presets
 from nativetok import doubling
 from plumbing import run
 from plumbing.start import main_with_user_errors
@@ -61,7 +60,7 @@ def noise_of_row(i, grain, channels, noise=None):
 
 by_row(generator, "random_masks", lambda i, batch, *more: (1, *more))
 by_row(diffusion, "random_times", lambda i, batch, *more: (1, *more))
-by_row(content, "grained_noise", noise_of_row)
+by_row(diffusion, "grained_noise", noise_of_row)
 by_row(dvae, "grained_noise", noise_of_row)
 by_row(flow_decoder, "random_times", lambda i, batch, *more: (1, *more))
 by_row(flow_decoder, "image_noise", lambda i, images: (images[i:i + 1],))

@@ -21,13 +21,13 @@ import flow_decoder
 import losses
 import nativetok
 import quantizer
-from d2it import content, grain
+from d2it import diffusion, grain
 from flow_decoder import Decoding, FlowDecoder
 from layers import Attention, rotary_table
 
 FILES = ("layers", "mit", "mocet", "titok", "quantizer", "decoder", "nativetok", "generator",
-         "losses", "diffusion", "flow_decoder", "d2it.grain", "d2it.dvae", "d2it.content",
-         "d2it.model")
+         "losses", "diffusion", "flow_decoder", "d2it.grain", "d2it.dvae", "d2it.diffusion",
+         "d2it.content", "d2it.model")
 MODULES = [importlib.import_module(file) for file in FILES]
 MODELS = [name for name in test_types.MODULES if name not in ("TinyCNN", "FIDInceptionV3")]
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.02}
@@ -83,9 +83,9 @@ def codes(dtype) -> None:
     model.dvae(test_types.IMAGES, test_types.GRAIN)
     z = model.dvae.encode(test_types.PIXELS).z
     for path in ("noise", "flow"):
-        content.loss(model.content.train(), z, test_types.LABELS, test_types.GRAIN, path)
-        content.sample(model.content, z, test_types.LABELS, test_types.GRAIN, CLASSES, path, 2,
-                       2.0, float(path == "noise"), torch.Generator().manual_seed(0))
+        diffusion.loss(model.content.train(), z, test_types.LABELS, test_types.GRAIN, path)
+        diffusion.sample(model.content, z, test_types.LABELS, test_types.GRAIN, CLASSES, path, 2,
+                         2.0, float(path == "noise"), torch.Generator().manual_seed(0))
     model.draw(test_types.LABELS, {"steps": 2}, 0, 0, test_types.GRAIN)
     model.obeyed(test_types.PIXELS, test_types.GRAIN)
     for policy in grain.POLICIES:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from config import FlowDecoderConfig, GeneratorConfig, TokenizerConfig
-from d2it.content import Content, loss
+from d2it.content import Content
+from d2it.diffusion import loss
 from d2it.dvae import DVAE
 from d2it.model import D2iT
 from d2it.presets import CONFIGS, PRESETS

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from d2it import content
+from d2it import diffusion
 from d2it.content import Content
 from d2it.grain import grained_noise, spread
 from d2it.presets import ContentConfig
@@ -42,7 +42,7 @@ def inputs(B: int = 5, seed: int = 0):
 def test_at_first_the_output_is_zero_and_the_loss_the_mean_square_of_the_noise():
     model, (z, t, labels, grain) = network(trained=False), inputs(64)
     assert not model(z, t, labels, grain).any()
-    assert content.loss(model, z, labels, grain)[0].item() == pytest.approx(1, abs=0.05)
+    assert diffusion.loss(model, z, labels, grain)[0].item() == pytest.approx(1, abs=0.05)
 
 
 def test_coarse_cells_are_constant_and_the_same_bits_with_and_without_refinement():
@@ -66,7 +66,7 @@ def test_an_image_is_the_same_whatever_else_is_in_the_batch():
 def test_every_parameter_gets_a_finite_gradient_whatever_the_maps(share):
     model, (z, _, labels, grain) = network().train(), inputs()
     grain = {"none": torch.zeros_like(grain), "all": torch.ones_like(grain), "mixed": grain}[share]
-    content.loss(model, z, labels, grain)[0].backward()
+    diffusion.loss(model, z, labels, grain)[0].backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert not missing
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -141,7 +141,7 @@ def one_of_two(rank: int, port: int, out: str) -> None:
     model = nn.parallel.DistributedDataParallel(network().train())
     z, _, labels, grain = inputs()
     for _ in range(2):
-        content.loss(model, z, labels, torch.full_like(grain, rank == 1))[0].backward()
+        diffusion.loss(model, z, labels, torch.full_like(grain, rank == 1))[0].backward()
     torch.save([p.grad for p in model.parameters()], f"{out}/{rank}.pt")
     dist.destroy_process_group()
 

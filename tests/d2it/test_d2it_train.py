@@ -15,7 +15,8 @@ from PIL import Image
 
 import config
 from d2it import train
-from d2it.content import Content, loss
+from d2it.content import Content
+from d2it.diffusion import loss
 from d2it.dvae import DVAE
 from d2it.model import D2iT
 from d2it.presets import CONFIGS, PRESETS, load_preset, parse_run

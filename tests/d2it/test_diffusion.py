@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from d2it import content as grained
-from d2it.content import guided, loss, sample
+from d2it import diffusion as grained
+from d2it.diffusion import guided, loss, sample
 from d2it.grain import code_weights, grained_noise
 from diffusion import KEPT, T, alpha_sigma, estimates, random_times, target, times
 from helpers import refused
