@@ -228,7 +228,7 @@ class TrainConfig(RunConfig):
     generator_warmup_steps: int = 1000  # steps until the learning rate has reached its peak [ours]
     generator_steps: int = 500000  # steps of each generator [MaskGIT]
     # stage 4: the flow decoder
-    flow_decoder_steps: int = 200000  # steps of the flow decoder; 0 for none [ours: not run]
+    flow_decoder_steps: int = 0  # steps of the flow decoder, such as 2000 at 32 pixels; 0 for none
     flow_decoder_learning_rate: float = 1e-4  # peak learning rate [DiT]
     # how to run, beside what RunConfig has
     # one CUDA GPU: record the kernels of a training step and replay them, see plumbing/graphs.py
@@ -283,15 +283,13 @@ PRESETS = {
     "tiny": dict(  # the built-in shapes, stages 1 to 3 in minutes on a CPU
         SMALL, codebook_size=256, flip=False, continuous_steps=70, base_steps=420, grow_steps=175,
         finetune_steps=630, generator_width=128, generator_depth=4, generator_dropout=0.0,
-        label_smoothing=0.0, generator_batch_size=64, generator_steps=500, flow_decoder_steps=0,
-        log_every=20,
+        label_smoothing=0.0, generator_batch_size=64, generator_steps=500, log_every=20,
         save_every=250, sample_every=250),
     "cifar": dict(  # real 32x32 images, --data needed; an hour or two on 2 CPU cores
         SMALL, codebook_size=512, encoder_depth=2, decoder_depth=2, decoder_reads="both",
         codebook_rate=5.0, weight_decay=0.1, continuous_steps=200, base_steps=2000, grow_steps=600,
         finetune_steps=10000,
         generator_width=192, generator_depth=4, generator_batch_size=64, generator_steps=5000,
-        flow_decoder_steps=2000,
         save_every=500, sample_every=1000),
     "imagenet-32": dict(IMAGENET, token_schedule=(32,)),
     "imagenet-64": dict(IMAGENET, token_schedule=(32, 64)),

@@ -150,7 +150,7 @@ class FlowDecoder:
         """The flow decoder in the folder of a run. Raises UserError when there is none."""
         path = os.path.join(folder, "flow-decoder.pt")
         need(checkpoint.exists(path), f"{folder} has no flow decoder; train it: python train.py "
-             f"--run {folder} --stage 4, or use --decoder mean")
+             f"--run {folder} --stage 4 --flow_decoder_steps 2000, or use --decoder mean")
         return FlowDecoder.load(path, tokenizer)
 
     @staticmethod

@@ -4,7 +4,8 @@ stage 1   base          MIT, codebook, first experts and decoder learn together
 stage 2   grow          per length: new experts learn, all that is older is frozen, but the decoder
           finetune      all together once more, briefly
 stage 3   ar, maskgit   the tokenizer is frozen, its ids are cached, the generators learn from them
-stage 4   flow_decoder  the tokenizer is frozen, a second decoder learns to draw sharp images
+stage 4   flow_decoder  the tokenizer is frozen, a second decoder learns to draw sharp images, if
+                        there are --flow_decoder_steps
 
 Run       python train.py --preset tiny        all stages that are not finished yet
           torchrun --nproc_per_node=8 -- train.py --preset imagenet-128 --data DIR --stage 2
@@ -323,8 +324,8 @@ def main(args, change_model: Callable = as_it_is, change_tokenizer: Callable = a
     run = Run(args, (args.tok, args.gen, args.flow, args.train))
     run.tok, run.gen, run.flow = args.tok, args.gen, args.flow
     check_belongs(run)
-    need(args.stage != 4 or args.train.flow_decoder_steps, "stage 4 has no steps "
-         f"in preset {args.preset}; give --flow_decoder_steps, such as 2000")
+    need(args.stage != 4 or args.train.flow_decoder_steps,
+         "stage 4 takes --flow_decoder_steps, such as 2000 at 32 pixels")
     run.begin()
     train, procs = run.train, run.procs
     run.say(f"{run.folder}: {procs.world} x {procs.device.type} ({torch.get_num_threads()} threads "

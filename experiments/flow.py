@@ -63,7 +63,7 @@ def table(rows: list[dict]) -> str:
             continue
         what = row["name"]
         if "num_tokens" in row:
-            what += f", {row['num_tokens']} tokens"
+            what += f", {row['num_tokens']} token{'s' * (row['num_tokens'] > 1)}"
         if row["name"] in GENERATORS:
             what += f", guidance {row['cfg_scale']:g}"
         how = row.get("decoder", "-")

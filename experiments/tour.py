@@ -1,6 +1,7 @@
 """Executes tour.ipynb from top to bottom and stores what its cells print and show.
 
-Run       python -m experiments.tour --out tour.ipynb      (some minutes; no Jupyter needed)
+Run       python -m experiments.tour --out tour.ipynb            (a minute or two; no Jupyter needed)
+          python -m experiments.tour --out /tmp/x.ipynb --quick  (does it run?)
 Makes     the notebook again, with outputs
 """
 import argparse
@@ -9,6 +10,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 from pathlib import Path
 
 from PIL import Image
@@ -19,6 +21,7 @@ from plumbing.processes import need_one_process
 from plumbing.start import main_with_user_errors
 
 NOTEBOOK = Path(__file__).parent.parent / "tour.ipynb"
+FEW = dict(BASE_STEPS=3, GROW_STEPS=2, FINETUNE_STEPS=2, GENERATOR_STEPS=2, BATCH=8, HELD_OUT=16)
 
 
 def execute(cells: list[dict], **constants: int) -> None:
@@ -68,15 +71,18 @@ def main(args) -> None:
     need_one_process("experiments.tour")
     need_places({"--out": (args.out, (".ipynb", b"{"))})
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
-    execute(notebook["cells"])
+    out = Path(args.out).resolve()
+    os.chdir(NOTEBOOK.parent)  # where its first cell finds the code
+    execute(notebook["cells"], **(FEW if args.quick else {}))
     text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-    Path(args.out).write_text(text, encoding="utf-8")
+    out.write_text(text, encoding="utf-8")
     print(f"{args.out}: {len(notebook['cells'])} cells")
 
 
 def parse(argv=None) -> argparse.Namespace:
     parser = Parser(prog="tour.py", description=__doc__)
     parser.add_argument("--out", required=True, metavar="FILE", help="the notebook with outputs")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     return parser.parse_args(argv)
 
 

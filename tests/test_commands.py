@@ -96,6 +96,7 @@ SMALLER = {  # program: what is put behind its flags
     "train.py": TRAIN,
     "d2it/train.py": D2IT,
     "experiments/bench.py": "--quick --rows encode".split(),  # all: test_bench.py
+    "experiments/tour.py": ["--quick"],
     "experiments/grain.py": "--quick --arms entropy d2it-4+2".split(),
     "experiments/order.py": ("--quick --arms titok nativetok-hnt --budget 20 --generator_steps 1 "
                              "--num_samples 20").split(),
@@ -108,8 +109,7 @@ NUMBERS = {"--num_samples": "20", "--num_images": "5", "--train_features": "5", 
            "--prefixes": "1 2 6", "--batch_size": "8", "--per_class": "1"}
 NEW = ("--npz", "--out", "--json")  # files and folders that are made
 # Many seconds of a core; run with make test-faults, like all trainings but the small presets'.
-SLOW = ("experiments/order.py", "experiments/grain.py", "evaluation/tinycnn.py", "micro.py",
-        "experiments/tour.py")
+SLOW = ("experiments/order.py", "experiments/grain.py", "evaluation/tinycnn.py", "micro.py")
 
 
 def reason(line: str, file: str) -> str:

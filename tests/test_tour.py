@@ -6,10 +6,9 @@ import re
 import pytest
 import torch
 
-from experiments.tour import NOTEBOOK, execute
+from experiments.tour import FEW, NOTEBOOK, execute
 from helpers import ROOT
 
-FEW = dict(BASE_STEPS=3, GROW_STEPS=2, FINETUNE_STEPS=2, GENERATOR_STEPS=2, BATCH=8, HELD_OUT=16)
 TOLERANCE = 0.5  # dB: other machines round in other ways, and training makes that larger
 
 
