@@ -1,7 +1,7 @@
 """Executes tour.ipynb from top to bottom and stores what its cells print and show.
 
-Run       python -m experiments.tour --out tour.ipynb            (a minute or two; no Jupyter needed)
-          python -m experiments.tour --out /tmp/x.ipynb --quick  (does it run?)
+Run       python -m experiments.tour --out tour.ipynb          (a minute or two, without Jupyter)
+          python -m experiments.tour --out x.ipynb --quick     (does it run?)
 Makes     the notebook again, with outputs
 """
 import argparse
