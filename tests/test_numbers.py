@@ -201,6 +201,8 @@ def test_what_the_flow_decoder_gains_is_what_its_result_file_says():
     made, text = results("flow-cifar-joint"), section("Sharp pictures")
     assert flow.table(made["rows"]) in text, flow.table(made["rows"])
     assert f"{made['judge_accuracy']:.1%} of the test images" in text
+    whole = results("flow-cifar-joint-full")["rows"][-1]
+    assert f"FD {next(whole[key] for key in whole if key.startswith('fd_tiny')):.2f}" in text
 
 
 def test_the_table_of_controls_is_that_of_its_result_file():
