@@ -33,6 +33,7 @@ from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from h
 import argparse
 import itertools
 import os
+import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -171,9 +172,13 @@ def generator_kinds(args) -> tuple[str, ...]:
 
 def output_places(args) -> str | None:
     """Where the results go, if anywhere. Raises UserError unless that can be written: now."""
-    if args.save_stats and (args.run or args.images):
-        need_room(os.path.dirname(args.save_stats) or ".")  # made here, or it would cost the rows
-    need_places({"--json": (args.json, JSON), "--save_stats": (args.save_stats, NPZ)},
+    stats = args.save_stats
+    if stats and (args.run or args.images) and not os.path.isdir(os.path.dirname(stats) or "."):
+        # A missing folder costs the statistics and not the rows, and may be made meanwhile.
+        print(f"warning: --save_stats {stats}: there is no folder {os.path.dirname(stats)}; make "
+              "it before the rows are known", file=sys.stderr)
+        stats = None
+    need_places({"--json": (args.json, JSON), "--save_stats": (stats, NPZ)},
                 reads={"--images": args.images, "--data": args.data, "--judge": args.judge,
                        "--reference": args.reference, "--inception": args.inception})
     summary = args.run and not args.images and not args.json
