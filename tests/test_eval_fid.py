@@ -99,13 +99,6 @@ def test_saved_statistics_stand_in_for_the_images(run, direct, tmp_path):
     assert "reconstruction" not in saved, "statistics hold no images that could be reconstructed"
 
 
-def test_a_missing_folder_costs_the_statistics_and_not_the_rows(run, tmp_path):
-    code, out, err = called(eval_fid, "--run", run, *FEW, "--generator", "ar", "--save_stats",
-                            tmp_path / "none" / "s.npz")
-    assert code == 2 and "\nreal" in out and "warning: --save_stats" in err
-    assert err.splitlines()[-1].startswith("error: ") and not (tmp_path / "none").exists()
-
-
 def test_samples_in_an_npz_are_judged_like_the_run_that_made_them(run, direct, tmp_path):
     good(sample, "--run", run, "--npz", tmp_path / "s.npz", *FEW)
     file = rows(tmp_path, "--run", run, "--images", tmp_path / "s.npz")["s.npz"]
