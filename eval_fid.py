@@ -16,7 +16,7 @@ Run      python eval_fid.py --run runs/NAME --train_features
              the same numbers, sooner
 Makes    RUN/summary.json, or --json FILE, with every row as soon as it is known; RUN/tinycnn.pt
          with --train_features; --save_stats FILE
-Exit     0 done, 1 failure, 2 something to mend, 130 stopped by Ctrl-C
+Exit     0 done, 1 failure, 2 user error, 130 stopped by Ctrl-C
 
 One row of results for each of these:
   real             as many training images: the floor, what nothing can be expected to beat

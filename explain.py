@@ -6,7 +6,7 @@ Run      python explain.py --run runs/NAME
              the same clicks, its bits per position
 Makes    RUN/explain/index.html, or --out DIR: one file that needs no network
          beside it its pictures as PNG, and answers.json, the numbers of one of them
-Exit     0 done, 1 failure, 2 something to mend
+Exit     0 done, 1 failure, 2 user error
 
 What a reader can change (evaluation/interactive.py):
   change           one token: what breaks, and what later experts recover

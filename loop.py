@@ -223,7 +223,7 @@ class Loop:
         """
         weight = 1.0 if self.alone else weight  # or it would only be rounded
         (loss * weight).backward()
-        # What is logged, and looked at for being finite, is the mean over the whole step. detach,
+        # Log and check the mean over the whole step. detach,
         # not float(): a number would make the CPU wait for the GPU.
         for name, value in {"loss": loss * weight, **terms}.items():
             self.terms[name].append(value.detach())

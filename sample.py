@@ -15,7 +15,7 @@ Makes    RUN/samples/sample-ar.png or sample-maskgit.png, or with --npz an .npz 
          or with --reconstruct RUN/samples/reconstruct.png. Batch b draws from (--seed, b): the same
          command writes the same bytes on the same machine, while another --batch_size, or a GPU
          instead of a CPU, gives other samples
-Exit     0 done, 1 failure, 2 something to mend in the command or the run
+Exit     0 done, 1 failure, 2 user error, in the command or the run
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 

@@ -14,7 +14,7 @@ Makes     runs/NAME/ with config.json tokenizer.pt generator-ar.pt generator-mas
           flow-decoder.pt log.jsonl samples/ tokens/
 Resume    repeat the command. SIGTERM and Ctrl-C save first, then exit with 3; a second one quits at
           once.
-Exit      0 finished, 1 failure, 2 something to mend in the command or the data, 3 interrupted and
+Exit      0 finished, 1 failure, 2 user error, in the command or the data, 3 interrupted and
           saved
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on

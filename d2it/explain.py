@@ -3,7 +3,7 @@
 Run      python -m d2it.explain --run runs/NAME [--against runs/COARSE runs/FINE]
 Makes    RUN/explain/index.html, or --out DIR: one file that needs no network; beside it its
          pictures as PNG
-Exit     0 done, 1 failure, 2 something to mend
+Exit     0 done, 1 failure, 2 user error
 
 What a reader can change: which cells are fine. What stands below, as pictures:
   maps             images, the entropy of their cells, which cells are fine

@@ -1,7 +1,7 @@
 """The first import of every program: from here on a mistake, and Ctrl-C, end in one line.
 
 In       a program's main(), which raises UserError for what the person at the keyboard can mend
-Out      one line on stderr and an exit code: 2 something to mend, 130 Ctrl-C
+Out      one line on stderr and an exit code: 2 user error, 130 Ctrl-C
 Differs  From a plain call at three borders that a long run meets: Ctrl-C while torch is being
          imported, a terminal that knows less than UTF-8, and a reader that goes away (`| head`)
 """
