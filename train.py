@@ -367,10 +367,11 @@ def check_belongs(run: Run) -> None:
     run.compare(run.path("tokenizer.pt"), settings("tokenizer", tok, train))
     for kind in train.generator_kinds:
         run.compare(run.path(f"generator-{kind}.pt"), settings("generator", gen, train))
-    P = run.flow.flow_decoder_patch_size
-    need(not train.flow_decoder_steps or tok.image_size % P == 0, f"image_size {tok.image_size} is "
-         f"not a multiple of flow_decoder_patch_size {P}; give another one")
-    run.compare(run.path("flow-decoder.pt"), settings("flow_decoder", run.flow, train))
+    if train.flow_decoder_steps:
+        P = run.flow.flow_decoder_patch_size
+        need(tok.image_size % P == 0, f"image_size {tok.image_size} is not a multiple of "
+             f"flow_decoder_patch_size {P}; give another one")
+        run.compare(run.path("flow-decoder.pt"), settings("flow_decoder", run.flow, train))
 
 
 if __name__ == "__main__":

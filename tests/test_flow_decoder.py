@@ -10,7 +10,7 @@ import sample
 from config import FlowDecoderConfig, TokenizerConfig
 from diffusion import T
 from flow_decoder import Decoding, FlowDecoder, FlowNet, loss, prefix_length, random_times
-from helpers import called, good, refused, turned_away
+from helpers import called, good, refused, train_shapes, turned_away
 from nativetok import NativeTok
 from plumbing import checkpoint
 
@@ -151,6 +151,17 @@ def test_a_flow_decoder_of_another_tokenizer_is_refused(run):
     refused(FlowDecoder.load, path, names=["another tokenizer", "--stage 4"])
     turned_away(sample, "--run", run, "--reconstruct", run / "samples" / "base.png",
                 says=["another tokenizer", "--decoder mean"])
+
+
+def test_a_command_without_its_steps_leaves_a_flow_decoder_alone(finished, data, tmp_path):
+    """Such as the one that made the tokenizer, repeated. Other steps are refused."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = (run / "flow-decoder.pt").read_bytes()
+    train_shapes(run, data, "--flow_decoder_steps", "0")
+    assert (run / "flow-decoder.pt").read_bytes() == before
+    refused(train_shapes, run, data, "--flow_decoder_steps", "6", names=["flow-decoder.pt", "5"])
+    refused(train_shapes, run, data, "--stage", "4", "--flow_decoder_steps", "0",
+            names=["--flow_decoder_steps"])
 
 
 def test_programs_take_the_flow_where_it_is_finished_and_say_which(run):
