@@ -29,7 +29,7 @@ from evaluation.measures import (
     precision_recall,
     ssim,
 )
-from evaluation.tinycnn import FEATURES, load_judge, random_twin
+from evaluation.tinycnn import load_judge, random_twin
 from flow_decoder import Decoding
 from generator import Generator, mask_schedule
 from losses import mse, to_db
@@ -66,22 +66,23 @@ class FeatureNet:
 
 def tinycnn_nets(path: str, data: ImageSet, device: torch.device,
                  val: ImageSet | None = None) -> tuple[list[FeatureNet], float | None]:
-    """-> the trained classifier and its random twin, and the classifier's held-out accuracy.
+    """-> the trained classifier and a random TinyCNN, and the classifier's held-out accuracy.
 
     val   the accuracy is that on these images, or None
     """
     trained, accuracy = load_judge(path, data, val)
+    kind = type(trained).__name__
     nets = []
-    for name, net in (("tinycnn", trained), ("random", random_twin(len(data.classes)))):
+    for name, net in ((kind, trained), ("random TinyCNN", random_twin(len(data.classes)))):
         digest = checkpoint.fingerprint(net.state_dict())[:8]
         net = net.to(device)
 
         def network(images, net=net):
             logits, features = net(to_float(images.to(device)))
             return features, logits
-        which = "" if name == "tinycnn" else "random "
-        title = f"Fréchet distance in {which}TinyCNN features (not FID) {digest}"
-        nets.append(FeatureNet(f"fd_{name}_{digest}", title, network, FEATURES, name == "tinycnn"))
+        title = f"Fréchet distance in {name} features (not FID) {digest}"
+        key = f"fd_{name.split()[0].lower()}_{digest}"
+        nets.append(FeatureNet(key, title, network, net.features, net is trained))
     return nets, accuracy
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Optim, TrainConfig
+from evaluation.airbench import Airbench
 from layers import as_weights
 from loop import Loop, new_optimizer
 from plumbing import checkpoint
@@ -30,6 +31,7 @@ CUT = (TrainConfig.holdout, TrainConfig.seed)  # train.py's defaults
 
 class TinyCNN(nn.Module):
     """Looks at 32x32 pixels, whatever the size of the images."""
+    features = FEATURES
 
     def __init__(self, classes: int):
         super().__init__()
@@ -47,6 +49,9 @@ class TinyCNN(nn.Module):
             images = F.interpolate(images, size=(32, 32), mode="bilinear", antialias=True)
         features = self.body(as_weights(images, self.head.weight))            # (B, 128)
         return self.head(features), features
+
+
+NETS = {"tinycnn": TinyCNN, "airbench": Airbench}  # by the name in a judge's file
 
 
 def random_twin(classes: int) -> TinyCNN:
@@ -83,16 +88,24 @@ def train_judge(path: str, data: ImageSet, val: ImageSet, image_size: int, flip:
             images = blurred + 0.05 * torch.randn_like(images)
         logits, _ = judge(images)
         loop.backward(F.cross_entropy(logits, labels), {})
+    save_judge(path, judge, data, val, image_size, steps, device, skip_bad, cut)
+
+
+def save_judge(path: str, judge: nn.Module, data: ImageSet, val: ImageSet, image_size: int,
+               steps: int, device: torch.device, skip_bad: bool = False,
+               cut: tuple[int, int] = CUT) -> float | None:
+    """Write a classifier of one of NETS; -> its accuracy, or None; see train_judge()."""
     right = None
     if val.classes == data.classes:
         right = accuracy(judge.eval(), val, image_size, device, skip_bad)
-    checkpoint.save(path, {"classes": data.classes, "data": data.fingerprint,
-                           "val": val.fingerprint, "cut": list(cut), "steps": steps,
-                           "model": judge.state_dict(), "accuracy": right})
+    checkpoint.save(path, {"net": type(judge).__name__.lower(), "classes": data.classes,
+                           "data": data.fingerprint, "val": val.fingerprint, "cut": list(cut),
+                           "steps": steps, "model": judge.state_dict(), "accuracy": right})
+    return right
 
 
 @torch.no_grad()
-def accuracy(judge: TinyCNN, val: ImageSet, image_size: int, device: torch.device,
+def accuracy(judge: nn.Module, val: ImageSet, image_size: int, device: torch.device,
              skip_bad: bool = False) -> float:
     """The share of held-out images that the classifier gets right."""
     hits = []
@@ -107,7 +120,7 @@ def read_judge(path: str) -> dict:
 
 
 def load_judge(path: str, data: ImageSet,
-               val: ImageSet | None = None) -> tuple[TinyCNN, float | None]:
+               val: ImageSet | None = None) -> tuple[nn.Module, float | None]:
     """-> the classifier at `path`, its accuracy on held-out images if they had labels.
 
     val   those images; if they are others, there is no accuracy
@@ -117,7 +130,7 @@ def load_judge(path: str, data: ImageSet,
     need(saved["data"] == data.fingerprint, f"{path} was trained on other images than {data.name}, "
          "and others may judge by it; move it away, or give --judge the name of a new file, and "
          "add --train_features")
-    judge = TinyCNN(len(saved["classes"]))
+    judge = NETS[saved.get("net", "tinycnn")](len(saved["classes"]))  # older files name none
     checkpoint.load_strict(judge, saved["model"], path)
     same = val is None or saved.get("val") == val.fingerprint
     return judge.eval(), saved["accuracy"] if same else None

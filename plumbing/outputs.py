@@ -14,7 +14,8 @@ from plumbing.images import explained
 from plumbing.processes import need_room
 
 # Kinds of files: how the name ends, how the content begins.
-JSON, NPZ, SVG, PNG = (".json", b"{"), (".npz", b"PK"), (".svg", b"<"), (".png", b"\x89PNG")
+JSON, NPZ, PT = (".json", b"{"), (".npz", b"PK"), (".pt", b"PK")
+SVG, PNG = (".svg", b"<"), (".png", b"\x89PNG")
 
 
 def need_places(files: dict[str, tuple[str | None, tuple[str, bytes]]] | None = None,
