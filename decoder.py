@@ -70,8 +70,6 @@ class Decoder(ExactBuffers):
     def forward(self, z_q: Tensor) -> Tensor:
         z_q = as_weights(z_q, self.mask_tokens)
         k, N = z_q.shape[1], len(self.mask_tokens)
-        # All tables are joined before the cut, so that each of them gets a (maybe zero) gradient at
-        # every step.
         x = self.mask_tokens
         if self.by_maps:
             maps = torch.cat(list(self.code_to_patch))[:k]

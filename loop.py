@@ -40,6 +40,7 @@ from muon import Muon, matrices_of
 from plumbing import checkpoint
 from plumbing.batches import ImagesFailed
 from plumbing.flags import UserError, need
+from plumbing.graphs import Recorded
 from plumbing.processes import (
     INTERRUPTED, Interrupted, Processes, peak_memory, reset_peak_memory)
 from plumbing.run import Run
@@ -96,25 +97,15 @@ def make_ema(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-class LossOf(nn.Module):
-    """A generator whose forward is its loss: DDP looks at forward only."""
-
-    def __init__(self, generator: nn.Module):
-        super().__init__()
-        self.generator = generator
-
-    def forward(self, ids: Tensor, labels: Tensor):
-        return self.generator.loss(ids, labels)
-
-
 class Loop:
     """Iterate over its batches for the micro-batches of optim.steps steps; see the top of the file.
 
-    model      to call: the given model, with gradients averaged over processes
+    model      to call: `call`, or the given model; with cuda_graph from a recording
     step       steps done
     stepped    the last backward() ended a step, and the weights were changed by it
     whole      all that this process learns from in this step; a turn's micro-batch is a part of it
 
+    call       what a step calls if it is not the model itself: such as its loss
     ema        the averaged copy, or None
     procs      whose processes share each batch (default: this one alone)
     on_log     is given each row, a dictionary
@@ -123,12 +114,16 @@ class Loop:
     """
 
     def __init__(self, model: nn.Module, ema: nn.Module | None, optimizer: Muon, optim: Optim, *,
-                 name: str = "training", start: int = 0, procs: Processes | None = None,
-                 accumulate: int = 1, grad_clip: float = 1.0, ema_decay: float = 0.999,
-                 precision: str = "fp32", cuda_graph: bool = False, log_every: int = 50,
+                 call: Callable | None = None, name: str = "training", start: int = 0,
+                 procs: Processes | None = None, accumulate: int = 1, grad_clip: float = 1.0,
+                 ema_decay: float = 0.999, precision: str = "fp32", cuda_graph: bool = False,
+                 log_every: int = 50,
                  on_log: Callable[[dict], None] = lambda row: None):
         self.procs = procs or Processes.alone(next(model.parameters()).device)
-        self.raw_model, self.model = model, self.procs.wrap(model, cuda_graph)
+        self.procs.same_start(model)
+        self.raw_model, self.model = model, call or model
+        if cuda_graph:
+            self.model = Recorded(model, self.model)
         self.ema, self.optimizer, self.optim, self.name = ema, optimizer, optim, name
         self.step, self.accumulate, self.grad_clip = start, accumulate, grad_clip
         self.ema_decay, self.precision = ema_decay, precision
@@ -169,15 +164,13 @@ class Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * group.get("scale", 1.0)
 
-            # 3. Micro-batches of equal size. Processes exchange gradients with the last one.
+            # 3. Micro-batches of equal size.
             self.whole = tuple(part.to(procs.device, non_blocking=True) for part in batch)
             size = len(batch[0]) // self.accumulate
             self.terms, self.weight = defaultdict(list), 0.0
             self.pieces_left = self.accumulate
             for first in range(0, len(batch[0]), size):
-                last = procs.world == 1 or self.pieces_left == 1
-                with contextlib.nullcontext() if last else self.model.no_sync():
-                    yield tuple(part[first:first + size] for part in self.whole)
+                yield tuple(part[first:first + size] for part in self.whole)
             # Whoever iterates has called backward(), and saved if it was time to.
         self.close()
 
@@ -237,10 +230,14 @@ class Loop:
         Returns False if any process met a number that is not finite: then all skip the step.
         """
         values = {name: torch.stack(parts).mean() for name, parts in self.terms.items()}
+        for p in self.learning:
+            if p.grad is None:  # nothing has read it in this step
+                p.grad = torch.zeros_like(p)
         if not self.alone:
-            # Gradients are sums over micro-batches of loss times weight, and the processes' mean.
-            torch._foreach_div_([p.grad for p in self.learning if p.grad is not None],
-                                self.procs.mean(self.weight))
+            # Sums over micro-batches and processes of loss times weight.
+            self.procs.sum_gradients(self.learning)
+            torch._foreach_div_([p.grad for p in self.learning],
+                                self.procs.mean(self.weight) * self.procs.world)
             values["loss"] = values["loss"] * self.accumulate / self.weight
         # A limit of infinity only measures.
         norm = nn.utils.clip_grad_norm_(self.learning, self.grad_clip or math.inf)
@@ -326,12 +323,12 @@ class Stage(Loop):
             checkpoint.load_strict(self.raw_model, self.saved["model"], self.path)
             checkpoint.load_strict(self.ema, self.saved["ema"], self.path)
 
-    def begin(self, optim: Optim, number: int, to_call: nn.Module | None = None,
+    def begin(self, optim: Optim, number: int, call: Callable | None = None,
               codebook_rate: float = 1.0, cuda_graph: bool = False) -> None:
         """A new optimizer, or the checkpoint's if it is of this phase, and random numbers.
 
         number    of the phase: each draws other random numbers
-        to_call   a module around raw_model, such as LossOf
+        call      what a step calls if it is not raw_model itself, such as raw_model.loss
         """
         run, train, start, random = self.run, self.run.train, 0, None
         # Muon's rate rises and falls with the others'.
@@ -349,14 +346,12 @@ class Stage(Loop):
         if train.optimizer == "muon" and not any(g["matrices"] for g in optimizer.param_groups):
             run.say(f"{self.name}: no hidden matrices, only such as convolutions; so --optimizer "
                     "muon changes nothing here, and AdamW has all of it")
-        network = self.raw_model
-        super().__init__(to_call or network, self.ema, optimizer, optim, name=self.name,
+        super().__init__(self.raw_model, self.ema, optimizer, optim, call=call, name=self.name,
                          start=start, procs=run.procs, accumulate=train.accumulate,
                          grad_clip=train.grad_clip, ema_decay=train.ema_decay,
                          precision=train.precision, cuda_graph=cuda_graph,
                          log_every=train.log_every,
                          on_log=lambda row: run.log(phase=self.name, **row))
-        self.raw_model = network
 
     @property
     def goes_on(self) -> bool:

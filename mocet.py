@@ -175,7 +175,7 @@ class MoCET(nn.Module):
                 z_q_i, id_i = quantizer.emit(z_i, force[i])
             rows = torch.cat([rows, self.as_prior(z_q_i, expert)], dim=1)  # (B, N+i+1, E)
             emitted.append((z_q_i, id_i, z_i))
-        return self.joined(emitted, rows, quantizer)
+        return self.joined(emitted, quantizer)
 
     def as_prior(self, z_q_i: Tensor, expert: Expert) -> Tensor:
         """A token z_q_i (B, d) as the experts after it read it: (B, 1, E)."""
@@ -183,18 +183,11 @@ class MoCET(nn.Module):
         return (self.embed_code(z_q_i) + expert.pos)[:, None]
 
     @staticmethod
-    def joined(emitted: list[tuple], rows: Tensor, quantizer: VectorQuantizer
+    def joined(emitted: list[tuple], quantizer: VectorQuantizer
                ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """[(z_q_i, id_i, z_i) of each expert] -> z_q (B, L, d), ids (B, L), losses.
-
-        rows (B, T, E)   what an expert after the last would read
-        """
+        """[(z_q_i, id_i, z_i) of each expert] -> z_q (B, L, d), ids (B, L), losses."""
         z_q, ids, z = (torch.stack(parts, dim=1) for parts in zip(*emitted))
-        losses = quantizer.losses(z, ids)
-        # Nobody reads the last token. A zero keeps its parameters in the graph, since
-        # DistributedDataParallel waits for a gradient of each.
-        losses["commitment"] = losses["commitment"] + 0 * rows[:, -1].sum()
-        return z_q, ids, losses
+        return z_q, ids, quantizer.losses(z, ids)
 
     def grow(self, num_tokens: int) -> None:
         """Append experts until there are num_tokens; what exists is not touched.
@@ -238,7 +231,7 @@ class MoCET(nn.Module):
                     z_q_i, id_i = quantizer.emit(z_i, force[len(emitted)])
                 prior = torch.cat([prior, norm(self.as_prior(z_q_i, expert))], dim=1)
                 emitted.append((z_q_i, id_i, z_i))
-        return self.joined(emitted, prior, quantizer)
+        return self.joined(emitted, quantizer)
 
 
 def first_scores(experts: list[Expert], cx: Tensor) -> tuple[tuple[Tensor, ...], ...]:

@@ -33,7 +33,7 @@ from evaluation.progress import (
     drawn_psnr, evaluate, held_out_loss, show_drawn, show_reconstructions, show_samples)
 from flow_decoder import FlowDecoder, FlowNet
 from generator import GENERATORS, Generator
-from loop import LossOf, Stage, make_ema, need_equal_pieces
+from loop import Stage, make_ema, need_equal_pieces
 from losses import reconstruction
 from nativetok import NativeTok, as_it_is, from_checkpoint
 from plumbing import checkpoint
@@ -240,7 +240,7 @@ def train_generator(run: Run, kind: str, change_model: Callable,
                                skip_bad=train.skip_bad, timeout=train.timeout)
     run.say(f"{kind}: {ids.shape[0]:,} images in {ids.shape[1]} copies")
     # Other random numbers for dropout and masks than any phase of the tokenizer had, hence 100.
-    stage.begin(train.generator, 100 + list(GENERATORS).index(kind), LossOf(stage.raw_model),
+    stage.begin(train.generator, 100 + list(GENERATORS).index(kind), stage.raw_model.loss,
                 cuda_graph=train.cuda_graph)
 
     # 3. Learn.
@@ -361,7 +361,7 @@ def check_belongs(run: Run) -> None:
     if train.cuda_graph:
         need(not tok.tail_drop, "--tail_drop cuts each batch to another length, which no recording "
              "can follow; leave out --cuda_graph")
-        run.procs.need_recordable()
+        need(run.procs.device.type == "cuda", "--cuda_graph needs a CUDA GPU; leave it out")
     need_equal_pieces("batch_size", train.batch_size, world, train.accumulate)
     need_equal_pieces("generator_batch_size", train.generator.batch_size, world, train.accumulate)
     run.compare(run.path("tokenizer.pt"), settings("tokenizer", tok, train))

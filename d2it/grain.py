@@ -145,10 +145,8 @@ def grained_noise(grain: Tensor, channels: int, generator: torch.Generator | Non
 def pack(x: Tensor, grain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (B, n*n, ...) -> the fine cells' rows (B, M, ...), keep bool (B, M), index (B, M).
 
-    M is the most that any image of the batch has, at least 1; images with fewer are filled up with
-    coarse cells, where keep is False.
-    TRAP: M = 0 runs on one process. With several, one whose images are all flat would have no
-    gradient to exchange, and the others would wait for it.
+    M is the most that any image of the batch has, at least 1, as attention over no rows at all is
+    not defined everywhere; images with fewer are filled up with coarse cells, where keep is False.
     """
     flat = grain.flatten(1)
     most = max(1, int(flat.sum(dim=1).max()))

@@ -27,7 +27,7 @@ from d2it.grain import code_weights, grained_noise, painted
 from d2it.presets import parse_run, settings
 from d2it.progress import held_out, reconstruction_quality, some_training_images
 from generator import ARGenerator
-from loop import LossOf, Stage, need_equal_pieces
+from loop import Stage, need_equal_pieces
 from losses import reconstruction
 from nativetok import as_it_is
 from plumbing import checkpoint
@@ -129,7 +129,7 @@ def train_grain(run: Run, change_dvae: Callable) -> None:
     if stage.finished:
         return
     stage.begin(train.optim(train.grain_steps, train.grain_learning_rate), 2000,
-                LossOf(stage.raw_model))
+                stage.raw_model.loss)
 
     def words(pixels: Tensor) -> Tensor:
         return dvae.grain_of(pixels).flatten(1).long()        # (B, n²)

@@ -37,7 +37,7 @@ import train
 from config import load_preset
 from flow_decoder import Decoding
 from generator import GENERATORS, ARGenerator, Generator
-from loop import LossOf, make_ema, new_optimizer, update_ema
+from loop import make_ema, new_optimizer, update_ema
 from losses import reconstruction
 from mocet import MoCET
 from nativetok import NativeTok, sample_batch
@@ -153,14 +153,14 @@ def training_step(bench: Bench, preset: str, phase: str, batch: int, kind: str |
     """A step as loop.py takes it, of a phase of train.py; recorded as with --cuda_graph."""
     tok, _, settings = bench.preset(preset)
     if phase in GENERATORS:
-        model = LossOf(generator(bench, phase))
-        inputs = zeros(bench, batch, tok.num_tokens), zeros(bench, batch)
+        model = generator(bench, phase)
+        call, inputs = model.loss, (zeros(bench, batch, tok.num_tokens), zeros(bench, batch))
     else:
         plan = {phase.name: phase for phase in train.phases(tok, settings)}[phase]
         model = tokenizer(bench, preset, plan.num_tokens)
         train.freeze(model, plan.learns)
-        inputs = (images(bench, preset, batch),)
-    forward = Recorded(model.train()) if record else model.train()
+        call, inputs = model, (images(bench, preset, batch),)
+    forward = Recorded(model.train(), call) if record else call
     optimizer = new_optimizer(model, kind or settings.optimizer, 0.1, settings.beta2)
     ema, learns = make_ema(model), [p for p in model.parameters() if p.requires_grad]
 

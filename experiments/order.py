@@ -130,7 +130,7 @@ class HiddenMoCET(MoCET):
                 z_q_i, id_i = quantizer.emit(z_i, force[i])
             rows = torch.cat([rows, h[:, None]], dim=1)
             emitted.append((z_q_i, id_i, z_i))
-        return self.joined(emitted, rows, quantizer)
+        return self.joined(emitted, quantizer)
 
 
 def hide_codes(model: NativeTok) -> NativeTok:

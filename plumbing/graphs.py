@@ -4,8 +4,8 @@ A step of MoCET is thousands of small kernels, an expert after the other, and a 
 to be started far longer than it takes to run (experiments/README.md, "Speed"). A recording has no
 Python in it: it starts the same kernels on the same memory, forward as one launch, backward as one.
 
-In       a model from tensors to tensors, on a GPU; batches of one shape
-Out      Recorded(model): called as the model is, the same values and gradients
+In       a function of a model, from tensors to tensors, on a GPU; batches of one shape
+Out      Recorded(model, call): called as the function is, the same values and gradients
 Differs  from torch.cuda.make_graphed_callables in recording when, and as often as, it is needed
 """
 import warnings
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 
 class Recorded:
-    """model(*inputs) in training, from a recording; a new one when shapes or `bypass` change.
+    """call(*inputs) in training, from a recording; a new one when shapes or `bypass` change.
+
+    call   the model, or what it learns from, such as its loss
 
     Learned parameters, what learns, and training mode have to stay as they are at the first call.
     TRAP: outputs, and gradients, lie in the recording's own memory and hold until the next call.
     """
 
-    def __init__(self, model: nn.Module):
-        self.model, self.key, self.replay = model, None, None
+    def __init__(self, model: nn.Module, call: Callable | None = None):
+        self.model, self.call, self.key, self.replay = model, call or model, None, None
         # A recording has no branches: what the quantizer does by this switch is recorded again.
         self.switched = [part for part in model.modules() if hasattr(part, "bypass")]
 
@@ -31,24 +33,24 @@ class Recorded:
         key = [x.shape for x in inputs], [part.bypass for part in self.switched]
         if key != self.key:
             self.replay = None  # first, so that its memory is free
-            self.replay, self.key = record(self.model, inputs), key
+            self.replay, self.key = record(self.model, self.call, inputs), key
         return self.replay(*inputs)
 
 
 class Same(nn.Module):
-    """A model as it is: torch puts the recording in the place of a forward, and the model keeps
-    its own."""
+    """A module of the model's parameters whose forward is `call`: torch puts the recording in the
+    place of a forward, and the model keeps its own."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, call: Callable):
         super().__init__()
-        self.model = model
+        self.model, self.call = model, call
 
     def forward(self, *inputs: Tensor):
-        return self.model(*inputs)
+        return self.call(*inputs)
 
 
-def record(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable:
-    """-> what replays model(*inputs), under the autocast of this call.
+def record(model: nn.Module, call: Callable, inputs: tuple[Tensor, ...]) -> Callable:
+    """-> what replays call(*inputs), under the autocast of this call.
 
     Rounds that warm up leave nothing behind: buffers and random numbers are as before.
     """
@@ -59,7 +61,7 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable:
     with torch.autocast("cuda", torch.bfloat16, torch.is_autocast_enabled("cuda"),
                         cache_enabled=False):
         replay = torch.cuda.make_graphed_callables(
-            Same(model), tuple(x.clone() for x in inputs), allow_unused_input=True)
+            Same(model, call), tuple(x.clone() for x in inputs), allow_unused_input=True)
     for b, before in zip(model.buffers(), buffers):
         b.copy_(before)
     torch.cuda.set_rng_state(random)

@@ -1,8 +1,12 @@
 """One process or many: rank, device, signals, and decisions that all ranks take alike.
 
 In       the environment variables that a launcher such as torchrun sets, all of them or none
-Out      Processes: .rank .world .main .device .stop, and wrap() for models: nccl between GPUs,
-         gloo between CPUs, gradients by DistributedDataParallel
+Out      Processes: .rank .world .main .device .stop, and what they exchange: nccl between GPUs,
+         gloo between CPUs
+Differs  No DistributedDataParallel: after a step's last backward all gradients are summed as one
+         tensor. That is as fast here, needs no wrapper around a model, waits for no gradient of a
+         parameter that nothing read, and leaves a recorded step (graphs.py) as it is [ours:
+         experiments/LOG.md]
 """
 import atexit
 import contextlib
@@ -17,18 +21,15 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from plumbing.flags import UserError, need
-from plumbing.graphs import Recorded
 from plumbing.start import close_bars, stop_signals
 
 try:
@@ -257,23 +258,23 @@ class Processes:
             print(text, flush=True)
         sys.exit(INTERRUPTED)
 
-    def wrap(self, model: nn.Module, cuda_graph: bool = False) -> Callable:
-        """The model as the training loop calls it: gradients are averaged over processes."""
-        if cuda_graph:
-            return Recorded(model)
-        if self.world == 1:
-            return model
-        # The one buffer that changes, the quantizer's count, is each process's own and summed where
-        # it is used. Newer versions of torch warn of another name for this argument, which older
-        # ones do not know.
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-        return DistributedDataParallel(model, broadcast_buffers=False)
+    def same_start(self, model: nn.Module) -> None:
+        """Give every process the parameters and buffers of the first one.
 
-    def need_recordable(self) -> None:
-        """Raise UserError unless wrap(cuda_graph=True) can work here."""
-        need(self.device.type == "cuda", "--cuda_graph needs a CUDA GPU; leave it out")
-        need(self.world == 1, "--cuda_graph is for one process: start it with python "
-             "instead of torchrun, or leave it out")
+        From there on equal gradients keep parameters equal. Buffers may part: the quantizer's count
+        is each process's own, and summed where it is used.
+        """
+        if self.world > 1:
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.detach(), 0)
+
+    def sum_gradients(self, params: Sequence[nn.Parameter]) -> None:
+        """Each gradient becomes the sum over processes; all of them go as one tensor."""
+        if self.world > 1:
+            flat = torch.cat([p.grad.flatten() for p in params])
+            dist.all_reduce(flat)
+            for p, total in zip(params, flat.split([p.numel() for p in params])):
+                p.grad = total.view_as(p).to(p.dtype)
 
     def precision(self, wanted: str) -> str:
         """auto, fp32 or bf16 -> fp32 or bf16: auto is bf16 where the GPU has it."""

@@ -13,7 +13,6 @@ import train
 from config import GeneratorConfig, TokenizerConfig
 from generator import GENERATORS
 from helpers import SMALL, ended, held_shapes, refused, some_shapes, start_program
-from loop import LossOf
 from nativetok import NativeTok
 from plumbing import checkpoint, graphs
 from plumbing.graphs import Recorded
@@ -28,9 +27,9 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 def test_a_recording_is_made_anew_when_a_shape_or_the_quantizers_switch_changes(monkeypatch):
     made = []
 
-    def record(model, inputs):
+    def record(model, call, inputs):
         made.append(len(inputs[0]))
-        return model
+        return call
     monkeypatch.setattr(graphs, "record", record)
     model = NativeTok(CFG).eval()
     call, images = Recorded(model), torch.rand(4, 3, 16, 16) * 2 - 1
@@ -80,19 +79,19 @@ def test_a_recorded_step_of_the_tokenizer_is_the_step(tokenizer):
 @pytest.mark.parametrize("Kind", GENERATORS.values())
 def test_a_recorded_generator_draws_new_masks_at_each_step(Kind):
     torch.manual_seed(0)
-    model = LossOf(Kind(GeneratorConfig(generator_width=32, generator_depth=2, generator_heads=2),
-                        6, 16, 3)).cuda().train()
+    model = Kind(GeneratorConfig(generator_width=32, generator_depth=2, generator_heads=2),
+                 6, 16, 3).cuda().train()
     for p in model.parameters():
         if p.ndim == 2:
             torch.nn.init.normal_(p, std=0.4)
-    replay = Recorded(model)
+    replay = Recorded(model, model.loss)
     ids, labels = torch.randint(16, (8, 6), device="cuda"), torch.arange(8, device="cuda") % 3
     random = torch.cuda.get_rng_state()
     first = [replay(ids, labels)[0].item() for _ in range(3)]
     assert len(set(first)) == 3, "dropout"
     torch.cuda.set_rng_state(random)
     assert [replay(ids, labels)[0].item() for _ in range(3)] == first
-    alone = copy.deepcopy(model).eval()(ids[:4], labels[:4])[0].item()
+    alone = copy.deepcopy(model).eval().loss(ids[:4], labels[:4])[0].item()
     assert replay(ids[:4], labels[:4])[0].item() == pytest.approx(alone, rel=0.5), "another shape"
 
 

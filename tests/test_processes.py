@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, free_port, program, refused
+from helpers import ROOT, free_port, program, ranks, refused
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from plumbing import processes
@@ -282,6 +282,52 @@ def test_freed_memory_is_used_again_instead_of_being_fetched_anew():
         done = program("-c", PAGE_FAULTS, way)
         faults[way] = int(done.stdout)
     assert faults["keep"] < 1000 and faults["keep"] <= faults["plain"], faults
+
+
+# ------------------------------------------------------------------------------------------------
+# what processes exchange
+
+EXCHANGE = """
+import copy, os
+import torch
+from torch import nn
+from config import Optim
+from loop import Loop, new_optimizer
+from plumbing.processes import Processes
+torch.set_num_threads(1)
+procs = Processes("cpu")
+
+class Parts(nn.Module):  # of three layers each process reads another one, and none the third
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        self.register_buffer("buffer", torch.rand(2))
+    def forward(self, x):
+        return self.parts[procs.rank](x).square().mean()
+
+torch.manual_seed(procs.rank)  # so the processes begin with other weights
+model = Parts()
+loop = Loop(model, None, new_optimizer(model, "adamw", 0.1, 0.99),
+            Optim(8, 3, 0.1, 0.1, 1, 0.99, 0.1), procs=procs, grad_clip=0.0)
+start = copy.deepcopy(model)
+x = torch.rand(4, 2)
+for step, (part,) in enumerate(loop.over(iter([(x,)] * 3))):
+    loop.backward(loop.model(part), {})
+    if step == 0:
+        first = torch.cat([p.detach().flatten() for p in model.parts[:2].parameters()])
+both = procs.gather([model.state_dict(), start.state_dict(), first])
+for one, other in zip(*both):
+    pairs = [(one, other)] if torch.is_tensor(one) else [(one[k], other[k]) for k in one]
+    assert all(torch.equal(a, b) for a, b in pairs), "not the same on both processes"
+moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters())]
+# Weight decay moves the matrix that nothing read; its bias has a gradient of zero.
+assert moved == [True] * 5 + [False], moved
+"""
+
+
+def test_processes_start_alike_and_a_layer_that_one_of_them_did_not_read_learns_on_both():
+    for done in ranks(2, "-c", EXCHANGE):
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 # ------------------------------------------------------------------------------------------------
