@@ -231,8 +231,8 @@ class TrainConfig(RunConfig):
     flow_decoder_steps: int = 0  # steps of the flow decoder, such as 2000 at 32 pixels; 0 for none
     flow_decoder_learning_rate: float = 1e-4  # peak learning rate [DiT]
     # how to run, beside what RunConfig has
-    # one CUDA GPU: record the kernels of a training step and replay them, see plumbing/graphs.py
-    cuda_graph: bool = False
+    # on CUDA GPUs: record the kernels of a training step and replay them, see plumbing/graphs.py
+    cuda_graph: bool = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -243,8 +243,6 @@ class TrainConfig(RunConfig):
                      "generator_learning_rate", "generator_min_learning_rate",
                      "generator_warmup_steps", "reseed_every", "flow_decoder_steps",
                      "flow_decoder_learning_rate")
-        need(not self.cuda_graph or self.accumulate == 1, "a recording's gradients cannot be added "
-             "up: with --cuda_graph leave out --accumulate")
         need(0 <= self.continuous_steps < self.base_steps,
              f"continuous_steps {self.continuous_steps} must leave quantized steps in base_steps "
              f"{self.base_steps}")

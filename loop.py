@@ -122,6 +122,7 @@ class Loop:
         self.procs = procs or Processes.alone(next(model.parameters()).device)
         self.procs.same_start(model)
         self.raw_model, self.model = model, call or model
+        self.recorded = cuda_graph
         if cuda_graph:
             self.model = Recorded(model, self.model)
         self.ema, self.optimizer, self.optim, self.name = ema, optimizer, optim, name
@@ -222,7 +223,16 @@ class Loop:
             self.terms[name].append(value.detach())
         self.weight = self.weight + weight
         self.pieces_left -= 1
+        if self.recorded and self.pieces_left:
+            self.keep_from_replay()
         self.stepped = self.pieces_left == 0 and self.take_step()
+
+    def keep_from_replay(self) -> None:
+        """TRAP: the next micro-batch's replay writes where this one's gradients and terms are."""
+        for p in self.learning:
+            p.grad = None if p.grad is None else p.grad.clone()
+        for parts in self.terms.values():
+            parts[-1] = parts[-1].clone()
 
     def take_step(self) -> bool:
         """Clip, step, average, log.
@@ -352,6 +362,16 @@ class Stage(Loop):
                          precision=train.precision, cuda_graph=cuda_graph,
                          log_every=train.log_every,
                          on_log=lambda row: run.log(phase=self.name, **row))
+
+    def is_recorded(self, obstacle: str = "") -> bool:
+        """Is a step recorded? Where there is a CUDA GPU, but for --no-cuda_graph or an obstacle.
+
+        obstacle   what no recording could follow, or ""; a line says so
+        """
+        wanted = self.run.train.cuda_graph and self.run.procs.can_record
+        if wanted and obstacle:
+            self.run.say(f"{self.name}: steps are not recorded (--cuda_graph), as {obstacle}")
+        return wanted and not obstacle
 
     @property
     def goes_on(self) -> bool:

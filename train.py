@@ -151,7 +151,8 @@ def train_phase(run: Run, phase: Phase, number: int, steps_before: int, change: 
     model.quantizer.bypass = (saved["bypass"] if stage.goes_on
                                   else number == 0 and train.continuous_steps > 0)
     stage.begin(train.optim(phase.steps, train.learning_rate), number,
-                codebook_rate=train.codebook_rate, cuda_graph=train.cuda_graph)
+                codebook_rate=train.codebook_rate, cuda_graph=stage.is_recorded(
+                    "--tail_drop cuts each batch to another length" if tok.tail_drop else ""))
 
     # 3. Learn. Every term is a mean over the batch; this is the one place that weighs them.
     weights = {"pixels": 1.0, "codebook": 1.0, "commitment": 0.25,  # [TiTok]
@@ -241,7 +242,7 @@ def train_generator(run: Run, kind: str, change_model: Callable,
     run.say(f"{kind}: {ids.shape[0]:,} images in {ids.shape[1]} copies")
     # Other random numbers for dropout and masks than any phase of the tokenizer had, hence 100.
     stage.begin(train.generator, 100 + list(GENERATORS).index(kind), stage.raw_model.loss,
-                cuda_graph=train.cuda_graph)
+                cuda_graph=stage.is_recorded())
 
     # 3. Learn.
     def show(name: str) -> None:
@@ -291,7 +292,8 @@ def train_flow_decoder(run: Run, change_model: Callable) -> None:
     if stage.finished:
         return
     # Other random numbers for times, noise and lengths than the stages before had, hence 200.
-    stage.begin(train.optim(train.flow_decoder_steps, train.flow_decoder_learning_rate), 200)
+    stage.begin(train.optim(train.flow_decoder_steps, train.flow_decoder_learning_rate), 200,
+                cuda_graph=stage.is_recorded("each step reads another number of tokens"))
 
     def show(name: str) -> None:
         show_drawn(run, FlowDecoder(tokenizer, stage.ema), name)
@@ -358,10 +360,6 @@ def check_belongs(run: Run) -> None:
     need(train.data != "shapes" or tok.image_size == 32,
          f"the built-in shapes are 32x32 pixels, not {tok.image_size}; "
          "give --data or --image_size 32")
-    if train.cuda_graph:
-        need(not tok.tail_drop, "--tail_drop cuts each batch to another length, which no recording "
-             "can follow; leave out --cuda_graph")
-        need(run.procs.device.type == "cuda", "--cuda_graph needs a CUDA GPU; leave it out")
     need_equal_pieces("batch_size", train.batch_size, world, train.accumulate)
     need_equal_pieces("generator_batch_size", train.generator.batch_size, world, train.accumulate)
     run.compare(run.path("tokenizer.pt"), settings("tokenizer", tok, train))

@@ -285,7 +285,6 @@ def train_flags(settings: dict, seed: int, args, folder: str) -> list[str]:
     """The command line of train.py for these settings, tokenizer and generators."""
     return ["--preset", args.preset, "--run", folder, "--data", args.data,
             "--val_data", args.val_data, "--seed", str(seed), "--device", args.device,
-            *(["--cuda_graph"] if args.cuda_graph and not settings["tail_drop"] else []),
             *as_flags(settings)]
 
 
@@ -580,8 +579,6 @@ def parse(argv=None) -> argparse.Namespace:
         help="steps of each tokenizer, all its phases together")
     add("--generator_steps", type=int, metavar="STEPS", help="steps of each generator")
     add("--num_samples", type=int, metavar="N", help="images per setting of each generator")
-    add("--cuda_graph", action="store_true", help="train.py's flag, for all tokenizers that drop "
-        "no tails, and for the generators")
     args = parse_for("order", parser, argv, PLANS, ARMS)
     plan = args.plan
     args.preset, args.sizes, args.judge_steps = plan.preset, plan.sizes, plan.judge_steps

@@ -276,6 +276,11 @@ class Processes:
             for p, total in zip(params, flat.split([p.numel() for p in params])):
                 p.grad = total.view_as(p).to(p.dtype)
 
+    @property
+    def can_record(self) -> bool:
+        """Does a step gain from being recorded here, and can it be (graphs.py)?"""
+        return self.device.type == "cuda"
+
     def precision(self, wanted: str) -> str:
         """auto, fp32 or bf16 -> fp32 or bf16: auto is bf16 where the GPU has it."""
         has_it = self.device.type == "cuda" and torch.cuda.is_bf16_supported()

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import config
 import train
@@ -199,6 +200,40 @@ def when_logged(patch, phase: str, step: int | None, act) -> None:
 def interrupt_at(patch, phase: str, step: int) -> None:
     """SIGTERM as soon as that line of the log is written."""
     when_logged(patch, phase, step, lambda: signal.raise_signal(signal.SIGTERM))
+
+
+def replayed(model, call, inputs):
+    """In the place of graphs.record, on any device: outputs and gradients lie in memory that the
+    next call writes over, as those of a recording do."""
+    params, kept = [p for p in model.parameters() if p.requires_grad], {}
+
+    def into(name, value):
+        if value is not None:
+            value = kept.setdefault(name, value.detach().clone()).copy_(value.detach()).detach()
+        return value
+
+    class Replay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, count, *inputs_and_params):
+            with torch.enable_grad():
+                made, shape = tree_flatten(call(*inputs_and_params[:count]))
+            kept["shape"], ctx.made = shape, made
+            outputs = tuple(into(i, x) for i, x in enumerate(made))
+            ctx.mark_non_differentiable(*(o for o, x in zip(outputs, made) if not x.requires_grad))
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *grads):
+            pairs = [(x, g) for x, g in zip(ctx.made, grads) if x.requires_grad]
+            outputs, grads = zip(*pairs)
+            found = torch.autograd.grad(outputs, params, grads, allow_unused=True)
+            written = (into(f"gradient {i}", g) for i, g in enumerate(found))
+            return (*[None] * (1 + len(inputs)), *written)
+
+    def replay(*inputs):
+        made = Replay.apply(len(inputs), *inputs, *params)
+        return tree_unflatten(list(made), kept["shape"])
+    return replay
 
 
 # ------------------------------------------------------------------------------------------------

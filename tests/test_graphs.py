@@ -1,21 +1,25 @@
-"""--cuda_graph: a recorded step is the step, and a recorded run resumes to the same bits.
+"""Recorded steps: what is recorded when, the same steps as without, and resume to the same bits.
 
-That needs a CUDA GPU; what is recorded when, and what is refused, is tried everywhere.
+Real recordings need a CUDA GPU. Elsewhere helpers.replayed stands for them: its outputs and
+gradients lie, as theirs do, in memory that the next replay writes over.
 """
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import config
-import train
-from config import GeneratorConfig, TokenizerConfig
+from config import GeneratorConfig, Optim, TokenizerConfig
 from generator import GENERATORS
-from helpers import SMALL, ended, held_shapes, refused, some_shapes, start_program
+from helpers import (
+    SMALL, ended, held_shapes, ranks, refused, replayed, same_content, some_shapes, start_program,
+    train_shapes)
+from loop import Loop, Stage, new_optimizer
 from nativetok import NativeTok
 from plumbing import checkpoint, graphs
-from plumbing.graphs import Recorded
+from plumbing.graphs import Recorded, recordable
+from plumbing.processes import Processes
 
 CFG = TokenizerConfig(image_size=16, patch_size=4, encoder_width=16, encoder_heads=2,
                       encoder_depth=2, decoder_width=16, decoder_heads=2, decoder_depth=2,
@@ -41,13 +45,132 @@ def test_a_recording_is_made_anew_when_a_shape_or_the_quantizers_switch_changes(
     assert made == [4, 2, 2]
 
 
-@pytest.mark.parametrize("flags, reason", [
-    ((), "needs a CUDA GPU"), (("--tail_drop", "0.5"), "leave out --cuda_graph"),
-    (("--accumulate", "2"), "leave out --accumulate")])
-def test_what_cannot_be_recorded_is_refused_before_anything_begins(tmp_path, flags, reason):
-    words = ["--run", str(tmp_path / "run"), "--cuda_graph", "--device", "cpu", *flags]
-    assert reason in refused(lambda: train.main(config.parse_run("", words)))
-    assert not (tmp_path / "run" / "config.json").exists()
+@pytest.mark.parametrize("device, wanted, obstacle, recorded", [
+    ("cuda", True, "", True), ("cuda", True, "lengths differ", False), ("cuda", False, "", False),
+    ("cuda", False, "lengths differ", False), ("cpu", True, "", False),
+    ("cpu", True, "lengths differ", False)])
+def test_a_gpu_records_unless_it_is_told_not_to_or_says_why_not(device, wanted, obstacle, recorded):
+    stage, said, procs = Stage.__new__(Stage), [], Processes("cpu")
+    procs.device, stage.name = torch.device(device), "base"
+    stage.run = SimpleNamespace(train=SimpleNamespace(cuda_graph=wanted), procs=procs,
+                                say=said.append)
+    assert stage.is_recorded(obstacle) == recorded
+    assert len(said) == (device == "cuda" and wanted and bool(obstacle))
+    assert all("base" in line and "lengths differ" in line for line in said)
+
+
+def test_what_a_recording_cannot_follow_is_one_line_with_the_flag_that_helps():
+    def fail(text):
+        with recordable(torch.nn.Linear(1, 1)):
+            raise RuntimeError(text)
+    refused(fail, "CUDA error: operation not permitted when stream is capturing\nCompile with ...",
+            names=["Linear", "not permitted", "--no-cuda_graph"])
+    with pytest.raises(RuntimeError, match="shapes"):
+        fail("mat1 and mat2 shapes cannot be multiplied")
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Steps are "recorded" -> the models of which one is."""
+    made = []
+
+    def record(model, call, inputs):
+        made.append(type(model).__name__)
+        return replayed(model, call, inputs)
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(Processes, "can_record", True)
+    return made
+
+
+def few_steps(cuda_graph: bool, accumulate: int):
+    torch.manual_seed(0)
+    model, logged = NativeTok(CFG), []
+    loop = Loop(model, None, new_optimizer(model, "adamw", 0.1, 0.99),
+                Optim(8, 3, 0.01, 0.01, 1, 0.99, 0.1), accumulate=accumulate, log_every=1,
+                cuda_graph=cuda_graph, on_log=logged.append)
+    batches = torch.rand(3, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for images, in loop.over(iter((batch,) for batch in batches)):
+        recon, _, terms = loop.model(images)
+        loop.backward((recon - images).square().mean() + sum(terms.values()), terms)
+    quick = ("per_second", "peak_mb")
+    return model.state_dict(), [{k: v for k, v in row.items() if k not in quick} for row in logged]
+
+
+@pytest.mark.parametrize("accumulate", (1, 4))
+def test_recorded_steps_are_the_same_to_the_bit_of_several_micro_batches_too(
+        as_on_a_gpu, accumulate):
+    recorded, plain = (few_steps(way, accumulate) for way in (True, False))
+    assert as_on_a_gpu == ["NativeTok"]
+    assert same_content(recorded, plain)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_records_all_but_dropped_tails_and_the_flow_decoder_and_learns_the_same(
+        finished, data, tmp_path, as_on_a_gpu, capsys):
+    train_shapes(tmp_path, data)
+    assert as_on_a_gpu == ["ARGenerator", "MaskGITGenerator"]
+    said = [line for line in capsys.readouterr().out.splitlines() if "not recorded" in line]
+    assert [line.split(":")[0] for line in said] == [
+        "base", "grow-4", "grow-6", "finetune", "flow_decoder"]
+    for name in ("tokenizer.pt", "generator-ar.pt", "generator-maskgit.pt"):
+        a, b = (checkpoint.load(str(folder / name))["model"] for folder in (finished, tmp_path))
+        assert same_content(a, b), name
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_a_gpu_nothing_is_said_and_without_the_flag_nothing_recorded(
+        data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(graphs, "record", None)
+    flags = ("--stage", "1", "--base_steps", "4")
+    train_shapes(tmp_path / "cpu", data, *flags)
+    monkeypatch.setattr(Processes, "can_record", True)
+    train_shapes(tmp_path / "gpu", data, *flags, "--no-cuda_graph", "--tail_drop", "0")
+    assert "recorded" not in capsys.readouterr().out
+
+
+TWO = """
+import copy, os, sys
+sys.path.insert(0, "tests")
+import torch
+import torch.distributed as dist
+from helpers import replayed
+from loop import Loop, new_optimizer
+from nativetok import NativeTok
+from plumbing import graphs, processes
+from test_graphs import CFG
+from config import Optim
+torch.set_num_threads(1)
+def gloo(timeout, backend, device_id=None, original=dist.init_process_group, **how):
+    original("gloo", timeout=timeout, **how)  # nccl wants a GPU for each process
+dist.init_process_group, os.environ["LOCAL_RANK"] = gloo, "0"
+if sys.argv[1] == "cpu":
+    graphs.record = replayed
+both = processes.Processes(sys.argv[1])
+torch.manual_seed(0)
+model = NativeTok(CFG).to(both.device)
+alone, batches = copy.deepcopy(model), torch.rand(3, 8, 3, 16, 16) * 2 - 1
+
+def norms(model, procs, batches, accumulate, cuda_graph):
+    logged = []
+    loop = Loop(model, None, new_optimizer(model, "adamw", 0.1, 0.99),
+                Optim(8, 3, 0.01, 0.01, 1, 0.99, 0.1), procs=procs, accumulate=accumulate,
+                cuda_graph=cuda_graph, log_every=1, on_log=logged.append)
+    for images, in loop.over(iter((batch,) for batch in batches)):
+        recon, _, terms = loop.model(images)
+        loop.backward((recon - images).square().mean() + terms["commitment"], {})
+    return torch.tensor([row["grad_norm"] for row in logged])
+
+mine = batches[:, both.rank * 4:both.rank * 4 + 4]
+torch.testing.assert_close(
+    norms(model, both, mine, 2, True),
+    norms(alone, processes.Processes.alone(both.device), batches, 1, False), rtol=1e-3, atol=0)
+"""
+
+
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=on_a_gpu)))
+def test_two_processes_that_record_take_the_steps_of_one_that_does_not(device):
+    for done in ranks(2, "-c", TWO, device):
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 def gradients(model, call, *inputs):
@@ -101,7 +224,7 @@ def test_a_recorded_run_resumes_to_the_same_bits(tmp_path):
 
     def run(name, *flags):
         done = ended(start_program("train.py", *SMALL, "--run", tmp_path / name, "--data", data,
-                                   "--val_data", val, "--cuda_graph", "--tail_drop", 0,
+                                   "--val_data", val, "--tail_drop", 0,
                                    "--device", "cuda", *flags), timeout=300)
         assert done.returncode == 0, done.stderr
         return tmp_path / name
