@@ -15,9 +15,12 @@ from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from h
 
 import argparse
 import gc
+import itertools
+import json
 import math
 import os
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
@@ -31,20 +34,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from config import load_preset
+from config import Optim, load_preset
 from flow_decoder import Decoding
 from generator import GENERATORS, ARGenerator, Generator
-from loop import make_ema, new_optimizer, update_ema
+from loop import Loop, make_ema, new_optimizer
 from losses import reconstruction
 from mocet import MoCET
 from nativetok import NativeTok, sample_batch
 from plumbing import checkpoint
 from plumbing.datasets import open_images
 from plumbing.flags import DEVICES, Parser, choose, need
-from plumbing.graphs import Recorded
 from plumbing.outputs import JSON, need_places
 from plumbing.processes import Processes, need_one_process, provenance
 from plumbing.start import ROOT
@@ -66,6 +69,7 @@ class Bench:
     def __init__(self, device: str = "cpu", quick: bool = False):
         self.procs, self.repeats, self.quick = Processes(device), 1 if quick else 3, quick
         self.device, self.rows, self.peaks = self.procs.device, [], {}
+        self.procs.main = False  # or loops would draw their bars between the rows
 
     def preset(self, name: str) -> tuple:
         """-> TokenizerConfig, GeneratorConfig, TrainConfig"""
@@ -125,6 +129,26 @@ def flops_of(way: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to compute, the same on every machine: .count, .products of them.
+
+    One is a call that reaches a device's own code, after autograd has taken functions apart. Not
+    counted: what hands out its input's memory (a view), only makes room, or asks for a type.
+    """
+    FREE = ("detach", "_unsafe_view", "_reshape_alias", "lift_fresh", "promote_types")
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not (func.is_view or name.startswith(("empty", "new_empty")) or name in self.FREE):
+            self.count += 1
+            self.products += "mm" in name or "attention" in name
+        return func(*args, **(kwargs or {}))
+
+
 # ------------------------------------------------------------------------------------------------
 # what is timed: functions without arguments, of models with random weights
 
@@ -150,7 +174,7 @@ def zeros(bench: Bench, *shape: int) -> Tensor:  # labels or ids
 
 def training_step(bench: Bench, preset: str, phase: str, batch: int, kind: str | None = None,
                   record: bool = False) -> Callable[[], None]:
-    """A step as loop.py takes it, of a phase of train.py; recorded as with --cuda_graph."""
+    """The steps of loop.py, one a call, in a phase of train.py; recorded as with --cuda_graph."""
     tok, _, settings = bench.preset(preset)
     if phase in GENERATORS:
         model = generator(bench, phase)
@@ -160,21 +184,70 @@ def training_step(bench: Bench, preset: str, phase: str, batch: int, kind: str |
         model = tokenizer(bench, preset, plan.num_tokens)
         train.freeze(model, plan.learns)
         call, inputs = model, (images(bench, preset, batch),)
-    forward = Recorded(model.train(), call) if record else call
     optimizer = new_optimizer(model, kind or settings.optimizer, 0.1, settings.beta2)
-    ema, learns = make_ema(model), [p for p in model.parameters() if p.requires_grad]
+    optim = Optim(batch * bench.procs.world, 10 ** 9, 1e-4, 1e-4, 1, settings.beta2, 0.1)
+    loop = Loop(model, make_ema(model), optimizer, optim, call=call, procs=bench.procs,
+                precision=settings.precision, cuda_graph=record)
+    turns = loop.over(itertools.repeat(inputs))
 
     def step() -> None:
-        with bench.procs.autocast(settings.precision):
-            made, *_, terms = forward(*inputs)  # a generator's is its loss
-            if phase not in GENERATORS:
-                made = reconstruction(made, *inputs) + sum(terms.values())
-        made.backward()
-        if nn.utils.clip_grad_norm_(learns, 1.0).isfinite():  # which makes the CPU wait, as there
-            optimizer.step()
-            update_ema(ema, model, settings.ema_decay, 0)
-        optimizer.zero_grad()
+        parts = next(turns)
+        with loop.autocast():
+            made, *_, terms = loop.model(*parts)
+        if phase in GENERATORS:
+            loop.backward(made, {})  # it is its loss
+        else:
+            loop.backward(reconstruction(made, *parts) + sum(terms.values()), {})
     return step
+
+
+def operations_of_a_step(*schedule: int) -> tuple[Operations, Operations]:
+    """Of a joint step of imagenet-128, grown by this schedule, counted: forward, backward.
+
+    They follow from depths and numbers of tokens, so widths are small here.
+    """
+    sizes = dict(image_size=32, encoder_width=16, encoder_heads=2, expert_width=16, expert_heads=2,
+                 decoder_width=16, decoder_heads=2, codebook_size=16)
+    cfg = replace(load_preset("imagenet-128")[0], token_schedule=schedule, **sizes)
+    model, pixels = NativeTok(cfg).grow_to(cfg.num_tokens).train(), torch.rand(2, 3, 32, 32)
+    with Operations() as forward:
+        made, _, terms = model(pixels)
+        loss = reconstruction(made, pixels) + sum(terms.values())
+    with Operations() as backward:
+        loss.backward()
+    return forward, backward
+
+
+def half(rank: int, port: int, quick: bool, path: str) -> None:
+    """One of two processes of one thread: they write to `path` the seconds of a step of cifar, of
+    the first alone, and of both with half of the images each."""
+    torch.set_num_threads(1)
+    alone = Bench("cpu", quick)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    both, batch = Bench("cpu", quick), alone.batch(64)
+    one, two = (training_step(bench, "cifar", "finetune", batch // bench.procs.world)
+                for bench in (alone, both))
+
+    def first_alone() -> None:
+        if rank == 0:
+            one()
+        both.procs.barrier()
+    seconds = both.seconds(first_alone, two, repeats=4 * both.repeats)
+    if rank == 0:
+        checkpoint.write_json(path, seconds)
+    both.procs.end()
+
+
+def halves(bench: Bench) -> list[float]:
+    """-> seconds of a step of one process, and of two."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port, path = free.getsockname()[1], os.path.join(folder, "seconds.json")
+        free.close()
+        torch.multiprocessing.spawn(half, (port, bench.quick, path), nprocs=2)
+        with open(path) as file:
+            return json.load(file)
 
 
 @torch.no_grad()
@@ -215,6 +288,20 @@ def training(bench: Bench) -> None:
               note=f"with AdamW {adamw * 1e3:.0f} ms")
     took, = bench.seconds(training_step(bench, "imagenet-128", "finetune", 2))
     bench.against_peak("training step of imagenet-128, 2 images", took, 3)
+
+
+def operations(bench: Bench) -> None:
+    forward, backward = operations_of_a_step(*load_preset("imagenet-128")[0].token_schedule)
+    bench.row("operations of a joint step of imagenet-128", forward.count + backward.count, "",
+              10e3, floor=forward.products + backward.products,
+              note=f"forward {forward.count:,}, backward {backward.count:,}; the same on every "
+                   "machine; floor: matrix products")
+
+
+def two_processes(bench: Bench) -> None:
+    one, two = halves(bench)
+    bench.row("step of cifar, two processes against one", one / two, "x", 1.6, least=True, floor=2,
+              note=f"{two * 1e3:.0f} ms against {one * 1e3:.0f}, a thread each, gloo")
 
 
 def encoding(bench: Bench) -> None:
@@ -285,6 +372,8 @@ def experts(bench: Bench) -> None:
 
 CPU_ROWS = {
     "training": (training, "a training step of cifar and of imagenet-128, and Muon's share"),
+    "operations": (operations, "of a joint step of imagenet-128, counted"),
+    "processes": (two_processes, "a step of cifar on two processes of one thread against one"),
     "encode": (encoding, "images to ids at the size of imagenet-128"),
     "first": (first_sample, "from sample.py's start to its picture"),
     "ar": (ar_sampling, "AR sampling at the size of imagenet-128, and in bf16"),

@@ -50,6 +50,25 @@ def test_operations_are_counted_with_those_of_the_gradient():
     assert flops_of(lambda: (x @ weight.T).sum().backward()) == 2 * product
 
 
+def test_views_cost_nothing_and_all_else_is_an_operation_of_its_own():
+    x = torch.randn(4, 8, requires_grad=True)
+    with bench.Operations() as counted:
+        made = torch.empty(2, 8), (x.T.unflatten(0, (2, 4))[1] @ x[:, :3]).detach()
+    assert len(made) == 2 and (counted.count, counted.products) == (1, 1)
+    with bench.Operations() as counted:
+        (2 * x).sum().backward()  # 2 x, its sum; a one, its copies times 2
+    assert (counted.count, counted.products) == (4, 0)
+
+
+def test_the_operations_of_a_joint_step_are_so_many_for_each_token():
+    counts = {}
+    for schedule in ((5,), (6,), (32, 64, 128)):
+        forward, backward = bench.operations_of_a_step(*schedule)
+        counts[schedule] = forward.count, backward.count
+    each = tuple(b - a for a, b in zip(counts[5,], counts[6,]))
+    assert each == (51, 99) and counts[32, 64, 128] == (6837, 13239), (each, counts)
+
+
 def read(*words: str) -> None:
     """In place of starting it: are the flags of this training read?"""
     if words[0] == "train.py":
@@ -66,6 +85,8 @@ def run(*words: str) -> None:
 def test_every_row_runs_and_is_written_with_its_origin(start, tmp_path, monkeypatch, capsys):
     """Those of a GPU too, without the recordings."""
     monkeypatch.setattr(bench, "start", start)
+    if start is read:
+        monkeypatch.setattr(bench, "halves", lambda measured: (0.2, 0.1))
     path = tmp_path / "b.json"
     bench.main(["--quick", "--device", "cpu", "--json", str(path), "--rows", *bench.ROWS])
     written, said = json.loads(path.read_text()), capsys.readouterr().out
@@ -77,7 +98,8 @@ def test_every_row_runs_and_is_written_with_its_origin(start, tmp_path, monkeypa
     assert f"{len(rows)} rows in" in said
     names = " ".join(row["name"] for row in rows)
     for words in ("of cifar", "of imagenet-128", "Muon", "encoding", "first sample", "AR", "bf16",
-                  "MaskGIT", "block", "loop", "base, eager", "finetune, eager", "samples of ar"):
+                  "MaskGIT", "block", "loop", "operations", "two processes",
+                  "base, eager", "finetune, eager", "samples of ar"):
         assert words in names, words
     assert len(re.findall("batch 1|batch 2", names)) == 5, "one sample and several"
     assert bench.table(rows).count("\n") == 1 + len(rows)
