@@ -180,7 +180,8 @@ class MoCET(nn.Module):
     def as_prior(self, z_q_i: Tensor, expert: Expert) -> Tensor:
         """A token z_q_i (B, d) as the experts after it read it: (B, 1, E)."""
         z_q_i = as_weights(z_q_i, expert.pos)  # the quantizer's codes are float32
-        return (self.embed_code(z_q_i) + expert.pos)[:, None]
+        bias = self.embed_code.bias + expert.pos
+        return F.linear(z_q_i, self.embed_code.weight, bias)[:, None]
 
     @staticmethod
     def joined(emitted: list[tuple], quantizer: VectorQuantizer
@@ -235,40 +236,43 @@ class MoCET(nn.Module):
 
 
 def first_scores(experts: list[Expert], cx: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-    """Of each expert its first u (heads, E), and its scores against X_latent (B, heads, N)."""
+    """Of each expert its query, normalised (1, E), its first u (heads, E), and its scores against
+    X_latent (B, heads, N)."""
     n, heads = len(experts), experts[0].heads
     # (n, E, E)
     wq, wk = (torch.stack([getattr(expert.layers[0], name).weight for expert in experts])
               for name in ("wq", "wk"))
-    query = torch.stack([expert.query for expert in experts])
-    u = query_in_context_space(wq, wk, query, heads)  # (n, heads, E)
+    own = norm(torch.stack([expert.query for expert in experts]))  # (n, E)
+    u = query_in_context_space(wq, wk, own, heads)  # (n, heads, E)
     scores = cx @ u.flatten(0, 1).T  # (B, N, n*heads)
-    return u.unbind(), scores.transpose(1, 2).unflatten(1, (n, heads)).unbind(1)
+    scores = scores.transpose(1, 2).unflatten(1, (n, heads))  # (B, n, heads, N)
+    return own[:, None].unbind(), u.unbind(), scores.unbind(1)
 
 
-def query_in_context_space(wq: Tensor, wk: Tensor, h: Tensor, heads: int) -> Tensor:
-    """u = Wk^T Wq norm(h) / sqrt(E/heads), one row per head.
+def query_in_context_space(wq: Tensor, wk: Tensor, own: Tensor, heads: int) -> Tensor:
+    """u = Wk^T Wq own / sqrt(E/heads), one row per head.
 
-    h (n, E), wq, wk (n, E, E) -> (n, heads, E)
+    own (n, E), wq, wk (n, E, E) -> (n, heads, E)
     """
-    q = split_heads((wq @ norm(h)[..., None])[..., 0], heads)  # (n, heads, E/heads)
+    q = split_heads((wq @ own[..., None])[..., 0], heads)  # (n, heads, E/heads)
     wk = wk.unflatten(-2, (heads, -1))  # (n, heads, E/heads, E)
     return (q[..., None, :] @ wk)[..., 0, :] * q.shape[-1] ** -0.5
 
 
 def query_layer_fast(layer: Layer, h: Tensor, cx: Tensor, prior: Tensor, heads: int,
-                     u: Tensor | None = None, scores_x: Tensor | None = None) -> Tensor:
+                     own: Tensor | None = None, u: Tensor | None = None,
+                     scores_x: Tensor | None = None) -> Tensor:
     """A layer of Expert.forward, without forming keys or values or joining cx and prior.
 
     h (B, E), cx (B, N, E), prior (B, T, E). In the first layer h (1, E) is the learned query, and
-    what it asks is known: u (heads, E), and scores_x (B, heads, N), from first_scores.
+    what it asks is known from first_scores: own (1, E), u (heads, E), scores_x (B, heads, N).
     """
-    own = norm(h).expand(len(cx), -1)[:, None]  # (B, 1, E)
-    memory = torch.cat([prior, own], dim=1)  # (B, T+1, E)
+    own = norm(h) if own is None else own
+    memory = torch.cat([prior, own.expand(len(cx), -1)[:, None]], dim=1)  # (B, T+1, E)
     # (heads, E/heads, E)
     wk, wv = (w.weight.unflatten(0, (heads, -1)) for w in (layer.wk, layer.wv))
     if u is None:
-        q = split_heads(layer.wq(norm(h)), heads)  # (B, heads, E/heads)
+        q = split_heads(layer.wq(own), heads)  # (B, heads, E/heads)
         u = torch.einsum("bhc,hce->bhe", q, wk) * q.shape[-1] ** -0.5  # (B, heads, E)
         scores_x = u @ cx.transpose(1, 2)  # (B, heads, N)
     scores = (memory @ u.mT).transpose(1, 2)  # (B, heads, T+1)
