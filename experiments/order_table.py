@@ -54,20 +54,26 @@ def costs(folder: str, train_config) -> dict:
 
 def fd_key(row: dict) -> str:
     """The name of the Fréchet distance in a row: it holds the judge's fingerprint."""
-    (key,) = (key for key in row if key.startswith("fd_tinycnn_"))
+    (key,) = (key for key in row if key.startswith(("fd_tinycnn_", "fd_airbench_")))
     return key
 
 
+def numbers_in(path: Path) -> tuple[int, ...]:
+    """ARM-SEED.json -> (SEED,), ARM-12-SEED.json -> (12, SEED)"""
+    return tuple(int(part) for part in path.stem.split("-") if part.isdigit())
+
+
 def read_results(out: str, arms: Iterable[str]) -> dict[str, list[dict]]:
-    """{arm: its results, by seed}, in the order of arms.
+    """{arm: its results, by seed}, in the order of arms; "arm, 12 tokens" for ARM-12-SEED.json.
 
     Raises UserError for none, or when they had different judges.
     """
     results = {}
     for arm in arms:
-        paths = sorted(Path(out).glob(f"{arm}-[0-9]*.json"))
-        if paths:
-            results[arm] = [checkpoint.read_json(path) for path in paths]
+        for path in sorted(Path(out).glob(f"{arm}-[0-9]*.json"), key=numbers_in):
+            *tokens, _ = numbers_in(path)
+            name = f"{arm}, {tokens[0]} tokens" if tokens else arm
+            results.setdefault(name, []).append(checkpoint.read_json(path))
     need(results, f"{out} holds no results yet; leave --table out, or give --out")
     judges = {fd_key(result) for of_arm in results.values() for result in of_arm}
     need(len(judges) == 1, f"{out}: distances of different judges ({', '.join(sorted(judges))}) "

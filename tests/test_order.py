@@ -229,7 +229,7 @@ def test_guidance_is_chosen_on_other_samples_than_are_reported(best, monkeypatch
     def judged(kind, noise, cfg_scale):
         fd = abs(cfg_scale - (best if noise != 7 else 100))
         return {"name": kind, "cfg_scale": cfg_scale, "seed": noise, "fd_tinycnn_x": fd}
-    rows = order.sample_rows(judged, 7)
+    rows = order.sample_rows(judged, ("ar", "maskgit"), 7)
     assert 7 not in {row["seed"] for row in rows["tried"]}
     for kind in ("ar", "maskgit"):
         tried = [row["cfg_scale"] for row in rows["tried"] if row["name"] == kind]
@@ -275,8 +275,8 @@ def test_the_yardstick_gets_an_eighth_to_all_of_the_tokens_bits(tmp_path):
     written = (tmp_path / "pca.json").read_bytes()
     made = json.loads(written)
     bits, psnr = zip(*made["bits_and_psnr"])
-    assert bits == (5, 10, 20, 40) and list(psnr) == sorted(set(psnr))
-    assert "--bits 5 10 20 40" in made["pca_command"] and made["commit"]
+    assert bits == (5, 10, 15, 20, 25, 30, 35, 40) and list(psnr) == sorted(set(psnr))
+    assert "--bits 5 10 15 20" in made["pca_command"] and made["commit"]
     order.make_pca(args, None, None)
     assert (tmp_path / "pca.json").read_bytes() == written
 
