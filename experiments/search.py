@@ -16,7 +16,7 @@ are worth as much as one dB, and what is cheapest is kept. Then a new AR model l
 ids of all training images, and says what they cost it.
 
 Run      python -m experiments.search --run runs/NAME --nearest 1 3
-         python -m experiments.search --run runs/NAME --nearest 1 --bits_a_db inf 53 --json FILE
+         python -m experiments.search --run runs/NAME --nearest 1 --bits_a_db 1e9 53 --json FILE
 Makes    a table, a line for each way, with PSNR over held-out images; --json FILE; RUN-price-R/,
          a run with the same tokenizer and the new AR model
 """
@@ -200,8 +200,9 @@ def parse(argv=None):
     parser.add_argument("--run", required=True, help="folder of a run of train.py")
     parser.add_argument("--nearest", type=number(int, 1), nargs="+", default=[1], metavar="N",
                         help="codes tried in each token's place (default: 1)")
-    parser.add_argument("--bits_a_db", type=number(float), nargs="+", metavar="R", default=[],
-                        help="let bits have a price: so many are worth one dB; inf: none")
+    parser.add_argument("--bits_a_db", type=number(float, 0.001), nargs="+", metavar="R",
+                        default=[],
+                        help="let bits have a price: so many are worth one dB; 1e9: none")
     parser.add_argument("--num_images", type=number(int, 1), default=1000, metavar="N",
                         help="held-out images, chosen with seed 0 (default: 1000)")
     parser.add_argument("--device", choices=DEVICES, default="auto")

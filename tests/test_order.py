@@ -95,6 +95,19 @@ def test_all_arms_take_the_same_steps_and_differ_only_where_they_should():
     assert len(shared) == 1
 
 
+@pytest.mark.parametrize("tokens, schedule", [(6, (4, 6)), (16, (4, 8, 16)), (20, (4, 8, 16, 20))])
+def test_an_arm_at_another_length_has_the_same_budget_and_the_same_size(tokens, schedule):
+    args, sizes = order.parse(["--budget", "999", "--tokens", str(tokens)]), []
+    for arm in ("titok", "nativetok-joint", "nativetok-hnt"):
+        settings, parameters, target = order.settings_of(arm, args, tokens)
+        made = config.parse_run("", order.train_flags(settings, 0, args, "nowhere"))
+        steps = sum(phase.steps for phase in order.train.phases(made.tok, made.train))
+        assert steps == 999 and made.tok.num_tokens == tokens
+        assert made.tok.token_schedule == (schedule if order.ARMS[arm].grown else (tokens,))
+        sizes.append(parameters)
+    assert max(sizes) / min(sizes) < 1.1 and target == sizes[1]
+
+
 def changed_tokenizer(change=as_it_is) -> NativeTok:
     torch.manual_seed(0)
     model = change(NativeTok(config.TokenizerConfig(
@@ -252,6 +265,26 @@ def test_both_tables_have_one_row_per_arm_and_figures_a_curve(out):
     for name in ("recovered.svg", "bits.svg"):
         drawing = (out / name).read_text()
         assert drawing.startswith("<svg xmlns=") and drawing.count("<polyline") == len(TRIED)
+
+
+def test_an_arm_at_several_lengths_is_a_curve(out, results, tmp_path):
+    """Lengths 4 and 8 of one arm; and no column of a generator that learned nothing."""
+    made = results["nativetok-hnt"]
+    made["samples"], made["tried"] = ([row for row in made[key] if row["name"] == "ar"]
+                                      for key in ("samples", "tried"))
+    for tokens, seed, bits in ((4, 0, 20.0), (4, 1, 22.0), (8, 0, 30.0)):
+        result = {**made, "seed": seed, "ar_bits_total": bits, "psnr": 10 + bits / 10}
+        (tmp_path / f"nativetok-hnt-{tokens}-{seed}.json").write_text(json.dumps(result))
+    good(order, "--table", "--out", tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "| nativetok-hnt, 4 tokens | 2 | 12.10 ± 0.14 |" in text and "MaskGIT" not in text
+    for name in ("psnr.svg", "fd.svg"):
+        drawing = (tmp_path / name).read_text()
+        assert drawing.count("<polyline") == 1 and drawing.count("<circle") == 2
+    curve, = order_table.by_price(order_table.read_results(str(tmp_path), order.ARMS), "PSNR, dB",
+                                  [])
+    assert (curve.x, curve.y) == ([21.0, 30.0], pytest.approx([12.1, 13.0]))
+    assert curve.spread == pytest.approx([0.1414, 0], abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------
