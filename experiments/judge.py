@@ -5,8 +5,8 @@ the order of two arms turns with it. This one is right on nine of ten (evaluatio
 Its file is needed by every table that is to be compared with another one: the distance's name has
 the file's fingerprint. On another machine the same command gives a judge as good, but not the same.
 
-Run      python -m experiments.judge --data cifar10/train --val_data cifar10/test --out judge.pt
-         then --judge judge.pt for eval_fid.py, experiments.order and experiments.flow
+Run      python -m experiments.judge --data cifar10/train --val_data cifar10/test --out runs/judge.pt
+         then --judge runs/judge.pt for eval_fid.py, experiments.order and experiments.flow
 Makes    FILE, and FILE.json: command, commit, accuracy on all held-out images, minutes
 Exit     0 finished, 1 failure, 2 user error, 3 interrupted
 """
@@ -53,7 +53,7 @@ def main(args) -> None:
     learn(judge, data, args.steps, False, procs.device)
     right = save_judge(args.out, judge, data, val, 32, args.steps, procs.device, cut=(0, 0))
     row = {**provenance(args.command, procs.device),
-           "steps": args.steps, "judge_accuracy": round(right, 4), "held_out": len(val),
+           "seed": 0, "steps": args.steps, "judge_accuracy": round(right, 4), "held_out": len(val),
            "minutes": round((time.time() - began) / 60, 1),
            "fingerprint": checkpoint.fingerprint(judge.state_dict())[:8]}
     checkpoint.write_json(args.out + ".json", row)
