@@ -5,7 +5,7 @@ the order of two arms turns with it. This one is right on nine of ten (evaluatio
 Its file is needed by every table that is to be compared with another one: the distance's name has
 the file's fingerprint. On another machine the same command gives a judge as good, but not the same.
 
-Run      python -m experiments.judge --data cifar10/train --val_data cifar10/test --out runs/judge.pt
+Run      python -m experiments.judge --data DIR --val_data DIR --out runs/judge.pt
          then --judge runs/judge.pt for eval_fid.py, experiments.order and experiments.flow
 Makes    FILE, and FILE.json: command, commit, accuracy on all held-out images, minutes
 Exit     0 finished, 1 failure, 2 user error, 3 interrupted
