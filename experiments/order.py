@@ -95,7 +95,7 @@ from plumbing.processes import Processes, provenance
 from plumbing.tokens import cache_tokens
 from quantizer import usage
 
-SCALES = (1.5, 2.0, 3.0, 4.5)  # guidance that is tried beside 1, plain
+SCALES = (1.5, 2.0, 3.0, 4.5, 7.0, 10.0)  # guidance that is tried beside 1, plain
 OTHER_SAMPLES = 1000  # added to the seed, where guidance is chosen
 INTERVENED = 1000  # held-out images of which tokens are swapped
 BATCH = 250
