@@ -63,6 +63,13 @@ TINY = (dict(image_size=32, patch_size=8, encoder_width=32, encoder_depth=1, enc
         dict(generator_width=32, generator_depth=1, generator_heads=2))
 
 
+def shown(number: float | None) -> str:
+    """Counts are exact, all else has three digits."""
+    if number is None:
+        return "-"
+    return f"{number:,}" if isinstance(number, int) else f"{number:.3g}"
+
+
 class Bench:
     """The rows so far, and how they are measured; flops: of each way that seconds() took last."""
 
@@ -99,12 +106,13 @@ class Bench:
         met = wanted = None
         if target is not None:
             met = bool(value >= target if least else value <= target)
-            wanted = f"{'>=' if least else '<='} {target:.3g}"
-        self.rows.append({"name": name, "value": float(f"{value:.4g}"), "unit": unit,
-                          "floor": floor and float(f"{floor:.4g}"), "target": wanted, "met": met,
-                          "note": note})
+            wanted = f"{'>=' if least else '<='} {shown(target)}"
+        value, floor = (number if number is None or isinstance(number, int)
+                        else float(f"{number:.4g}") for number in (value, floor))
+        self.rows.append({"name": name, "value": value, "unit": unit, "floor": floor,
+                          "target": wanted, "met": met, "note": note})
         verdict = {None: "", True: "met", False: "NOT MET"}[met]
-        print(f"{name:52}{value:>9.3g} {unit:5}{floor or math.nan:>9.3g}{wanted or '-':>12}  "
+        print(f"{name:52}{shown(value):>9} {unit:5}{shown(floor):>9}{wanted or '-':>12}  "
               f"{verdict:8}{note}", flush=True)
 
     def against_peak(self, name: str, seconds: float, within: float) -> None:
@@ -293,7 +301,7 @@ def training(bench: Bench) -> None:
 def operations(bench: Bench) -> None:
     forward, backward = operations_of_a_step(*load_preset("imagenet-128")[0].token_schedule)
     bench.row("operations of a joint step of imagenet-128", forward.count + backward.count, "",
-              10e3, floor=forward.products + backward.products,
+              10_000, floor=forward.products + backward.products,
               note=f"forward {forward.count:,}, backward {backward.count:,}; the same on every "
                    "machine; floor: matrix products")
 
@@ -440,8 +448,8 @@ def table(measured: list[dict]) -> str:
     """The rows as a table of Markdown, for README.md."""
     lines = ["| row | value | floor | target | |", "|---|---|---|---|---|"]
     for row in measured:
-        unit = {"x": "×", "%": "%"}.get(row["unit"], f" {row['unit']}")
-        value, floor = (f"{number:.3g}{unit}" if number is not None else "-"
+        unit = {"x": "×", "%": "%", "": ""}.get(row["unit"], f" {row['unit']}")
+        value, floor = (shown(number) + unit if number is not None else "-"
                         for number in (row["value"], row["floor"]))
         target = (row["target"] or "-").replace(">=", "≥").replace("<=", "≤")
         verdict = {None: "", True: "met", False: "**not met**"}[row["met"]]

@@ -298,6 +298,11 @@ def test_the_table_of_speed_is_what_bench_makes_of_its_rows():
     assert right in section("The bench", SPEED) + "\n", f"the right table:\n{right}"
 
 
+def test_the_table_of_operations_and_processes_is_what_bench_makes_of_its_rows():
+    right = bench.table(results("bench-steps")["rows"])
+    assert right in section("Operations of a step, and two processes", SPEED), right
+
+
 # ------------------------------------------------------------------------------------------------
 # the front page
 
