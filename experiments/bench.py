@@ -17,7 +17,6 @@ import argparse
 import gc
 import itertools
 import json
-import math
 import os
 import shlex
 import socket
