@@ -48,13 +48,6 @@ def test_what_was_saved_comes_back_with_types_and_bits(tmp_path):
     assert same_content(checkpoint.load(tmp_path / "x.pt"), {**saved, "model": dict(state)})
 
 
-def test_the_newest_two_are_kept_and_nothing_else(path):
-    checkpoint.save(path, content(3))
-    assert names(path.parent) == ["tokenizer.prev.pt", "tokenizer.pt"]
-    assert checkpoint.load(path)["step"] == 3
-    assert checkpoint.load(checkpoint.previous(path))["step"] == 2
-
-
 def test_nothing_to_load_is_one_clear_line(tmp_path):
     assert not checkpoint.exists(tmp_path / "x.pt")
     refused(checkpoint.load, tmp_path / "x.pt", names=["x.pt does not exist; train first"])
@@ -90,21 +83,6 @@ def test_a_torn_newest_falls_back_to_the_previous_with_a_warning(path, capsys):
         assert warning.endswith("using tokenizer.prev.pt instead\n")
 
 
-def flip(path: Path, whole: bytes, position: int, bit: int) -> None:
-    data = bytearray(whole)
-    data[position] ^= 1 << bit
-    path.write_bytes(data)
-
-
-def test_a_flipped_bit_in_the_weights_is_noticed(path, capsys):
-    whole = path.read_bytes()
-    begin = whole.index(content(2)["model"]["weight"].numpy().tobytes())
-    for position in (begin, begin + 1, begin + 700, begin + 50 * 7 * 4 - 1):
-        flip(path, whole, position, bit=position % 8)
-        assert same_content(checkpoint.load(path), content(1)), position
-        assert "altered" in capsys.readouterr().err
-
-
 def test_a_flipped_bit_anywhere_gives_a_good_checkpoint_or_the_one_before(path):
     whole = path.read_bytes()
     # 38 bytes into a directory entry are the attributes of the file
@@ -112,10 +90,14 @@ def test_a_flipped_bit_anywhere_gives_a_good_checkpoint_or_the_one_before(path):
         entry = whole.index(b"/data/0", archive.start_dir)
         attributes = whole.rindex(b"PK\1\2", archive.start_dir, entry) + 38
     anywhere = random.Random(0)
-    places = [(attributes + i, bit) for i in range(4) for bit in range(8)] + \
-             [(anywhere.randrange(len(whole)), anywhere.randrange(8)) for _ in range(150)]
+    weights = whole.index(content(2)["model"]["weight"].numpy().tobytes())
+    places = [(attributes + i, bit) for i in range(4) for bit in range(8)]
+    places += [(weights + i, i % 8) for i in (0, 1, 700, 50 * 7 * 4 - 1)]
+    places += [(anywhere.randrange(len(whole)), anywhere.randrange(8)) for _ in range(150)]
     for position, bit in places:
-        flip(path, whole, position, bit)
+        data = bytearray(whole)
+        data[position] ^= 1 << bit
+        path.write_bytes(data)
         found = checkpoint.load(path)
         assert same_content(found, content(1)) or same_content(found, content(2)), (position, bit)
 
@@ -169,7 +151,8 @@ def snapshots(monkeypatch, folder: Path, act) -> list[Path]:
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_at_every_instant_of_a_save_a_good_checkpoint_can_be_loaded(tmp_path, monkeypatch, damaged):
+def test_at_every_instant_of_a_save_a_good_checkpoint_can_be_loaded_and_two_are_kept(
+        tmp_path, monkeypatch, damaged):
     folder = tmp_path / "run"
     folder.mkdir()
     path = folder / "tokenizer.pt"
@@ -186,43 +169,9 @@ def test_at_every_instant_of_a_save_a_good_checkpoint_can_be_loaded(tmp_path, mo
         assert same_content(found, content(found["step"]))
         steps.append(found["step"])
     assert steps == sorted(steps) and steps[0] == (1 if damaged else 2) and steps[-1] == 3
-
-
-def test_a_damaged_newest_never_pushes_out_the_good_one_before_it(path):
-    os.truncate(path, 100)
-    checkpoint.save(path, content(3))
-    assert checkpoint.load(path)["step"] == 3
-    assert checkpoint.load(checkpoint.previous(path))["step"] == 1
-
-
-SAVE_AND_KILL = """
-import os, signal, sys, time, torch
-from plumbing import checkpoint
-for number, delay in enumerate((0.03, 0.08, 0.17)):
-    path = os.path.join(sys.argv[1], str(number), "x.pt")
-    os.mkdir(os.path.dirname(path))
-    child, step = os.fork(), 0
-    while child == 0:
-        step += 1
-        checkpoint.save(path, {"step": step, "weight": torch.full((400_000,), float(step))})
-    while not os.path.exists(path):
-        time.sleep(0.001)
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-"""
-
-
-@pytest.mark.faults
-def test_kill_9_in_the_middle_of_saving_leaves_a_good_checkpoint(tmp_path):
-    killer = program("-c", SAVE_AND_KILL, tmp_path)
-    assert killer.returncode == 0 and len(names(tmp_path)) == 3, killer.stderr
-    for folder in tmp_path.iterdir():
-        found = checkpoint.load(folder / "x.pt")
-        whole = torch.full((400_000,), float(found["step"]))
-        assert found["step"] >= 1 and torch.equal(found["weight"], whole)
-        checkpoint.sweep(folder)
-        assert set(names(folder)) <= {"x.pt", "x.prev.pt"}
+    assert names(folder) == ["tokenizer.prev.pt", "tokenizer.pt"]
+    kept = checkpoint.load(checkpoint.previous(path))["step"]
+    assert kept == (1 if damaged else 2), "a damaged one never pushes out the good one before it"
 
 
 FILL = """

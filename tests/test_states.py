@@ -28,15 +28,6 @@ def test_a_strict_load_names_the_keys_and_changes_nothing():
             names=["missing: 0.weight, 0.bias, 1.weight and 5 more)"])
 
 
-def test_random_numbers_go_on_where_the_state_was_saved(tmp_path):
-    torch.rand(3)
-    checkpoint.save(tmp_path / "x.pt", {"random": checkpoint.random_state()})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    first = torch.rand(5), torch.randn(5, device=device)
-    checkpoint.set_random_state(checkpoint.load(tmp_path / "x.pt")["random"])
-    assert same_content(first, (torch.rand(5), torch.randn(5, device=device)))
-
-
 def test_a_fingerprint_changes_with_one_bit_one_name_one_shape_one_type_one_setting():
     state = {"b": torch.arange(6.), "a": torch.ones(2, dtype=torch.bfloat16),
              "step": torch.tensor(1)}
