@@ -11,8 +11,7 @@ import config
 from config import CONFIGS, PRESETS, RUN_ONLY, TokenizerConfig, load_preset, parse_run
 from d2it import presets
 from helpers import ROOT, refused
-from plumbing.flags import Parser, UserError, as_dict, build, need, read_run
-from plumbing.start import main_with_user_errors
+from plumbing.flags import Parser, UserError, as_dict, build, read_run
 
 FIELDS = {f.name: cls for cls in CONFIGS for f in dataclasses.fields(cls)}
 
@@ -112,15 +111,6 @@ def test_a_wrong_or_shortened_flag_stops_with_one_line_and_exit_code_2(line, cap
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("(see --help)\n")
-
-
-def test_a_user_error_becomes_one_line_and_exit_code_2_and_another_error_is_not_hidden(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main_with_user_errors(lambda: need(False, "give another --data"))
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: give another --data\n"
-    with pytest.raises(ZeroDivisionError):
-        main_with_user_errors(lambda: 1 // 0)
 
 
 def test_an_empty_value_is_refused_where_it_is_not_the_default():

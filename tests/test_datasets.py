@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 
-from config import TrainConfig
 from helpers import PNG, folder_of, noise, packed, put, refused
 from plumbing import datasets
 from plumbing.shapes import HELD_OUT, TOTAL
@@ -235,10 +234,6 @@ def test_tiny_data_sets_still_have_a_held_out_image(tmp_path, capsys):
     assert (len(train), len(val)) == (1, 1) and not np.array_equal(train.load(0), val.load(0))
     train, val = datasets.train_and_val(str(folder_of(tmp_path / "one", 1)), "", 1000, 0)
     assert np.array_equal(train.load(0), val.load(0)) and "single image" in capsys.readouterr().err
-
-
-def test_the_seed_that_sets_images_aside_is_never_negative():
-    refused(lambda: TrainConfig(seed=-1), names=["seed -1", "0 or above"])
 
 
 def test_given_held_out_images_must_have_the_same_classes_or_none(tmp_path):

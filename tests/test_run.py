@@ -131,15 +131,6 @@ def test_what_cannot_work_is_said_in_one_line(data, tmp_path, flags, message):
     refused(train_shapes, tmp_path / "run", data, *flags, names=[message])
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--token_schedule", "8", "4"], "must grow"), (["--batch", "3"], "unrecognized")])
-def test_a_wrong_command_ends_with_code_2_and_one_line(tmp_path, flags, message):
-    done = program("train.py", "--preset", "tiny", "--run", tmp_path / "run", *flags)
-    assert done.returncode == 2 and message in done.stderr
-    assert done.stderr.count("\n") == 1 and not done.stdout
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_run_from_before_a_setting_goes_on_with_its_default(finished, data, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     path = tmp_path / "run" / "tokenizer.pt"

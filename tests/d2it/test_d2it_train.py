@@ -132,11 +132,6 @@ def test_the_other_system_refuses_a_run_of_this_one_and_leaves_it_as_it_is(run):
     assert config.parse_run("", ["--preset", "tiny", "--run", str(run)]).preset == "tiny"
 
 
-def test_the_shapes_have_one_size(training, tmp_path):
-    refused(lambda: train.main(parse_run("", ["--preset", "d2it-64", "--run", str(tmp_path / "x"),
-                                              "--device", "cpu"])), names=["32x32", "--data"])
-
-
 def test_held_out_images_of_other_classes_get_the_label_none(shapes_npz, tmp_path):
     for k in range(4):
         Image.new("RGB", (32, 32), (40 * k, 0, 0)).save(tmp_path / f"{k}.png")
