@@ -70,7 +70,7 @@ def test_every_parameter_gets_a_gradient_at_every_step(kind):
 
     Under bf16 autocast images stay float32.
     """
-    model = small(kind, tail_drop=1.0).train()
+    model = small(kind, tail_drop=1.0).grow_to(6).train()
     for continuous, half in itertools.product((True, False), (True, False)):
         model.quantizer.bypass = continuous
         model.zero_grad()
@@ -231,13 +231,11 @@ def test_another_kind_of_checkpoint_and_weights_of_another_size_are_refused(tmp_
 
 
 def test_what_python_users_hand_over_is_looked_at():
+    """Each kind of mistake: test_given.py."""
     model, images = small().eval(), some_images(2)
-    for wrong in (images.to(torch.uint8), 255 * images, images.permute(0, 2, 3, 1), images[0],
-                  images.numpy(), list(images)):
-        refused(model.encode, wrong, names=["images", "(B, 3, 16, 16)", "to_float"])
+    refused(model.encode, 255 * images, names=["images", "(B, 3, 16, 16)", "to_float"])
     ids = model.encode(images)
-    for wrong in (ids.float(), ids + 1000, ids - 1000, ids[0], ids.tolist(), ids.numpy(), ids[:0]):
-        refused(model.decode, wrong, names=["0 to"])
+    refused(model.decode, ids + 1000, names=["0 to"])
     for wrong in (3, ids[:, 0].float(), ids[:1, 0], ids):
         refused(model.encode, images, {0: wrong}, names=["position 0"])
     assert torch.equal(model.decode(ids.int()), model.decode(ids))

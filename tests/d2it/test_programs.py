@@ -6,9 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-import config
-from d2it import presets
-from helpers import ROOT, refused
+from helpers import ROOT
 from plumbing.flags import UserError
 
 # {module: words that would start its work}, {flag that writes: is it a folder?}
@@ -99,13 +97,6 @@ def test_one_file_for_two_outputs_and_an_output_that_is_read(here, tmp_path, mon
                           "--save_stats", "seen.npz"])):
         with pytest.raises(UserError, match="same file|there already"):
             started(monkeypatch, program, here(words))
-
-
-def test_an_unset_variable_does_not_start_another_run():
-    for module in (config, presets):
-        for flag in ("--run", "--data", "--preset"):
-            refused(module.parse_run, "", [flag, ""], names=[flag, "empty"])
-        assert module.parse_run("", ["--val_data", ""]).train.val_data == ""
 
 
 SHARED = ("eval_fid", "experiments.order", "experiments.grain")  # several processes may work at it
