@@ -215,9 +215,9 @@ def finished(ar: ARGenerator, labels: Tensor, begun: Tensor, scale: float,
     return ids
 
 
-def write(page: Page, model: NativeTok, ar: ARGenerator, label: int = 0) -> None:
+def write(page: Page, model: NativeTok, ar: ARGenerator) -> None:
     """A tree: {"id", "p", "tile", "next": [...]}, at its leaves "last", the tile of a sample."""
-    device, scale = model.quantizer.codebook.device, GUIDANCE
+    device, scale, label = model.quantizer.codebook.device, GUIDANCE, 0
     depth, choices = min(DEPTH, ar.num_tokens), min(CHOICES, ar.codebook_size)
     begun, layer = torch.empty(1, 0, dtype=torch.long, device=device), [{}]
     root = layer[0]
