@@ -160,6 +160,8 @@ def test_a_setting_that_is_a_constant_by_now_is_read_where_it_had_this_value():
     assert build(CONFIGS, {"label_dropout": 0.1, "image_size": 32})[0].image_size == 32
     with pytest.raises(UserError, match="unknown setting label_dropout"):
         build(CONFIGS, {"label_dropout": 0.2})
+    same = {"generator_min_learning_rate": 1e-4, "cell_size": 8, "dvae_mults": [1, 2, 2, 4]}
+    assert build((*CONFIGS[:-1], presets.DVAEConfig), same)[-1].cell_size == 8
 
 
 def test_unknown_names_are_refused():

@@ -191,8 +191,8 @@ def test_the_256_pixel_preset_takes_a_step_with_small_widths():
 
 def test_wrong_sizes_are_refused_with_what_to_try():
     for values, names in (
-            (dict(image_size=30, cell_size=8, dvae_mults=(1, 2, 2, 4)), ["try 24 or 32"]),
-            (dict(cell_size=8), ["cell_size 8", "--cell_size 16"]),
+            (dict(image_size=30, dvae_mults=(1, 2, 2, 4)), ["try 24 or 32"]),
+            (dict(dvae_mults=(1, 2)), ["dvae_mults 1 2", "cells of 2 pixels", "three"]),
             (dict(content_width=30), ["content_width 30", "try"]),
             (dict(grain_policy="wavelet"), ["entropy"]),
             (dict(grain_ratio=1.5), ["share"])):

@@ -23,7 +23,7 @@ from plumbing import run as run_folder
 from plumbing.flags import as_dict
 
 TRIED = ["error", "d2it-4+2", "d2it-all"]
-SMALL = DVAEConfig(image_size=32, cell_size=8, dvae_width=8, dvae_mults=(1, 2, 2, 4), dvae_blocks=1)
+SMALL = DVAEConfig(image_size=32, dvae_width=8, dvae_mults=(1, 2, 2, 4), dvae_blocks=1)
 
 
 def command(*words) -> None:
