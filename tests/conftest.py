@@ -10,6 +10,7 @@ import config
 import train
 from helpers import SMALL, THREADS, held_shapes, some_shapes, train_shapes
 from plumbing import run
+from plumbing.start import stop_signals
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -48,9 +49,9 @@ def small_run(tmp_path_factory):
 def quick(monkeypatch):
     """Few held-out images, and the signal handlers as they were."""
     monkeypatch.setattr(run, "EVAL_IMAGES", 20)
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = {number: signal.getsignal(number) for number in stop_signals()}
     yield
-    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
+    for number, handler in before.items():
         signal.signal(number, handler)
 
 

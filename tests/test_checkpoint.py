@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ended, names, program, refused, same_content, start_program
+from helpers import contents, ended, names, program, refused, same_content, start_program
 from muon import Muon
 from torch import nn
 
@@ -192,13 +192,13 @@ print(*told, sep="\\n", flush=True)
 
 
 def test_a_full_disk_is_one_clear_line_and_the_old_checkpoints_stay(path):
-    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    before = contents(path.parent)
     filler = program("-c", FILL, path)
     lines = filler.stdout.splitlines()
     assert filler.returncode == 0 and len(lines) == 6, filler.stderr
     for line in lines:
         assert line.startswith(f"cannot write {path}: File too large; is the disk full")
-    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
+    assert contents(path.parent) == before
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(path):

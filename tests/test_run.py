@@ -14,7 +14,7 @@ import loop
 import train
 from config import CONFIGS
 from helpers import (
-    ROOT, SMALL, encoded, folder_of, held_shapes, noise, program, refused,
+    ROOT, SMALL, contents, encoded, folder_of, held_shapes, noise, program, refused,
     some_shapes, start_program, train_shapes)
 from plumbing import checkpoint, run
 from plumbing.flags import as_dict
@@ -23,12 +23,6 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 # ------------------------------------------------------------------------------------------------
 # what belongs to a run
-
-
-def contents(folder) -> dict:
-    """But for the lock, which names its holder until that process ends."""
-    return {path: path.read_bytes() for path in folder.rglob("*")
-            if path.is_file() and path.name != ".lock"}
 
 
 def test_changed_settings_and_changed_images_are_refused_with_the_difference(finished, data):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import noise, refused, same, take
+from helpers import contents, noise, refused, same, take
 
 from plumbing import datasets, tokens
 from plumbing.batches import ImageStream
@@ -94,14 +94,14 @@ def test_only_a_missing_shard_is_encoded_again(tmp_path, dataset):
 def test_tokens_of_another_tokenizer_or_of_other_images_are_refused_and_kept(tmp_path, dataset):
     folder = tmp_path / "tokens"
     cached(folder, dataset)
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    before = contents(folder)
     fewer = dataset.subset(np.arange(10))
     told = [str(folder), "stale", "tokenizer: aaaa -> bbbb"]
     refused(lambda: cached(folder, dataset, tokenizer="bbbb"), names=told)
     told = [f"images: {dataset.fingerprint} -> {fewer.fingerprint}"]
     refused(lambda: cached(folder, fewer), names=told)
     refused(lambda: cached(folder, dataset, flip=False), names=["copies: 2 -> 1"])
-    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert before == contents(folder)
 
 
 def test_a_single_id_above_65535_spoils_no_other_shard(tmp_path, dataset):

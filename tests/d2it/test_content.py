@@ -1,11 +1,7 @@
 """The content transformer: what it may look at, what RefineNet may change, what it is without."""
-import contextlib
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from d2it import diffusion
@@ -131,25 +127,3 @@ def test_all_fine_and_without_refinement_it_is_a_dit_with_patches_of_two():
 
     fine = torch.ones(5, n, n, dtype=torch.bool)
     assert torch.allclose(model(z, t, labels, fine), dit(z), atol=1e-5)
-
-
-def one_of_two(rank: int, port: int, out: str) -> None:
-    """Rank 0 has images without a fine cell, rank 1 images with fine cells only."""
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = nn.parallel.DistributedDataParallel(network().train())
-    z, _, labels, grain = inputs()
-    for _ in range(2):
-        diffusion.loss(model, z, labels, torch.full_like(grain, rank == 1))[0].backward()
-    torch.save([p.grad for p in model.parameters()], f"{out}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.faults  # nine seconds; that every parameter gets a gradient is tested above
-def test_two_processes_of_which_one_has_no_fine_cells_agree_on_their_gradients(tmp_path):
-    port = 20000 + os.getpid() % 20000
-    with contextlib.suppress(mp.ProcessRaisedException):
-        mp.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(first, second)) and any(g.any() for g in first)

@@ -95,10 +95,10 @@ def test_an_npz_names_its_classes_and_what_is_said_of_it_can_be_kept(run, tmp_pa
     assert json.loads((tmp_path / "kept.json").read_text())["samples"] == said
 
 
-def test_eval_fid_judges_the_npz_by_one_judge_for_both_systems(run, shapes_npz, tmp_path):
+def test_eval_fid_judges_the_npz_by_one_judge_for_both_systems(run, data, tmp_path):
     command(run, "--npz", tmp_path / "x.npz", "--num_samples", 12, "--steps", 2)
     words = ["--images", tmp_path / "x.npz", "--judge", tmp_path / "judge.pt", "--data",
-             shapes_npz, "--json", tmp_path / "x.json", "--train_features", "2"]
+             data, "--json", tmp_path / "x.json", "--train_features", "2"]
     told = good(eval_fid, *words)
     assert "class_accuracy" in told and "x.npz" in told
     row = json.loads((tmp_path / "x.json").read_text())["rows"][0]

@@ -47,11 +47,11 @@ def started(monkeypatch, program: str, words: list[str]) -> None:
 
 
 @pytest.fixture
-def here(small_run, finished, shapes_npz, tmp_path, monkeypatch):
+def here(small_run, finished, data, tmp_path, monkeypatch):
     """Where the programs run, and nothing of their work can be done."""
     monkeypatch.chdir(tmp_path)
     places = {"RUN": shutil.copytree(small_run, tmp_path / "run"),
-              "D2IT": shutil.copytree(finished, tmp_path / "d2it"), "DATA": shapes_npz}
+              "D2IT": shutil.copytree(finished, tmp_path / "d2it"), "DATA": data}
 
     def forbidden(*_, **__):
         raise AssertionError("work has begun")
