@@ -93,14 +93,6 @@ def test_many_images_never_become_a_matrix_of_images_by_images(monkeypatch):
     assert max(max(size) for size in sizes) <= 16, sizes
 
 
-def test_frechet_distance_anchors():
-    eye = np.eye(3)
-    # only the means differ
-    assert frechet_distance(np.zeros(3), eye, np.array([3.0, 4, 0]), eye) == pytest.approx(25)
-    # 3 dimensions, (2 - 1)^2 each
-    assert frechet_distance(np.zeros(3), eye, np.zeros(3), 4 * eye) == pytest.approx(3)
-
-
 def test_statistics_in_pieces_or_of_two_processes_equal_statistics_at_once():
     # a large mean: sums of squares would lose half of the digits
     x = np.random.default_rng(0).standard_normal((1000, 16)) + 1e4

@@ -225,7 +225,9 @@ def test_another_kind_of_checkpoint_and_weights_of_another_size_are_refused(tmp_
     checkpoint.save(path, {"kind": "ar"})
     refused(NativeTok.load, path, names=["is not a tokenizer checkpoint"])
     save(model, path, num_tokens=6)
-    refused(NativeTok.load, path, names=["missing: mocet.experts.4"])
+    refused(NativeTok.load, path, names=["missing: mocet.experts.4", "more)"])
+    save(model, path, num_tokens=2)
+    refused(NativeTok.load, path, names=["unexpected: mocet.experts.2"])
     save(model, path, tokenizer_config=as_dict(dataclasses.replace(model.cfg, codebook_size=64)))
     refused(NativeTok.load, path, names=["wrong shape: quantizer.codebook"])
 
