@@ -1,7 +1,6 @@
 """shapes.py: the same bytes on every machine, all different, and cleanly split."""
 import hashlib
 
-
 from plumbing import datasets
 from plumbing.shapes import TOTAL
 

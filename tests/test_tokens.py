@@ -185,11 +185,9 @@ def test_the_order_is_that_of_the_images_for_any_batch_number_of_ranks_and_first
     assert images_and_copies(whole)[0].tolist() == order
     # a batch larger than the data set
     assert images_and_copies(take(stream(batch_size=54), 1))[0].tolist() == order
-    for world, start in ((1, 3), (2, 0), (3, 4)):  # an epoch ends inside step 3
-        ranks = [take(stream(rank=rank, world=world, start_step=start), 9 - start)
-                 for rank in range(world)]
-        together = [tuple(map(torch.cat, zip(*batch))) for batch in zip(*ranks)]
-        assert same(together, whole[start:]), (world, start)
+    ranks = [take(stream(rank=rank, world=2, start_step=3), 6) for rank in (0, 1)]
+    together = [tuple(map(torch.cat, zip(*batch))) for batch in zip(*ranks)]
+    assert same(together, whole[3:]), "an epoch ends inside step 3"
     assert not same(whole, take(stream(seed=6), 9))
 
 
