@@ -83,10 +83,10 @@ def parse(argv=None) -> argparse.Namespace:
     add = parser.add_argument_group("by what and against what").add_argument
     add("--features", choices=("tinycnn", "inception"), default="tinycnn",
         help="whose features (default: tinycnn; inception is FID)")
-    add("--judge", metavar="FILE", help="with --images and --data: a TinyCNN that learned from "
-        "--data; held-out images are the reference")
+    add("--judge", metavar="FILE", help="the classifier (default: RUN/tinycnn.pt); with --images, "
+        "one that learned from --data, whose held-out images are the reference")
     add("--val_data", metavar="PATH",
-        help="with --judge: the held-out images (default: cut from --data)")
+        help="with --judge and --images: the held-out images (default: cut from --data)")
     add("--train_features", type=number(int), nargs="?", const=500, metavar="STEPS",
         help="train the TinyCNN first, unless it has learned so before (default: 500 steps)")
     add("--inception", metavar="FILE",
@@ -118,8 +118,8 @@ def parse(argv=None) -> argparse.Namespace:
          "--reference or --data, or --data with --save_stats")
     need(args.run or args.judge or args.features == "inception", "TinyCNN features need --run, "
          "whose images it learned from; or use --judge, or --features inception")
-    need(not args.judge or (args.images and args.data and not args.run),
-         "--judge FILE needs --images and --data, without --run")
+    need(not args.judge or args.run or (args.images and args.data),
+         "--judge FILE needs --run, or --images and --data")
     need(args.run or args.data or args.reference,
          "--images need something to be compared with: --reference or --data")
     need(not (args.data and args.reference),
@@ -130,7 +130,8 @@ def parse(argv=None) -> argparse.Namespace:
     for owner, asked, flags in (
             ("what a run makes", args.run and not args.images, SAMPLED),
             ("what is judged, --run or --images", args.run or args.images, ("num_samples", "json")),
-            ("--judge; --data is what is compared with", args.judge, ("val_data",)),
+            ("--judge without --run; --data is what is compared with",
+             args.judge and not args.run, ("val_data",)),
             ("reference images, not to --reference", not args.reference,
              ("save_stats", "num_reference")),
             ("the TinyCNN, not to --features inception", not inception,
@@ -223,7 +224,7 @@ def open_given(args, procs: Processes) -> Given:
         data, val = images_of_judge(args.judge, args.data, args.val_data or "")
     images = open_images(args.images) if args.images else None
     if not args.reference:
-        compared = open_images(args.data) if args.data and not args.judge else val
+        compared = open_images(args.data) if args.data and (run or not args.judge) else val
     if run and args.data:
         tell_seen(run.data, compared, args.data, f"the data of {args.run}")
     size = tokenizer.cfg.image_size if run else min((images or compared).load(0).shape[:2])
@@ -256,14 +257,15 @@ def feature_nets(args, given: Given, procs: Processes) -> tuple[list[FeatureNet]
     path = args.judge or os.path.join(args.run, "tinycnn.pt")
     train, steps = given.train, args.train_features
     # All processes ask, so that all leave together if it may not be trained.
-    missing = steps and is_to_be_trained(path, given.data, given.val, steps, replace=bool(args.run))
+    missing = steps and is_to_be_trained(path, given.data, given.val, steps,
+                                         replace=bool(args.run and not args.judge))
     if missing and procs.main:
         size = given.tokenizer.cfg.image_size if args.run else given.size
         train_judge(path, given.data, given.val, size, train.flip, steps, procs.device,
                     train.skip_bad, (train.holdout, train.seed))
     procs.barrier()
-    need(checkpoint.exists(path), f"{args.run or args.judge} has no classifier yet; add "
-         "--train_features (trained once, then kept)")
+    need(checkpoint.exists(path), f"{path}: there is no classifier yet; add --train_features "
+         "(trained once, then kept)")
     nets, accuracy = tinycnn_nets(path, given.data, procs.device, given.val)
     why = why_unlabelled(given.val, args.val_data or train.val_data, given.data.classes)
     if why or accuracy is None:

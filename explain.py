@@ -23,6 +23,9 @@ What stands below, as pictures:
   sampling         an AR sample token by token, MaskGIT step by step, guidance from 1 upwards
   order            bits per position under the AR model beside the marginal entropy
   training         curves out of log.jsonl
+
+Prefixes and samples are drawn by the flow decoder where the run has one, or as --decoder says.
+Whatever compares two images of the decoder is the mean's: else two draws would differ by chance.
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
@@ -38,6 +41,7 @@ from torch import Tensor
 from config import CONFIGS, GUIDANCE
 from evaluation import interactive
 from evaluation.intervention import intervene, interventions
+from flow_decoder import Decoding
 from generator import GENERATORS, Generator
 from losses import mse
 from nativetok import NativeTok, doubling, from_checkpoint
@@ -48,6 +52,7 @@ from plumbing.page import Page, opaque
 from plumbing.plot import COLORS, Curve, log_curves, svg
 from plumbing.processes import Processes, need_one_process
 from plumbing.run import OpenRun, held_out, need_same_held_out, open_run
+from plumbing.samples import add_decoder_flags
 from quantizer import usage
 
 
@@ -63,6 +68,7 @@ def parse(argv=None):
     parser.add_argument("--out", metavar="DIR", help="folder for the page (default: RUN/explain)")
     parser.add_argument("--device", choices=DEVICES, default="auto",
                         help="where to compute")
+    add_decoder_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -101,11 +107,13 @@ before; gray is no change, bright is lighter, dark is darker. Late tokens that s
 used."""
 
 
-def token_by_token(page: Page, model: NativeTok, images: Tensor, ids: Tensor) -> None:
+def token_by_token(page: Page, model: NativeTok, draw: Decoding, images: Tensor,
+                   ids: Tensor) -> None:
     ks, rows, changes = doubling(model.num_tokens), [], []
-    for image, one in zip(images, ids):
+    drawn = torch.stack([interactive.drawn(draw, ids[:len(images), :k]) for k in ks], dim=1)
+    for image, one, shown in zip(images, ids, drawn):
         steps = torch.cat([decode(model, one[None, :k]) for k in ks])         # (P, H, W, 3)
-        rows.append(torch.cat([image[None], steps]))
+        rows.append(torch.cat([image[None], shown]))
         added = difference(steps[1:], steps[:-1])
         changes.append(torch.cat([image[None], steps[:1], added]))
     page.grid("tokens", "Token by token", TOKENS.format(ks=", ".join(map(str, ks))), rows)
@@ -230,11 +238,11 @@ AR = """Classes {names}, guidance {scale:g}: what the decoder makes of the first
 drawn after those before it."""
 
 
-def ar_growing(page: Page, model: NativeTok, ar: Generator) -> None:
+def ar_growing(page: Page, model: NativeTok, draw: Decoding, ar: Generator) -> None:
     ks, (labels, names) = doubling(model.num_tokens), first_labels(model, ar.classes)
     scale, noise = GUIDANCE, torch.Generator().manual_seed(0)
     ids = ar.sample(labels, cfg_scale=scale, generator=noise)
-    rows = list(torch.stack([decode(model, ids[:, :k]) for k in ks], dim=1))
+    rows = list(torch.stack([interactive.drawn(draw, ids[:, :k]) for k in ks], dim=1))
     caption = AR.format(names=names, scale=scale, ks=", ".join(map(str, ks)))
     page.grid("ar", "An AR sample, token by token", caption, rows)
 
@@ -271,12 +279,13 @@ GUIDED = """The same noise under guidance {scales}, one class per row ({names}).
 more typical, less varied."""
 
 
-def guidance(page: Page, model: NativeTok, ar: Generator) -> None:
+def guidance(page: Page, model: NativeTok, draw: Decoding, ar: Generator) -> None:
     scales, (labels, names) = (1.0, 1.5, 2.0, 3.0, 5.0), first_labels(model, ar.classes)
     columns = []
     for scale in scales:
         noise = torch.Generator().manual_seed(1)
-        columns.append(decode(model, ar.sample(labels, cfg_scale=scale, generator=noise)))
+        ids = ar.sample(labels, cfg_scale=scale, generator=noise)
+        columns.append(interactive.drawn(draw, ids))
     caption = GUIDED.format(scales=", ".join(f"{s:g}" for s in scales), names=names)
     page.grid("guidance", "Guidance", caption, list(torch.stack(columns, dim=1)))
 
@@ -353,6 +362,7 @@ def main(args) -> None:
     device = Processes(args.device).device
     # All that can be refused is refused before the first picture.
     run, model, generators = opened(args.run, device)
+    draw = Decoding.of_run(args.run, model, args.decoder, args.flow_steps)
     val = run.val
     need(len(val) >= 2,
          f"{val.name} has a single held-out image, and tokens are swapped between two; train on "
@@ -363,14 +373,15 @@ def main(args) -> None:
         need("ar" in other_generators, f"{args.against} has no ar generator, whose bits are to be "
              "compared; train it, or leave --against out")
     name = os.path.basename(os.path.abspath(args.run))
-    shown = [model, *generators.values()]
+    shown = [draw, *generators.values()]
     if args.against:
         shown += [other_model, other_generators["ar"]]
     parts = [network.unfinished for network in shown if network.unfinished]
     unfinished = f"Unfinished: {'; '.join(parts)}. " if parts else ""
+    how = "Prefixes and samples are drawn by the flow decoder. " if draw.flow else ""
     intro = (f"{model.cfg.tokenizer}, {model.num_tokens} tokens of {model.cfg.codebook_size} "
              f"codes, images held out of {val.name}. "
-             f"{unfinished}Made by: python explain.py --run {shlex.quote(args.run)}")
+             f"{unfinished}{how}Made by: python explain.py --run {shlex.quote(args.run)}")
     page = Page(args.out or os.path.join(args.run, "explain"), model.cfg.image_size,
                 f"What the tokens of {name} mean", intro)
     pixels, labels = held_out(run)
@@ -378,7 +389,7 @@ def main(args) -> None:
 
     labelled = val.classes == run.data.classes  # a flat folder's labels say nothing
 
-    token_by_token(page, model, images, ids)
+    token_by_token(page, model, draw, images, ids)
     if model.cfg.tokenizer == "nativetok":
         attention(page, model, images, to_float(pixels[:64].to(device)))
     token_1 = answers(page, model, pixels[:250], ids[:250], args.images)
@@ -386,7 +397,7 @@ def main(args) -> None:
     if args.against and other_model.num_tokens == model.num_tokens:  # a chip for each, in both
         models.append(other_model)
         all_ids.append(encoded(other_model, pixels[:250]))
-    interactive.sections(page, models, pixels[:250], all_ids, token_1, generators.get("ar"),
+    interactive.sections(page, models, draw, pixels[:250], all_ids, token_1, generators.get("ar"),
                          labels if labelled else None)
     swaps(page, model, images, ids)
     favourite_codes(page, model, pixels, ids)
@@ -396,8 +407,8 @@ def main(args) -> None:
             print(f"no {kind} generator in {args.run}; its pictures are left out")
     measured = []
     if "ar" in generators:
-        ar_growing(page, model, generators["ar"])
-        guidance(page, model, generators["ar"])
+        ar_growing(page, model, draw, generators["ar"])
+        guidance(page, model, draw, generators["ar"])
         if labelled:
             measured.append(bits_of(model, generators["ar"], ids, labels))
     if "maskgit" in generators:

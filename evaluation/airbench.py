@@ -6,7 +6,7 @@ Source   Jordan 2024, arXiv 2404.00498; its airbench94 is right on 94% of CIFAR-
 In       images (B, 3, 32, 32) in [-1, 1]
 Out      class logits (B, C), features (B, 256)
 Differs  from TinyCNN, which a demo trains in seconds and which half of all real photographs fool
-Try      python -m experiments.judge --data cifar10/train --val_data cifar10/test --out judge.pt
+Try      python -m experiments.judge --data DIR --val_data DIR --out runs/judge.pt
 """
 import torch
 import torch.nn.functional as F

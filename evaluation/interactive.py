@@ -17,6 +17,7 @@ from torch import Tensor
 
 from config import GUIDANCE
 from evaluation.intervention import errors, intervene
+from flow_decoder import Decoding
 from generator import ARGenerator, sample_from
 from layers import eval_mode
 from losses import to_db
@@ -27,6 +28,12 @@ from plumbing.page import Page
 PICTURES = 800   # the most of the section "change"; longer tokenizers show fewer images and donors
 CHOICES = 5      # likeliest tokens that a reader chooses from
 DEPTH = 3        # how many times
+
+
+def drawn(draw: Decoding, ids: Tensor) -> Tensor:
+    """ids (B, k) -> uint8 (B, H, W, 3) on the CPU; image b of a batch from the same noise for any
+    k."""
+    return to_uint8(draw(ids, torch.Generator().manual_seed(0))).cpu()
 
 
 def tiles_of(page: Page, model: NativeTok, ids: Tensor) -> list[int]:
@@ -124,7 +131,9 @@ def change(page: Page, models: list[NativeTok], pixels: Tensor, all_ids: list[Te
 
 PREFIX = """The same image from its first k tokens: move the slider. A codebook of {K} codes makes a
 token cost at most log2 {K} = {bits:g} bits: {bits:g} bits is guessing.{ar} The last picture is what
-token k changed, black for nothing, three times as bright."""
+token k changed, black for nothing, three times as bright.{drawn}"""
+DRAWN = """ The pictures are drawn by the flow decoder, from one noise for all k; PSNR is that of
+the tokenizer's own decoder."""
 BY_AR = """ The AR model, which knows the class and the tokens before, needs fewer where it has
 learned something."""
 PREFIX_BODY = """<label>k = <output id="prefix-k"></output>
@@ -140,18 +149,19 @@ def bits_of_tokens(ar: ARGenerator, ids: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.mT, ids, reduction="none") / math.log(2)
 
 
-def prefix(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor, ar: ARGenerator | None,
-           labels: Tensor | None) -> None:
+def prefix(page: Page, model: NativeTok, draw: Decoding, pixels: Tensor, ids: Tensor,
+           ar: ARGenerator | None, labels: Tensor | None) -> None:
     """pixels (n, H, W, 3), ids (n, L), labels (n,) of the images of `change`."""
     x, L, K = to_float(pixels.to(ids.device)), ids.shape[1], model.cfg.codebook_size
-    tiles = [tiles_of(page, model, ids[:, :k]) for k in range(1, L + 1)]
+    tiles = [page.sheet.add(drawn(draw, ids[:, :k])) for k in range(1, L + 1)]
     dB = [dB_of(model, ids[:, :k], x) for k in range(1, L + 1)]
     data = {"tiles": list(zip(*tiles)), "db": list(zip(*dB)), "bits": math.log2(K),
             "raw": pixels[0].numel() * 8}
     if ar:
         spent = bits_of_tokens(ar, ids, labels.to(ids.device)).cumsum(dim=1)
         data["spent"] = [[round(bits, 2) for bits in row] for row in spent.tolist()]
-    caption = PREFIX.format(K=K, bits=round(math.log2(K), 2), ar=BY_AR if ar else "")
+    caption = PREFIX.format(K=K, bits=round(math.log2(K), 2), ar=BY_AR if ar else "",
+                            drawn=DRAWN if draw.flow else "")
     page.section("prefix", "The first k tokens", caption, PREFIX_BODY, data)
 
 
@@ -215,9 +225,9 @@ def finished(ar: ARGenerator, labels: Tensor, begun: Tensor, scale: float,
     return ids
 
 
-def write(page: Page, model: NativeTok, ar: ARGenerator) -> None:
+def write(page: Page, draw: Decoding, ar: ARGenerator) -> None:
     """A tree: {"id", "p", "tile", "next": [...]}, at its leaves "last", the tile of a sample."""
-    device, scale, label = model.quantizer.codebook.device, GUIDANCE, 0
+    device, scale, label = ar.position.device, GUIDANCE, 0
     depth, choices = min(DEPTH, ar.num_tokens), min(CHOICES, ar.codebook_size)
     begun, layer = torch.empty(1, 0, dtype=torch.long, device=device), [{}]
     root = layer[0]
@@ -226,14 +236,15 @@ def write(page: Page, model: NativeTok, ar: ARGenerator) -> None:
         with eval_mode(ar):
             p, new = ar(labels, begun)[:, -1].float().softmax(dim=-1).topk(choices)
         begun = torch.cat([begun.repeat_interleave(choices, 0), new.flatten()[:, None]], dim=1)
+        tiles = page.sheet.add(drawn(draw, begun))
         leaves = [{"id": i, "p": round(q, 5), "tile": tile} for i, q, tile in
-                  zip(new.flatten().tolist(), p.flatten().tolist(), tiles_of(page, model, begun))]
+                  zip(new.flatten().tolist(), p.flatten().tolist(), tiles)]
         for k, parent in enumerate(layer):
             parent["next"] = leaves[k * choices:(k + 1) * choices]
         layer = leaves
     labels = torch.full((len(begun),), label, device=device)
     ids = finished(ar, labels, begun, scale, torch.Generator().manual_seed(0))
-    for leaf, tile in zip(layer, tiles_of(page, model, ids)):
+    for leaf, tile in zip(layer, page.sheet.add(drawn(draw, ids))):
         leaf["last"] = tile
     bits = math.log2(ar.codebook_size)
     caption = WRITE.format(name=f'"{ar.classes[label]}"', choices=choices, depth=depth,
@@ -244,14 +255,18 @@ def write(page: Page, model: NativeTok, ar: ARGenerator) -> None:
 
 # ------------------------------------------------------------------------------------------------
 
-def sections(page: Page, models: list[NativeTok], pixels: Tensor, all_ids: list[Tensor],
-             token_1: dict, ar: ARGenerator | None, labels: Tensor | None) -> None:
-    """All of them, as far as there is an AR model, and labels (n,) of the classes it knows."""
+def sections(page: Page, models: list[NativeTok], draw: Decoding, pixels: Tensor,
+             all_ids: list[Tensor], token_1: dict, ar: ARGenerator | None,
+             labels: Tensor | None) -> None:
+    """All of them, as far as there is an AR model, and labels (n,) of the classes it knows.
+
+    draw   how the first model's tokens become pictures of prefixes and samples
+    """
     count = change(page, models, pixels, all_ids, token_1)
     model, few = models[0], pixels[:count]
     known = ar if labels is not None else None
-    prefix(page, model, few, all_ids[0][:count], known, labels[:count] if known else None)
+    prefix(page, model, draw, few, all_ids[0][:count], known, labels[:count] if known else None)
     if model.cfg.tokenizer == "nativetok":
         look(page, model, few)
     if ar:
-        write(page, model, ar)
+        write(page, draw, ar)

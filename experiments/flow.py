@@ -8,11 +8,11 @@ Of a finished run with a flow decoder, each row by both decoders, against the ru
 PSNR and SSIM compare an image with itself: the mean must win there. The distances, precision and
 recall compare two sets of images: a blur must lose there.
 
-Run      python -m experiments.flow --run runs/NAME --judge runs/tinycnn.pt --out FILE
+Run      python -m experiments.flow --run runs/NAME --judge runs/judge.pt --out FILE
          repeat the command to go on: rows that FILE has are not made again
          python -m experiments.flow --run runs/NAME --pictures DIR
-Makes    FILE, a JSON with the command, the commit and a row per line above; the judge, a TinyCNN
-         that is trained on the run's images unless it is there
+In       the judge: of experiments/judge.py for photographs, else runs/NAME/tinycnn.pt
+Makes    FILE, a JSON with the command, the commit and a row per line above
          DIR/flow-prefixes.png   an image, its mean, drawn from 1, 2, 4 ... tokens
          DIR/flow-draws.png      an image, its mean, and four draws from all of its tokens
 Exit     0 finished, 1 failure, 2 user error
@@ -20,8 +20,6 @@ Exit     0 finished, 1 failure, 2 user error
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
 import os
-import shlex
-import sys
 import time
 
 import numpy as np
@@ -30,7 +28,7 @@ import torch
 from config import CONFIGS, SAMPLING
 from evaluation.judging import (
     Batching, ImageSource, Reference, extract, generated, judge, real, reconstruction, tinycnn_nets)
-from evaluation.tinycnn import train_judge
+from experiments.order_table import fd_key
 from flow_decoder import STEPS, Decoding, FlowDecoder
 from generator import GENERATORS, Generator
 from nativetok import doubling, from_checkpoint
@@ -48,8 +46,8 @@ def table(rows: list[dict]) -> str:
     Of samples only each generator's best guidance by each decoder, by the distance in the trained
     classifier: rows[0], real images, says which key that is.
     """
-    fd, fd_random = (next(key for key in rows[0] if key.startswith(f"fd_{net}"))
-                     for net in ("tinycnn", "random"))
+    fd = fd_key(rows[0])
+    fd_random = next(key for key in rows[0] if key.startswith("fd_random"))
     keys = {"PSNR": "psnr", "SSIM": "ssim", "FD": fd, "FD, random net": fd_random,
             "precision": "precision", "recall": "recall", "class seen": "class_accuracy"}
     best = {}
@@ -95,12 +93,11 @@ def draw_pictures(folder: str, flow: FlowDecoder, pixels: torch.Tensor, seed: in
 
 
 def main() -> None:
-    parser = Parser(prog="flow.py", description=__doc__)
+    parser = Parser(prog="python -m experiments.flow", description=__doc__)
     add = parser.add_argument
     add("--run", required=True, help="folder of a run with a flow decoder")
     add("--pictures", metavar="DIR", help="only pictures, of eight held-out images")
-    add("--judge", metavar="FILE", help="the TinyCNN, trained unless it is there")
-    add("--judge_steps", type=number(int, 1), default=2000, help="steps of its training")
+    add("--judge", metavar="FILE", help="a classifier of the run's images")
     add("--num_samples", type=number(int, 2), default=2000, help="images of each row")
     add("--scales", type=number(float), nargs="+", default=[1.0, 1.5, 2.0, 3.0])
     add("--decoders", nargs="+", choices=("mean", "flow"), default=["mean", "flow"])
@@ -125,9 +122,6 @@ def main() -> None:
     if args.pictures:
         draw_pictures(args.pictures, flow, held_out(run, 8)[0], args.seed)
         return
-    if not checkpoint.exists(args.judge):
-        train_judge(args.judge, run.data, run.val, tok.image_size, train.flip, args.judge_steps,
-                    procs.device, train.skip_bad, (train.holdout, train.seed))
     nets, accuracy = tinycnn_nets(args.judge, run.data, procs.device, run.val)
     how = Batching(seed=args.seed, skip_bad=train.skip_bad)
     everything = real("held out", run.val, np.arange(len(run.val)), tok.image_size, how)
@@ -135,7 +129,7 @@ def main() -> None:
     reference = Reference.of(run.val.name, everything.n, nets, stats)
 
     # 2. Rows, each on the disk before the next one is made.
-    made = {**provenance("python -m experiments.flow " + shlex.join(sys.argv[1:]), procs.device),
+    made = {**provenance(args.command, procs.device),
             "seed": args.seed, "judge_accuracy": round(accuracy, 4), "held_out": reference.n,
             "nets": {net.key: net.title for net in nets}}
     old = checkpoint.read_json(args.out) if os.path.exists(args.out) else {"rows": []}

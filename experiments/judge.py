@@ -5,15 +5,14 @@ the order of two arms turns with it. This one is right on nine of ten (evaluatio
 Its file is needed by every table that is to be compared with another one: the distance's name has
 the file's fingerprint. On another machine the same command gives a judge as good, but not the same.
 
-Run      python -m experiments.judge --data cifar10/train --val_data cifar10/test --out judge.pt
-         then --judge judge.pt for eval_fid.py, experiments.order and experiments.flow
+Run      python -m experiments.judge --data DIR --val_data DIR --out runs/judge.pt
+         then --judge runs/judge.pt for eval_fid.py, experiments.order and experiments.flow
 Makes    FILE, and FILE.json: command, commit, accuracy on all held-out images, minutes
 Exit     0 finished, 1 failure, 2 user error, 3 interrupted
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
-import shlex
-import sys
+import argparse
 import time
 
 import torch
@@ -27,8 +26,8 @@ from plumbing.outputs import PT, need_places
 from plumbing.processes import Processes, need_one_process, provenance
 
 
-def main() -> None:
-    parser = Parser(prog="judge.py", description=__doc__)
+def parse(argv=None) -> argparse.Namespace:
+    parser = Parser(prog="python -m experiments.judge", description=__doc__)
     add = parser.add_argument
     add("--data", required=True, metavar="PATH", help="images to learn from")
     add("--val_data", required=True, metavar="PATH", help="held-out images, of the same classes")
@@ -36,7 +35,10 @@ def main() -> None:
     add("--steps", type=number(int, 1), default=1950, help="batches of 256 (default: 1950, ten "
         "times the images of CIFAR-10)")
     add("--device", choices=DEVICES, default="auto")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(args) -> None:
     need_one_process("experiments.judge")
     need(not checkpoint.exists(args.out), f"{args.out} is there already, and its numbers bear its "
          "fingerprint; give --out another name")
@@ -50,8 +52,8 @@ def main() -> None:
     judge = Airbench(len(data.classes))
     learn(judge, data, args.steps, False, procs.device)
     right = save_judge(args.out, judge, data, val, 32, args.steps, procs.device, cut=(0, 0))
-    row = {**provenance("python -m experiments.judge " + shlex.join(sys.argv[1:]), procs.device),
-           "steps": args.steps, "judge_accuracy": round(right, 4), "held_out": len(val),
+    row = {**provenance(args.command, procs.device),
+           "seed": 0, "steps": args.steps, "judge_accuracy": round(right, 4), "held_out": len(val),
            "minutes": round((time.time() - began) / 60, 1),
            "fingerprint": checkpoint.fingerprint(judge.state_dict())[:8]}
     checkpoint.write_json(args.out + ".json", row)
@@ -60,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main_with_user_errors(main)
+    main_with_user_errors(lambda: main(parse()))

@@ -12,6 +12,9 @@ and, when asked for,
     nativetok-block     joint, with the published two-layer block experts (narrower)
     nativetok-hidden    joint, but experts read each other's outputs unquantized and share one head,
                         as in the first author's earlier code
+    nativetok-joint-entropy0, -entropy50
+                        joint, with none or half of the reward for using all codes: does a term that
+                        pays for rate cost more bits than its decibels are worth?
     nativetok-reversed  control: nativetok-hnt's tokens, and the generator gets the last one first
     nativetok-shuffled  control: the same in a random order, another one for each seed
 
@@ -22,16 +25,22 @@ Sizes    encoders have as many parameters as NativeTok's, within 10%: titok's Vi
 Order    shows only where a token is forced and later ones answer (evaluation/intervention.py).
          Bits cannot show it: a perfect predictor pays the same in any order (the chain rule), and
          tokens that carry nothing cost nothing. Look at bits together with PSNR
-Samples  are judged by the Fréchet distance in the features of one TinyCNN for all arms of a data
-         set (not FID, see evaluation/tinycnn.py), at the guidance that was best on other samples
+Samples  are judged by the Fréchet distance in the features of one classifier for all arms of a
+         data set (not FID), at the guidance that was best on other samples. Photographs need one
+         that is right on most of them: --judge, made by experiments/judge.py
+Lengths  tokens that say more cost more, so an arm is a curve: bits against PSNR, and against the
+         distance of samples. --tokens 8 12 16 trains each arm at each length
 
 Run      python -m experiments.order --preset tiny            the shapes, one seed, on a CPU
          python -m experiments.order --preset tiny --quick    does it run?
          python -m experiments.order --preset cifar --data DIR --val_data DIR --seeds 0 1 2
          (on a GPU; cifar-cpu: smaller). Repeat a command to go on: finished arms are skipped, a
          broken-off one goes on where it was saved; another --out starts anew
-Makes    OUT/ARM-SEED.json, pca.json, tinycnn.pt, the judge; OUT/runs/, what was trained; tables and
-         figures by order_table.py
+         python -m experiments.order --preset cifar-cpu --data DIR --val_data DIR --seeds 0 1 2 \
+             --arms titok nativetok-joint nativetok-hnt --tokens 8 12 16 --generators ar \
+             --judge judge.pt
+Makes    OUT/ARM-SEED.json, or OUT/ARM-tokens-SEED.json for each of --tokens; pca.json; tinycnn.pt,
+         unless --judge is given; OUT/runs/, what was trained; tables and figures by order_table.py
 Exit     0 finished, 1 failure, 2 user error, 3 interrupted and saved
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
@@ -79,14 +88,14 @@ from nativetok import NativeTok, as_it_is, doubling
 from plumbing import checkpoint
 from plumbing.batches import eval_batches
 from plumbing.datasets import ImageSet, train_and_val
-from plumbing.flags import DEVICES, Parser, as_flags, build, choose, need, need_seed
+from plumbing.flags import DEVICES, Parser, as_flags, build, choose, need, need_seed, number
 from plumbing.images import to_float, to_uint8
 from plumbing.outputs import need_places
 from plumbing.processes import Processes, provenance
 from plumbing.tokens import cache_tokens
 from quantizer import usage
 
-SCALES = (1.5, 2.0, 3.0, 4.5)  # guidance that is tried beside 1, plain
+SCALES = (1.5, 2.0, 3.0, 4.5, 7.0, 10.0)  # guidance that is tried beside 1, plain
 OTHER_SAMPLES = 1000  # added to the seed, where guidance is chosen
 INTERVENED = 1000  # held-out images of which tokens are swapped
 BATCH = 250
@@ -149,6 +158,8 @@ MAIN = {  # trained unless other arms are asked for
 EXTRA = {
     "nativetok-block": Arm({"expert": "block", "expert_depth": 2}),
     "nativetok-hidden": Arm(change=hide_codes),
+    "nativetok-joint-entropy0": Arm({"entropy_weight": 0.0}),
+    "nativetok-joint-entropy50": Arm({"entropy_weight": 0.025}),
     # With the same seed these train nativetok-hnt's tokenizer again, to the same weights.
     "nativetok-reversed": Arm(grown=True, order="reversed"),
     "nativetok-shuffled": Arm(grown=True, order="shuffled"),
@@ -208,10 +219,13 @@ def tokenizer_config(preset: dict, settings: dict) -> TokenizerConfig:
     return build(CONFIGS, {**preset, **settings})[0]
 
 
-def settings_of(arm: str, args) -> tuple[dict, int, int]:
+def settings_of(arm: str, args, tokens: int | None = None) -> tuple[dict, int, int]:
     """-> settings of train.py for this arm beside the preset's, its encoder's parameters,
-    NativeTok's."""
+    NativeTok's. tokens: how many, where not as many as the preset has."""
     this, preset = ARMS[arm], {**PRESETS[args.preset], **args.sizes}
+    if tokens:
+        shorter = (k for k in preset["token_schedule"] if k < tokens)
+        preset["token_schedule"] = (*shorter, tokens)
     longer, full_length = preset["token_schedule"][1:], (preset["token_schedule"][-1],)
 
     # 1. Steps. Joint training is one phase of all steps; HNT's phases share the budget in the
@@ -281,10 +295,15 @@ def in_order_of(arm: str, seed: int, tokenizer: NativeTok) -> NativeTok | Permut
 # ------------------------------------------------------------------------------------------------
 # training
 
+def kinds_of(args) -> tuple[str, ...]:
+    return tuple(GENERATORS) if args.generators == "both" else (args.generators,)
+
+
 def train_flags(settings: dict, seed: int, args, folder: str) -> list[str]:
     """The command line of train.py for these settings, tokenizer and generators."""
     return ["--preset", args.preset, "--run", folder, "--data", args.data,
             "--val_data", args.val_data, "--seed", str(seed), "--device", args.device,
+            "--generators", args.generators,
             *(["--cuda_graph"] if args.cuda_graph and not settings["tail_drop"] else []),
             *as_flags(settings)]
 
@@ -389,7 +408,7 @@ def measure_tokens(inside: NativeTok, tokenizer: NativeTok | Permuted, train_arg
 # measuring: images
 
 class Judge:
-    """The TinyCNN that judges all arms of a data set, and the held-out images as its reference.
+    """The classifier that judges all arms of a data set, and held-out images as its reference.
 
     path   of the classifier, which is trained here, for `steps`, when it is not there yet
     """
@@ -412,7 +431,8 @@ class Judge:
         return {"name": row.pop("name"), "n": row.pop("n"), **settings, **row}
 
 
-def sample_rows(judged: Callable[..., dict], seed: int) -> dict[str, list[dict]]:
+def sample_rows(judged: Callable[..., dict], kinds: Iterable[str], seed: int
+                ) -> dict[str, list[dict]]:
     """The judge's measures of samples: {"tried": rows to choose by, "samples": rows to report}.
 
     Each generator is tried at each guidance; the best one is reported, on samples of other noise.
@@ -420,7 +440,7 @@ def sample_rows(judged: Callable[..., dict], seed: int) -> dict[str, list[dict]]
     judged   kind, seed of the noise, settings of its sample() -> row
     """
     tried, samples = [], []
-    for kind in GENERATORS:
+    for kind in kinds:
         rows = [judged(kind, seed + OTHER_SAMPLES, cfg_scale=scale) for scale in (1.0, *SCALES)]
         best = min(rows, key=lambda row: row[fd_key(row)])
         tried += rows
@@ -439,9 +459,10 @@ def measure(arm: str, seed: int, train_args, args, procs: Processes, data: Image
     size, train_config = train_args.tok.image_size, train_args.train
     inside = NativeTok.of_run(folder, device, ARMS[arm].change)
     tokenizer = in_order_of(arm, seed, inside)
-    jury = Judge(os.path.join(args.out, "tinycnn.pt"), size, train_config.flip, args.judge_steps,
-                 seed, data, val, procs)
-    models = {kind: Generator.of_run(folder, kind, tokenizer, device) for kind in GENERATORS}
+    jury = Judge(args.judge or os.path.join(args.out, "tinycnn.pt"), size, train_config.flip,
+                 args.judge_steps, seed, data, val, procs)
+    models = {kind: Generator.of_run(folder, kind, tokenizer, device)
+              for kind in kinds_of(args)}
 
     def judged(kind: str, noise: int, **options) -> dict:
         return jury.row(generated(kind, models[kind], Decoding(tokenizer), n, {}, options,
@@ -453,7 +474,7 @@ def measure(arm: str, seed: int, train_args, args, procs: Processes, data: Image
             "reconstruction": rebuilt, "real": jury.row(real("real", data, chosen, size, jury.how)),
             "judge_accuracy": round(jury.accuracy, 4),
             **measure_tokens(inside, tokenizer, train_args, data, val, procs),
-            **sample_rows(judged, seed),
+            **sample_rows(judged, kinds_of(args), seed),
             "costs": costs(folder, train_config)}
 
 
@@ -469,23 +490,26 @@ def check_settings(path: str, settings: dict) -> None:
                       "give another --out, or delete it")
 
 
-def make_result(arm: str, seed: int, args, procs: Processes, data: ImageSet, val: ImageSet) -> None:
+def make_result(arm: str, tokens: int | None, seed: int, args, procs: Processes, data: ImageSet,
+                val: ImageSet) -> None:
     """Train and measure one arm with one seed and write its result, unless that has been done."""
-    path = os.path.join(args.out, f"{arm}-{seed}.json")
-    settings, parameters, target = settings_of(arm, args)
+    name = f"{arm}-{tokens}-{seed}" if tokens else f"{arm}-{seed}"
+    path = os.path.join(args.out, f"{name}.json")
+    settings, parameters, target = settings_of(arm, args, tokens)
     recorded = {"preset": args.preset, **settings, "num_samples": args.num_samples,
-                "judge_steps": args.judge_steps, "guidance": SCALES, "images": data.fingerprint,
+                "judge_steps": None if args.judge else args.judge_steps, "guidance": SCALES,
+                "generators": args.generators, "images": data.fingerprint,
                 "held_out": val.fingerprint}
     recorded = json.loads(json.dumps(recorded))  # as it comes back from a file: no tuples
     if os.path.exists(path):
         check_settings(path, recorded)
-        print(f"{arm}, seed {seed}: finished before")
+        print(f"{name}: finished before")
         return
 
     off = parameters / target - 1
-    print(f"\n--- {arm}, seed {seed}: encoder of {parameters:,} parameters, "
+    print(f"\n--- {name}: encoder of {parameters:,} parameters, "
           f"{off:+.1%} of NativeTok's", flush=True)
-    flags = train_flags(settings, seed, args, os.path.join(args.out, "runs", f"{arm}-{seed}"))
+    flags = train_flags(settings, seed, args, os.path.join(args.out, "runs", name))
     train_arm(arm, seed, flags)
     checkpoint.write_json(path, {
         "arm": arm, "seed": seed, **provenance(args.command, procs.device),
@@ -496,13 +520,14 @@ def make_result(arm: str, seed: int, args, procs: Processes, data: ImageSet, val
 
 
 def make_pca(args, data: ImageSet, val: ImageSet) -> None:
-    """PCA transform codes of an eighth, a quarter, half and all of the tokens' bits -> pca.json."""
+    """PCA transform codes of an eighth of the tokens' bits, a quarter ... all -> pca.json."""
     path = os.path.join(args.out, "pca.json")
     if os.path.exists(path):
         return
     tok = tokenizer_config(PRESETS[args.preset], args.sizes)
-    all_bits = tok.num_tokens * math.log2(tok.codebook_size)
-    bits = [int(all_bits * share) for share in (0.125, 0.25, 0.5, 1)]
+    longest = max([tok.num_tokens, *(args.tokens or [])])
+    all_bits = longest * math.log2(tok.codebook_size)
+    bits = [int(all_bits * share) for share in (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)]
     points = [[total, round(psnr, 2)]
               for total, _, psnr in transform_code(data, val, tok.image_size, bits)]
     flags = ["--data", args.data, "--val_data", args.val_data, "--bits", *map(str, bits)]
@@ -580,17 +605,24 @@ def parse(argv=None) -> argparse.Namespace:
         help="steps of each tokenizer, all its phases together")
     add("--generator_steps", type=int, metavar="STEPS", help="steps of each generator")
     add("--num_samples", type=int, metavar="N", help="images per setting of each generator")
+    add("--tokens", type=number(int, 2), nargs="+", metavar="N",
+        help="tokens of an image, one result for each (default: as many as the preset has)")
+    add("--generators", choices=(*GENERATORS, "both"), default="both",
+        help="which generators learn the tokens (default: both)")
+    add("--judge", metavar="FILE", help="a classifier of these images, by experiments/judge.py "
+        "(default: a TinyCNN, trained in OUT)")
     add("--cuda_graph", action="store_true", help="train.py's flag, for all tokenizers that drop "
         "no tails, and for the generators")
     args = parse_for("order", parser, argv, PLANS, ARMS)
     plan = args.plan
     args.preset, args.sizes, args.judge_steps = plan.preset, plan.sizes, plan.judge_steps
     # 20: HNT cuts the budget into phases. 4: precision and recall ask for the third neighbour.
-    for number, least in (("budget", 20), ("generator_steps", 1), ("num_samples", 4)):
-        if getattr(args, number) is None:
-            setattr(args, number, getattr(plan, number))
-        need(getattr(args, number) >= least,
-             f"{number} {getattr(args, number)} must be at least {least}")
+    for name, least in (("budget", 20), ("generator_steps", 1), ("num_samples", 4)):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(plan, name))
+        need(getattr(args, name) >= least, f"{name} {getattr(args, name)} must be at least {least}")
+    need(not args.judge or checkpoint.exists(args.judge), f"--judge {args.judge}: no such file; "
+         "experiments/judge.py makes one")
     return args
 
 
@@ -599,8 +631,9 @@ def main(args) -> None:
         procs = Processes(args.device)
         data, val = images_of(args)
         for seed in args.seeds:  # a whole table first, then its spread
-            for arm in args.arms:
-                make_result(arm, seed, args, procs, data, val)
+            for tokens in args.tokens or [None]:
+                for arm in args.arms:
+                    make_result(arm, tokens, seed, args, procs, data, val)
         if not args.quick:
             make_pca(args, data, val)
     results = read_results(args.out, (*ARMS, *GONE))

@@ -8,6 +8,9 @@ In       OUT/ARM-SEED.json, one per arm and seed, and OUT/pca.json if it is ther
 Makes    OUT/table.md       two tables, one row per arm, mean ± standard deviation over seeds
          OUT/recovered.svg  swap token i: the dB that later tokens recover, by i
          OUT/bits.svg       AR bits by position
+         or, where an arm was trained with several numbers of tokens,
+         OUT/psnr.svg       AR bits against PSNR, and a PCA transform code's
+         OUT/fd.svg         AR bits against the distance of AR's samples
 Run      python -m experiments.order --table --out OUT
 """
 import os
@@ -54,20 +57,26 @@ def costs(folder: str, train_config) -> dict:
 
 def fd_key(row: dict) -> str:
     """The name of the Fréchet distance in a row: it holds the judge's fingerprint."""
-    (key,) = (key for key in row if key.startswith("fd_tinycnn_"))
+    (key,) = (key for key in row if key.startswith(("fd_tinycnn_", "fd_airbench_")))
     return key
 
 
+def numbers_in(path: Path) -> tuple[int, ...]:
+    """ARM-SEED.json -> (SEED,), ARM-12-SEED.json -> (12, SEED)"""
+    return tuple(int(part) for part in path.stem.split("-") if part.isdigit())
+
+
 def read_results(out: str, arms: Iterable[str]) -> dict[str, list[dict]]:
-    """{arm: its results, by seed}, in the order of arms.
+    """{arm: its results, by seed}, in the order of arms; "arm, 12 tokens" for ARM-12-SEED.json.
 
     Raises UserError for none, or when they had different judges.
     """
     results = {}
     for arm in arms:
-        paths = sorted(Path(out).glob(f"{arm}-[0-9]*.json"))
-        if paths:
-            results[arm] = [checkpoint.read_json(path) for path in paths]
+        for path in sorted(Path(out).glob(f"{arm}-[0-9]*.json"), key=numbers_in):
+            *tokens, _ = numbers_in(path)
+            name = f"{arm}, {tokens[0]} tokens" if tokens else arm
+            results.setdefault(name, []).append(checkpoint.read_json(path))
     need(results, f"{out} holds no results yet; leave --table out, or give --out")
     judges = {fd_key(result) for of_arm in results.values() for result in of_arm}
     need(len(judges) == 1, f"{out}: distances of different judges ({', '.join(sorted(judges))}) "
@@ -103,7 +112,11 @@ def columns(result: dict, points: list[list[float]]) -> dict[str, float | None]:
     """{column: number} of one arm and seed; None where nothing was measured."""
     fd, L = fd_key(result), len(result["order"])
     quarter, first = str(max(1, L // 4)), result["intervention"][0]
-    ar, maskgit = (reported(result, kind) for kind in ("ar", "maskgit"))
+    samples = {}
+    for kind, title in (("ar", "AR"), ("maskgit", "MaskGIT")):
+        learned = any(row["name"] == kind for row in result["samples"])
+        row = reported(result, kind) if learned else {}
+        samples |= {f"{title}: FD": row.get(fd), f"{title}: class seen": row.get("class_accuracy")}
     return {
         "PSNR, dB": result["psnr"],
         "of a quarter of the tokens": result["prefix_psnr"].get(quarter),
@@ -112,11 +125,7 @@ def columns(result: dict, points: list[list[float]]) -> dict[str, float | None]:
         "token 1 swapped, dB": first["broken"],
         "recovered, dB": first["repaired"],
         "reconstructions: FD": result[fd],
-        "their class seen": result["reconstruction"]["class_accuracy"],
-        "AR: FD": ar[fd],
-        "AR: class seen": ar["class_accuracy"],
-        "MaskGIT: FD": maskgit[fd],
-        "MaskGIT: class seen": maskgit["class_accuracy"]}
+        "their class seen": result["reconstruction"]["class_accuracy"], **samples}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -142,7 +151,11 @@ def line_of(cells: Iterable[str]) -> str:
 
 
 def table_of(first: str, rows: dict[str, list[dict]], digits: dict[str, str]) -> list[str]:
-    """The lines of a table. first: head of the first column; rows: {name: columns, by seed}."""
+    """The lines of a table. first: head of the first column; rows: {name: columns, by seed}. A
+    column that nothing was measured for is left out."""
+    measured = {head for by_seed in rows.values() for row in by_seed for head in digits
+                if row[head] is not None}
+    digits = {head: form for head, form in digits.items() if head in measured}
     lines = [line_of([first, "seeds", *digits]), "|---" * (2 + len(digits)) + "|"]
     for name, by_seed in rows.items():
         cells = [cell([row[head] for row in by_seed if row[head] is not None], digits[head])
@@ -170,7 +183,8 @@ def note(results: dict[str, list[dict]]) -> str:
     return ("Mean ± standard deviation over seeds. AR bits are those of a held-out image. Above "
             "PCA: the PSNR beyond that of a PCA transform code of so many bits. Swapped: the PSNR "
             "when token 1 is that of another image; recovered: what it gains when the later tokens "
-            f"are chosen anew. FD is {fd_key(first)}, not FID, to held-out images: of all "
+            f"are chosen anew. FD is {fd_key(first)}, not FID, by a classifier that is right on "
+            f"{first['judge_accuracy']:.1%} of them, to held-out images: of all "
             f"{first['reconstruction']['n']} reconstructions, and of {first['real']['n']} samples "
             "at the guidance that was best on other samples. As many training images have "
             f"{first['real'][fd_key(first)]:.1f}.\n\n"
@@ -196,6 +210,24 @@ def by_position(results: dict[str, list[dict]], field: str) -> list[Curve]:
     return curves
 
 
+def by_price(results: dict[str, list[dict]], column: str, points: list[list[float]]
+             ) -> list[Curve]:
+    """A curve for each arm, a point for each number of tokens: AR bits, and a column of TABLES.
+    Bars: ± the standard deviation over seeds."""
+    found = {}
+    for name, of_arm in results.items():
+        rows = [columns(result, points) for result in of_arm]
+        values = [row[column] for row in rows]
+        found.setdefault(name.split(",")[0], []).append(
+            (statistics.mean(row["AR bits"] for row in rows), statistics.mean(values),
+             statistics.stdev(values) if len(values) > 1 else 0.0))
+    curves = []
+    for k, (arm, of_arm) in enumerate(found.items()):
+        bits, means, spread = map(list, zip(*sorted(of_arm)))
+        curves.append(Curve(arm, bits, means, COLORS[k % len(COLORS)], spread=spread))
+    return curves
+
+
 def write_tables(results: dict[str, list[dict]], out: str) -> str:
     """Write tables and figures into the folder; -> the text of table.md."""
     points = pca_points(out)
@@ -203,6 +235,19 @@ def write_tables(results: dict[str, list[dict]], out: str) -> str:
     for title, table in summary(results, points).items():
         lines += [f"## {title}", "", *table, ""]
     text = "\n".join([*lines, note(results)])
+    if any("," in name for name in results):
+        price = "bits an image costs an AR model"
+        quality = by_price(results, "PSNR, dB", points)
+        least = min(x for curve in quality for x in curve.x)
+        near = [point for point in points if point[0] > 0.7 * least]
+        if near:
+            bits, psnr = map(list, zip(*near))
+            quality.append(Curve("PCA transform code", bits, psnr, "#222222", dashed=True))
+        distances = by_price(results, "AR: FD", points)
+        write_files(out, {"table.md": text,
+                          "psnr.svg": svg(quality, price, "PSNR, dB", zero=False),
+                          "fd.svg": svg(distances, price, "FD of AR samples", zero=False)})
+        return text
     write_files(out, {
         "table.md": text,
         "recovered.svg": svg(by_position(results, "repaired"), "position of the token that is "

@@ -11,19 +11,33 @@ It is a greedy search, not the best of all sequences of codes: a floor of what e
 ids are those of the same tokenizer and decode as any others do; only the encoder takes longer, by
 L * nearest passes of experts and decoder.
 
+With --bits_a_db R bits have a price: R of them, as the run's AR model counts them without a class,
+are worth as much as one dB, and what is cheapest is kept. Then a new AR model learns the searched
+ids of all training images, and says what they cost it.
+
 Run      python -m experiments.search --run runs/NAME --nearest 1 3
-Makes    a table, a line for each way, with PSNR over held-out images; --json FILE
+         python -m experiments.search --run runs/NAME --nearest 1 --bits_a_db 1e9 53 --json FILE
+Makes    a table, a line for each way, with PSNR over held-out images; --json FILE; RUN-price-R/,
+         a run with the same tokenizer and the new AR model
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
+import math
+import os
+import shutil
 import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+import config
+import train
 from config import CONFIGS
 from evaluation.intervention import BATCH, errors
+from experiments.order import ar_bits, handlers_of_its_own
+from generator import Generator
 from layers import eval_mode
 from losses import to_db
 from nativetok import NativeTok
@@ -46,9 +60,9 @@ def others(tokenizer: NativeTok, images: Tensor, answer: bool) -> Callable:
         x_latent = tokenizer.mit(images)
 
         def swapped(ids, i, k):
-            said = {j: ids[:, j] for j in range(L) if j < i or (j > i and not answer)}
-            said[i] = lambda z: next_best(z, k)
-            return tokenizer.mocet(x_latent, quantizer, said)[1]
+            force = {j: ids[:, j] for j in range(L) if j < i or (j > i and not answer)}
+            force[i] = lambda z: next_best(z, k)
+            return tokenizer.mocet(x_latent, quantizer, force)[1]
     else:
         wanted = tokenizer.titok(images, lambda z: z)  # (B, L, d), all at once
 
@@ -59,26 +73,98 @@ def others(tokenizer: NativeTok, images: Tensor, answer: bool) -> Callable:
     return swapped
 
 
-def search(tokenizer: NativeTok, images: Tensor, nearest: int, answer: bool = True) -> Tensor:
+def search(tokenizer: NativeTok, images: Tensor, nearest: int, answer: bool = True,
+           price: Callable | None = None) -> Tensor:
     """images (B, 3, H, W) -> ids (B, L), each token searched once. No image gets worse.
 
     nearest   how many codes are tried in a token's place, those next nearest to the expert's output
     answer    the experts after it re-encode; False, or a baseline: their tokens are held
+    price     ids (B, L) -> what they cost (B,), to be added to the squared error
     """
+    def cost(ids: Tensor) -> Tensor:
+        error = errors(tokenizer, ids, images)
+        return error + price(ids) if price else error
     ids = tokenizer.encode(images)
-    best = errors(tokenizer, ids, images)
+    best = cost(ids)
     with eval_mode(tokenizer):
         swapped = others(tokenizer, images, answer)
         for i in range(tokenizer.num_tokens):
             before = ids
             for k in range(1, nearest + 1):
                 other = swapped(before, i, k)
-                error = errors(tokenizer, other, images)
-                better = error < best
+                found = cost(other)
+                better = found < best
                 ids = torch.where(better[:, None], other, ids)
-                best = torch.where(better, error, best)
+                best = torch.where(better, found, best)
     return ids
 
+
+# ------------------------------------------------------------------------------------------------
+# bits with a price
+
+def price_of_bits(model: Generator, error: float, bits_a_db: float) -> Callable:
+    """-> price(): ids (B, L) -> what their bits under `model` are worth, as squared error (B,).
+
+    One dB of the error is 10 log10(e), so that near `error` a bit is worth the error that one dB
+    changes it by, over bits_a_db.
+    """
+    worth = error * math.log(10) / 10 / bits_a_db
+
+    @torch.no_grad()
+    def price(ids: Tensor) -> Tensor:
+        no_class = torch.full((len(ids),), model.num_classes, device=ids.device)
+        logits = model(no_class, ids[:, :-1]).flatten(0, 1).float()
+        nats = F.cross_entropy(logits, ids.flatten(), reduction="none").view(ids.shape).sum(dim=1)
+        return worth * nats.double() / math.log(2)
+    return price
+
+
+class Searching(nn.Module):
+    """A tokenizer whose encoder searches; as train.main's change_tokenizer takes it."""
+
+    def __init__(self, tokenizer: NativeTok, nearest: int, price: Callable, bits_a_db: float):
+        super().__init__()
+        self.tokenizer, self.num_tokens, self.cfg = tokenizer, tokenizer.num_tokens, tokenizer.cfg
+        self.unfinished, self.nearest, self.price = tokenizer.unfinished, nearest, price
+        self.fingerprint = checkpoint.fingerprint(
+            {}, {"tokenizer": tokenizer.fingerprint, "nearest": nearest, "bits_a_db": bits_a_db})
+
+    def encode(self, images: Tensor) -> Tensor:
+        return torch.cat([search(self.tokenizer, part, self.nearest, price=self.price)
+                          for part in images.split(BATCH)])
+
+    def decode(self, ids: Tensor) -> Tensor:
+        return self.tokenizer.decode(ids)
+
+
+def priced(args, run, tokenizer: NativeTok, images: list[Tensor], labels: Tensor,
+           bits_a_db: float) -> dict:
+    """Search with this price, let a new AR model learn the ids of all training images -> a row."""
+    device = labels.device
+    before = Generator.of_run(args.run, "ar", tokenizer, device)
+    plain = torch.cat([errors(tokenizer, tokenizer.encode(part), part) for part in images]).mean()
+    searching = Searching(tokenizer, max(args.nearest), price_of_bits(before, plain, bits_a_db),
+                          bits_a_db)
+    ids = torch.cat([searching.encode(part) for part in images])
+    error = torch.cat([errors(tokenizer, part, x) for part, x in zip(ids.split(BATCH), images)])
+    folder = f"{args.run.rstrip(os.sep)}-price-{bits_a_db:g}"
+    if not os.path.exists(os.path.join(folder, "tokenizer.pt")):
+        os.makedirs(folder, exist_ok=True)
+        for name in ("config.json", "tokenizer.pt"):
+            shutil.copy(os.path.join(args.run, name), folder)
+    flags = ["--run", folder, "--stage", "3", "--generators", "ar", "--device", args.device,
+             "--generator_steps", str(run.configs[-1].generator_steps)]
+    with handlers_of_its_own():
+        train.main(config.parse_run("", flags), change_tokenizer=lambda _: searching)
+    after = Generator.of_run(folder, "ar", searching, device)
+    return {"bits_a_db": bits_a_db, "nearest": max(args.nearest),
+            "psnr": round(to_db(error.mean()).item(), 3),
+            "bits_before": round(sum(ar_bits(before, ids, labels)), 2),
+            "bits_after": round(sum(ar_bits(after, ids, labels)), 2)}
+
+
+# ------------------------------------------------------------------------------------------------
+# measuring
 
 def measured(tokenizer: NativeTok, batches: list[Tensor], nearest: int, answer: bool) -> dict:
     """What search() does to images, (b, 3, H, W) each."""
@@ -114,6 +200,9 @@ def parse(argv=None):
     parser.add_argument("--run", required=True, help="folder of a run of train.py")
     parser.add_argument("--nearest", type=number(int, 1), nargs="+", default=[1], metavar="N",
                         help="codes tried in each token's place (default: 1)")
+    parser.add_argument("--bits_a_db", type=number(float, 0.001), nargs="+", metavar="R",
+                        default=[],
+                        help="let bits have a price: so many are worth one dB; 1e9: none")
     parser.add_argument("--num_images", type=number(int, 1), default=1000, metavar="N",
                         help="held-out images, chosen with seed 0 (default: 1000)")
     parser.add_argument("--device", choices=DEVICES, default="auto")
@@ -130,13 +219,21 @@ def main(args) -> None:
     cfg = tokenizer.cfg
     ordered = cfg.tokenizer == "nativetok"  # else nobody reads a token
     need(max(args.nearest) < cfg.codebook_size, f"--nearest {max(args.nearest)}: beside the one "
-         f"that is said there are {cfg.codebook_size - 1} codes")
-    pixels, _ = held_out(run, args.num_images)
+         f"that is emitted there are {cfg.codebook_size - 1} codes")
+    pixels, labels = held_out(run, args.num_images)
     batches = [to_float(part.to(device)) for part in pixels.split(BATCH)]
     plain = torch.cat([errors(tokenizer, tokenizer.encode(images), images) for images in batches])
     rows = [{"nearest": 0, "passes": 1, "psnr": round(to_db(plain.mean()).item(), 3)}]
     print(f"{len(plain):,} held-out images\n{table(rows)}", end="", flush=True)
-    for nearest in sorted(args.nearest):
+    if args.bits_a_db:
+        labels = torch.as_tensor(labels, device=device)
+        ids = torch.cat([tokenizer.encode(images) for images in batches])
+        model = Generator.of_run(args.run, "ar", tokenizer, device)
+        rows[0] |= {"bits": round(sum(ar_bits(model, ids, labels)), 2)}
+        for bits_a_db in args.bits_a_db:
+            rows.append(priced(args, run, tokenizer, batches, labels, bits_a_db))
+            print(rows[-1], flush=True)
+    for nearest in () if args.bits_a_db else sorted(args.nearest):
         for answer in (False, True)[:1 + ordered]:
             rows.append(measured(tokenizer, batches, nearest, answer))
             print(cells(rows[-1]), flush=True)

@@ -25,6 +25,7 @@ class Curve:
     y: list            # None where there is no value
     color: str = COLORS[0]
     dashed: bool = False
+    spread: list | None = None  # half the length of a vertical bar at each point
 
 
 def ticks(low: float, high: float, log: bool) -> list[float]:
@@ -41,17 +42,19 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
     return [k * step for k in range(first, last + 1)]
 
 
-def span(values: list[float], log: bool) -> tuple[float, float]:
-    """The ends of an axis: a little more than all values and, unless it is logarithmic, 0."""
+def span(values: list[float], log: bool, zero: bool = True) -> tuple[float, float]:
+    """The ends of an axis: a little more than all values; with 0, unless it is logarithmic."""
     low, high = min(values), max(values)
     if log:
         return low / 1.1, high * 1.1
-    low = min(0, low)
+    low = min(0, low) if zero else low - 0.02 * (high - low)
     return low, high + 0.02 * (high - low) if high > low else low + 1
 
 
-def svg(curves: list[Curve], x_label: str, y_label: str, log: bool = False, marks=()) -> str:
-    """The curves with axes, and a legend below them. log: of y; marks: x of vertical gray lines.
+def svg(curves: list[Curve], x_label: str, y_label: str, log: bool = False, marks=(),
+        zero: bool = True) -> str:
+    """The curves with axes, and a legend below them. log: of y; marks: x of vertical gray lines;
+    zero: both axes begin at 0.
 
     A y that is None, not finite, or not positive under log is left out.
     """
@@ -60,8 +63,8 @@ def svg(curves: list[Curve], x_label: str, y_label: str, log: bool = False, mark
     points = [[(x, y) for x, y in zip(c.x, c.y) if drawable(y)] for c in curves]
     if not any(points):
         return "<p>There is nothing to draw yet.</p>"
-    x_low, x_high = span([x for part in points for x, _ in part], False)
-    y_low, y_high = span([y for part in points for _, y in part], log)
+    x_low, x_high = span([x for part in points for x, _ in part], False, zero)
+    y_low, y_high = span([y for part in points for _, y in part], log, zero)
     scale = math.log10 if log else float
 
     def place(x, y) -> tuple[float, float]:
@@ -99,6 +102,9 @@ def svg(curves: list[Curve], x_label: str, y_label: str, log: bool = False, mark
         if len(part) <= DOTS:
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{curve.color}"/>'
                       for x, y in places]
+        for (x, y), half in zip(part, curve.spread or ()):
+            (across, low), (_, high) = place(x, y - half), place(x, y + half)
+            parts.append(line(across, low, across, high, curve.color))
         stroke = f'stroke="{curve.color}" stroke-width="2"'
         stroke += ' stroke-dasharray="6 4"' if curve.dashed else ""
         y = HEIGHT + LINE * k + 8

@@ -100,7 +100,8 @@ SMALLER = {  # program: what is put behind its flags
     "experiments/grain.py": "--quick --arms entropy d2it-4+2".split(),
     "experiments/order.py": ("--quick --arms titok nativetok-hnt --budget 20 --generator_steps 1 "
                              "--num_samples 20").split(),
-    "experiments/flow.py": "--judge_steps 5 --num_samples 20 --scales 1 --brief".split(),
+    "experiments/judge.py": ["--steps", "1"],
+    "experiments/flow.py": "--num_samples 20 --scales 1 --brief".split(),
     "experiments/pca.py": ["--image_size", "8"],
     "d2it/explain.py": ["--images", "2"],
     "tests/fuzz.py": ["--count", "2"],

@@ -12,7 +12,9 @@ from PIL import Image
 
 import explain
 from config import CONFIGS, TokenizerConfig
+from evaluation import interactive
 from evaluation.intervention import interventions
+from flow_decoder import Decoding
 from generator import Generator
 from helpers import called, turned_away
 from nativetok import NativeTok, doubling
@@ -96,12 +98,23 @@ def cells_of(path, columns: int) -> np.ndarray:
     return np.stack([np.stack([sheet[y:y + 64:2, x:x + 64:2] for x in lefts]) for y in tops])
 
 
-def test_the_last_column_of_the_token_picture_is_the_reconstruction(small_run, page):
+@pytest.mark.parametrize("flags, told", [((), True), (("--flow_steps", 2), True),
+                                         (("--decoder", "mean"), False)])
+def test_the_last_column_of_the_token_picture_is_what_the_decoder_makes_of_all_tokens(
+        flags, told, small_run, page, tmp_path):
+    out = tmp_path / "page" if flags else page[0]
+    if flags:
+        code, _, err = command(small_run, *flags, out=out)
+        assert code == 0, err
     model = NativeTok.of_run(str(small_run), torch.device("cpu"))
     pixels, _ = explain.held_out(open_run(str(small_run), CONFIGS))
-    recon = explain.decode(model, model.encode(to_float(pixels[:3]))).numpy()
-    shown = cells_of(page[0] / "tokens.png", 1 + len(doubling(model.num_tokens)))
-    assert np.abs(shown[:, -1] - recon).max() <= 1
+    draw = Decoding.of_run(str(small_run), model, "flow" if told else "mean",
+                           2 if "--flow_steps" in flags else None)
+    right = interactive.drawn(draw, model.encode(to_float(pixels[:3]))).numpy()
+    shown = cells_of(out / "tokens.png", 1 + len(doubling(model.num_tokens)))
+    assert np.abs(shown[:, -1] - right).max() <= 1
+    text = (out / "index.html").read_text(encoding="utf-8")
+    assert ("drawn by the flow decoder" in text) == told
 
 
 @pytest.mark.parametrize("tokenizer, silent", [

@@ -205,6 +205,13 @@ def test_what_the_flow_decoder_gains_is_what_its_result_file_says():
     assert f"FD {next(whole[key] for key in whole if key.startswith('fd_tiny')):.2f}" in text
 
 
+def test_the_judge_of_photographs_is_right_as_often_as_its_page_says():
+    made, text = results("judge"), section("How good is it?").replace("\n", " ")
+    assert made["judge_accuracy"] >= 0.85 and made["held_out"] == 10000
+    assert f"right on {made['judge_accuracy']:.2%} of the 10,000 test images" in text
+    assert f"after {made['minutes']} minutes of two cores" in text and made["command"] in text
+
+
 def test_the_table_of_controls_is_that_of_its_result_file():
     made, text = results("demo-controls"), section("How good is it?")
     head = [cell.strip() for cell in re.search(r"^\|.*$", text, flags=re.M)[0].split("|")]

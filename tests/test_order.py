@@ -95,6 +95,19 @@ def test_all_arms_take_the_same_steps_and_differ_only_where_they_should():
     assert len(shared) == 1
 
 
+@pytest.mark.parametrize("tokens, schedule", [(6, (4, 6)), (16, (4, 8, 16)), (20, (4, 8, 16, 20))])
+def test_an_arm_at_another_length_has_the_same_budget_and_the_same_size(tokens, schedule):
+    args, sizes = order.parse(["--budget", "999", "--tokens", str(tokens)]), []
+    for arm in ("titok", "nativetok-joint", "nativetok-hnt"):
+        settings, parameters, target = order.settings_of(arm, args, tokens)
+        made = config.parse_run("", order.train_flags(settings, 0, args, "nowhere"))
+        steps = sum(phase.steps for phase in order.train.phases(made.tok, made.train))
+        assert steps == 999 and made.tok.num_tokens == tokens
+        assert made.tok.token_schedule == (schedule if order.ARMS[arm].grown else (tokens,))
+        sizes.append(parameters)
+    assert max(sizes) / min(sizes) < 1.1 and target == sizes[1]
+
+
 def changed_tokenizer(change=as_it_is) -> NativeTok:
     torch.manual_seed(0)
     model = change(NativeTok(config.TokenizerConfig(
@@ -229,7 +242,7 @@ def test_guidance_is_chosen_on_other_samples_than_are_reported(best, monkeypatch
     def judged(kind, noise, cfg_scale):
         fd = abs(cfg_scale - (best if noise != 7 else 100))
         return {"name": kind, "cfg_scale": cfg_scale, "seed": noise, "fd_tinycnn_x": fd}
-    rows = order.sample_rows(judged, 7)
+    rows = order.sample_rows(judged, ("ar", "maskgit"), 7)
     assert 7 not in {row["seed"] for row in rows["tried"]}
     for kind in ("ar", "maskgit"):
         tried = [row["cfg_scale"] for row in rows["tried"] if row["name"] == kind]
@@ -254,6 +267,26 @@ def test_both_tables_have_one_row_per_arm_and_figures_a_curve(out):
         assert drawing.startswith("<svg xmlns=") and drawing.count("<polyline") == len(TRIED)
 
 
+def test_an_arm_at_several_lengths_is_a_curve(out, results, tmp_path):
+    """Lengths 4 and 8 of one arm; and no column of a generator that learned nothing."""
+    made = results["nativetok-hnt"]
+    made["samples"], made["tried"] = ([row for row in made[key] if row["name"] == "ar"]
+                                      for key in ("samples", "tried"))
+    for tokens, seed, bits in ((4, 0, 20.0), (4, 1, 22.0), (8, 0, 30.0)):
+        result = {**made, "seed": seed, "ar_bits_total": bits, "psnr": 10 + bits / 10}
+        (tmp_path / f"nativetok-hnt-{tokens}-{seed}.json").write_text(json.dumps(result))
+    good(order, "--table", "--out", tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "| nativetok-hnt, 4 tokens | 2 | 12.10 ± 0.14 |" in text and "MaskGIT" not in text
+    for name in ("psnr.svg", "fd.svg"):
+        drawing = (tmp_path / name).read_text()
+        assert drawing.count("<polyline") == 1 and drawing.count("<circle") == 2
+    curve, = order_table.by_price(order_table.read_results(str(tmp_path), order.ARMS), "PSNR, dB",
+                                  [])
+    assert (curve.x, curve.y) == ([21.0, 30.0], pytest.approx([12.1, 13.0]))
+    assert curve.spread == pytest.approx([0.1414, 0], abs=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------
 # going on
 
@@ -275,8 +308,8 @@ def test_the_yardstick_gets_an_eighth_to_all_of_the_tokens_bits(tmp_path):
     written = (tmp_path / "pca.json").read_bytes()
     made = json.loads(written)
     bits, psnr = zip(*made["bits_and_psnr"])
-    assert bits == (5, 10, 20, 40) and list(psnr) == sorted(set(psnr))
-    assert "--bits 5 10 20 40" in made["pca_command"] and made["commit"]
+    assert bits == (5, 10, 15, 20, 25, 30, 35, 40) and list(psnr) == sorted(set(psnr))
+    assert "--bits 5 10 15 20" in made["pca_command"] and made["commit"]
     order.make_pca(args, None, None)
     assert (tmp_path / "pca.json").read_bytes() == written
 

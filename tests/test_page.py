@@ -28,7 +28,8 @@ SAID = """read.NAME = {lost: number("lost"), recovered: number("recovered"),
 def made(small_run, tmp_path_factory):
     """The page, its tokenizer, its AR model, the held-out images, their labels and ids."""
     out = tmp_path_factory.mktemp("page")
-    code, _, err = called(explain, "--run", small_run, "--images", 3, "--out", out)
+    code, _, err = called(explain, "--run", small_run, "--images", 3, "--out", out,
+                          "--decoder", "mean")
     assert code == 0, err
     model = NativeTok.of_run(str(small_run), CPU)
     ar = Generator.of_run(str(small_run), "ar", model, CPU)

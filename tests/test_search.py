@@ -1,14 +1,20 @@
 """experiments/search.py: no image gets worse, each choice is the best of those tried, later experts
 answer."""
 import json
+import math
+import shutil
+import signal
 
 import pytest
 import torch
 from helpers import refused
 from test_intervention import stripes, tokenizer
 
+from config import GeneratorConfig
 from experiments import search
+from generator import ARGenerator, Generator
 from losses import mse
+from nativetok import NativeTok
 from plumbing.images import to_float
 
 K = 16  # codes of that tokenizer
@@ -81,6 +87,52 @@ def test_a_run_from_the_command_line(small_run, tmp_path, capsys):
     assert all(row["psnr"] >= rows[0]["psnr"] for row in rows)
     assert capsys.readouterr().out == f"20 held-out images\n{search.table(rows)}"
     refused(search.main, search.parse(["--run", str(small_run), "--nearest", "999"]), names=["999"])
+
+
+# ------------------------------------------------------------------------------------------------
+# bits with a price
+
+def test_so_many_bits_are_worth_one_dB():
+    """Near the error that the price is made for: 53 bits, what 1/1000 dB changes it by, times 1000.
+    """
+    torch.manual_seed(0)
+    ids = torch.randint(16, (2, 8))
+    ar = ARGenerator(GeneratorConfig(generator_width=32, generator_depth=1, generator_heads=2), 8,
+                     16, 3).eval()
+    with torch.no_grad():  # "no class" is the label after the last class
+        bits = 8 * ar.loss(ids[:1], torch.tensor([3]))[0].item() / math.log(2)
+    error = 0.04
+    a_dB = 1000 * (error - error * 10 ** -1e-4)
+    price = search.price_of_bits(ar, error, 53.0)
+    assert price(ids)[0].item() == pytest.approx(bits / 53 * a_dB, rel=1e-3)
+    assert search.price_of_bits(ar, error, math.inf)(ids).tolist() == [0, 0]
+
+
+def test_what_is_kept_is_the_cheapest_of_error_and_price(model, images):
+    """A price of each other code: with a small one both count, with a great one only it does."""
+    plain = search.search(model, images, 3)
+    def price(ids):
+        return (ids % 2).sum(dim=1).double()
+    some = search.search(model, images, 3, price=lambda ids: 0.002 * price(ids))
+    only = search.search(model, images, 3, price=lambda ids: 1e3 * price(ids))
+    assert price(plain).mean() > price(some).mean() > price(only).mean()
+    errors = [search.errors(model, ids, images).mean() for ids in (plain, some, only)]
+    assert errors == sorted(errors)
+
+
+def test_a_price_from_the_command_line(small_run, tmp_path, capsys):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    out = tmp_path / "search.json"
+    before = signal.getsignal(signal.SIGTERM)
+    search.main(search.parse(["--run", str(run), "--nearest", "2", "--num_images", "20",
+                              "--bits_a_db", "1e9", "1", "--json", str(out)]))
+    assert signal.getsignal(signal.SIGTERM) == before
+    plain, free, dear = json.loads(out.read_text())["rows"]
+    assert free["psnr"] >= plain["psnr"] and free["psnr"] > dear["psnr"]
+    assert free["bits_before"] > dear["bits_before"] and dear["bits_after"] > 0
+    assert (tmp_path / "run-price-1" / "generator-ar.pt").exists()
+    refused(Generator.of_run, str(tmp_path / "run-price-1"), "ar",
+            NativeTok.load(str(run / "tokenizer.pt")), torch.device("cpu"), names=["another"])
 
 
 def test_a_baselines_tokens_are_held(images, monkeypatch, capsys):

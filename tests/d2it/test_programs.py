@@ -23,18 +23,19 @@ PROGRAMS = {
     "experiments.grain": [([], "--out")],
     "experiments.record": [([*RUN, "--by", "me"], "--out")],
     "experiments.flow": [([*RUN, "--judge", "judge.pt"], "--out"), (RUN, "--pictures")],
+    "experiments.judge": [(["--data", "DATA", "--val_data", "DATA"], "--out")],
     "experiments.moving": [(RUN, "--out")],
     "experiments.tour": [([], "--out")],
     "experiments.speedrun": [(["--data", "DATA", "--val_data", "DATA"], "--out")],
 }
 CASES = [(program, words, flag) for program, uses in PROGRAMS.items() for words, flag in uses]
-FILES = ("experiments.record", "experiments.flow", "experiments.moving",
+FILES = ("experiments.record", "experiments.flow", "experiments.judge", "experiments.moving",
          "experiments.tour")  # where --out is one
 WORK = ("sample.draw_samples", "d2it.sample.draw_samples", "plumbing.page.Page.grid",
         "eval_fid.judge", "eval_fid.extract", "experiments.search.search",
         "experiments.bench.Bench.seconds", "train.main",
         "d2it.train.main", "experiments.record.phases",
-        "d2it.train.train_dvae", "experiments.flow.train_judge",
+        "d2it.train.train_dvae", "experiments.flow.train_judge", "experiments.judge.learn",
         "experiments.flow.draw_pictures")
 
 
