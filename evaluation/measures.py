@@ -131,9 +131,6 @@ class InceptionScore:
 # ------------------------------------------------------------------------------------------------
 # precision and recall
 
-NEIGHBOURS, CHUNK = 3, 1000  # k [Kynkäänniemi et al.]; points whose distances lie in memory at once
-
-
 def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     """real (n, f), fake (m, f) -> precision, recall
 
@@ -144,17 +141,17 @@ def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     Theirs are VGG-16 features; ours are the caller's, so the numbers are comparable only within
     one network.
     """
-    k = NEIGHBOURS
+    k = 3
     need(min(len(real), len(fake)) > k, f"precision and recall take more than {k} images of each")
     real, fake = real.double(), fake.double()
 
     def radii(x):
         # k + 1: a point's nearest neighbour is itself
         return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, -1]
-                          for part in x.split(CHUNK)])
+                          for part in x.split(1000)])
 
     def inside(x, centres, reach):
-        hits = [(torch.cdist(part, centres) <= reach).any(dim=1) for part in x.split(CHUNK)]
+        hits = [(torch.cdist(part, centres) <= reach).any(dim=1) for part in x.split(1000)]
         return torch.cat(hits).double().mean().item()
     return inside(fake, real, radii(real)), inside(real, fake, radii(fake))
 

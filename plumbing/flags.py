@@ -73,14 +73,13 @@ CONSTANTS = {"commitment_weight": 0.25, "generator_beta2": 0.95, "generator_weig
              "generator_min_learning_rate": 1e-4,
              "label_dropout": 0.1, "perceptual_weight": 0.0, "adversarial_weight": 0.0,
              "adversarial_start": 20000, "adversarial_warmup": 1000}
-# Those that follow from others by now, and always had to agree with them.
-DERIVED = ("cell_size",)
 
 
 def without_constants(values: dict) -> dict:
-    """Field values by name, without those that no other value of was ever wanted."""
+    """Field values by name, without those that no other value of was ever wanted, and without
+    cell_size, which follows from dvae_mults and always had to agree with it."""
     return {name: value for name, value in values.items()
-            if CONSTANTS.get(name) != value and name not in DERIVED}
+            if CONSTANTS.get(name) != value and name != "cell_size"}
 
 
 def build(configs: tuple[type, ...], values: dict) -> tuple:

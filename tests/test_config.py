@@ -46,10 +46,6 @@ def as_flag(name: str, value) -> list[str]:
 # ------------------------------------------------------------------------------------------------
 # flags
 
-def test_the_three_configurations_share_no_name():
-    assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in CONFIGS)
-
-
 def test_every_setting_is_read_somewhere():
     """As an attribute, outside of the checks that each configuration makes of itself."""
     read = set()

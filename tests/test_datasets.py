@@ -301,15 +301,6 @@ def test_what_is_set_aside_from_images_that_come_twice_is_told(tmp_path, capsys)
     assert "so it holds them twice" in capsys.readouterr().err
 
 
-def test_another_split_of_the_same_images_shows(tmp_path):
-    root = str(folder_of(tmp_path / "set", 40))
-    learned, _ = datasets.train_and_val(root, "", 1000, 7)
-    again, held = datasets.train_and_val(root, "", 1000, 0)
-    paths = set(learned.keys["name"]) & set(held.keys["name"])
-    assert paths and datasets.seen_before(learned, held) == (len(paths), len(held))
-    assert datasets.seen_before(again, held) == (0, len(held))
-
-
 # ------------------------------------------------------------------------------------------------
 # names that are spelled in two ways
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import measures
 from evaluation.measures import (
     InceptionScore,
     Statistics,
@@ -153,8 +152,7 @@ def test_inception_score_in_pieces_equals_its_formula():
 # ------------------------------------------------------------------------------------------------
 # precision and recall
 
-def test_precision_and_recall_equal_the_plain_double_loop(monkeypatch):
-    monkeypatch.setattr(measures, "CHUNK", 7)
+def test_precision_and_recall_equal_the_plain_double_loop():
     rng = torch.Generator().manual_seed(0)
     real, fake = torch.randn(60, 5, generator=rng), torch.randn(50, 5, generator=rng) * 0.7 + 0.5
 
@@ -171,8 +169,9 @@ def test_precision_and_recall_equal_the_plain_double_loop(monkeypatch):
 
 def test_precision_and_recall_anchors():
     rng = torch.Generator().manual_seed(0)
-    real = torch.randn(200, 4, generator=rng)
-    assert precision_recall(real, real) == (1, 1)
+    many = torch.randn(1200, 4, generator=rng)  # more than whose distances are computed at once
+    assert precision_recall(many, many) == (1, 1)
+    real = many[:200]
     assert precision_recall(real, real + 100) == (0, 0)
     five = real[:5].repeat(40, 1) + 0.001 * torch.randn(200, 4, generator=rng)
     precision, recall = precision_recall(real, five)
