@@ -207,19 +207,6 @@ def test_a_checkpoint_alone_gives_the_same_ids_and_pictures_at_its_length(kind, 
     assert torch.equal(loaded.grow_to(6).encode(some_images())[:, :length], ids)
 
 
-def test_the_fingerprint_names_these_very_weights(tmp_path):
-    model = small()
-
-    def fingerprint():
-        save(model, tmp_path / "tokenizer.pt")
-        return NativeTok.load(tmp_path / "tokenizer.pt").fingerprint
-    first = fingerprint()
-    assert fingerprint() == first
-    with torch.no_grad():
-        model.mit.pos[0, 0] += 1
-    assert fingerprint() != first
-
-
 def test_another_kind_of_checkpoint_and_weights_of_another_size_are_refused(tmp_path):
     path, model = tmp_path / "tokenizer.pt", small().grow_to(4)
     checkpoint.save(path, {"kind": "ar"})

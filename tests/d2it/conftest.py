@@ -26,10 +26,9 @@ def training(data):
 def finished(tmp_path_factory, training):
     """Never change it; `run` is a copy."""
     folder = tmp_path_factory.mktemp("d2it-finished") / "run"
-    patch = pytest.MonkeyPatch()
-    patch.setattr(run_folder, "EVAL_IMAGES", 20)
-    training(folder)
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "EVAL_IMAGES", 20)
+        training(folder)
     return folder
 
 

@@ -35,7 +35,7 @@ WORK = ("sample.draw_samples", "d2it.sample.draw_samples", "plumbing.page.Page.g
         "eval_fid.judge", "eval_fid.extract", "experiments.search.search",
         "experiments.bench.Bench.seconds", "train.main",
         "d2it.train.main", "experiments.record.phases",
-        "d2it.train.train_dvae", "experiments.flow.train_judge", "experiments.judge.learn",
+        "d2it.train.train_dvae", "experiments.flow.tinycnn_nets", "experiments.judge.learn",
         "experiments.flow.draw_pictures")
 
 
