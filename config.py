@@ -223,8 +223,6 @@ class TrainConfig(RunConfig):
     generators: str = "both"  # which generators to train: ar, maskgit or both
     generator_batch_size: int = 256  # token sequences per step over all processes [LlamaGen]
     generator_learning_rate: float = 1e-4  # peak learning rate [LlamaGen]
-    # learning rate at the end, at most the peak; LlamaGen keeps it constant [LlamaGen]
-    generator_min_learning_rate: float = 1e-4
     generator_warmup_steps: int = 1000  # steps until the learning rate has reached its peak [ours]
     generator_steps: int = 500000  # steps of each generator [MaskGIT]
     # stage 4: the flow decoder
@@ -240,19 +238,17 @@ class TrainConfig(RunConfig):
         sizes(self, "generator_batch_size")
         at_least_one(self, "base_steps", "grow_steps", "finetune_steps", "generator_steps")
         not_negative(self, "learning_rate", "codebook_rate",
-                     "generator_learning_rate", "generator_min_learning_rate",
-                     "generator_warmup_steps", "reseed_every", "flow_decoder_steps",
-                     "flow_decoder_learning_rate")
+                     "generator_learning_rate", "generator_warmup_steps", "reseed_every",
+                     "flow_decoder_steps", "flow_decoder_learning_rate")
         need(0 <= self.continuous_steps < self.base_steps,
              f"continuous_steps {self.continuous_steps} must leave quantized steps in base_steps "
              f"{self.base_steps}")
 
     @property
     def generator(self) -> Optim:
-        """How each generator learns; AdamW's second decay and weight decay are LlamaGen's."""
+        """How each generator learns; its last rate and AdamW's two decays are LlamaGen's."""
         return Optim(self.generator_batch_size, self.generator_steps, self.generator_learning_rate,
-                     self.generator_min_learning_rate, self.generator_warmup_steps,
-                     beta2=0.95, weight_decay=0.05)
+                     1e-4, self.generator_warmup_steps, beta2=0.95, weight_decay=0.05)
 
     @property
     def generator_kinds(self) -> tuple[str, ...]:
@@ -274,8 +270,8 @@ SMALL = dict(
     decoder_width=128, decoder_depth=1, decoder_heads=4, decoder_reads="linear", decoder_overlap=2,
     optimizer="muon", batch_size=64, learning_rate=3e-3, min_learning_rate=1.5e-4,
     warmup_steps=20, beta2=0.99, ema_decay=0.99, reseed_every=50,
-    generator_heads=4, generator_learning_rate=1e-3, generator_min_learning_rate=1e-4,
-    generator_warmup_steps=20, flow_decoder_width=160, flow_decoder_depth=4, flow_decoder_heads=5,
+    generator_heads=4, generator_learning_rate=1e-3, generator_warmup_steps=20,
+    flow_decoder_width=160, flow_decoder_depth=4, flow_decoder_heads=5,
     flow_decoder_patch_size=4, flow_decoder_learning_rate=2e-3)
 PRESETS = {
     "tiny": dict(  # the built-in shapes, stages 1 to 3 in minutes on a CPU

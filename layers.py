@@ -184,12 +184,12 @@ class ViTBlock(nn.Module):
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in float32 or better [LLaMA]."""
 
-    def __init__(self, width: int, eps: float = 1e-5):
+    def __init__(self, width: int):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x_hat = F.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps)
+        x_hat = F.rms_norm(at_least_float32(x), x.shape[-1:], eps=1e-5)
         return (x_hat * self.weight).type_as(x)
 
 

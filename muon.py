@@ -86,6 +86,7 @@ def whole_float32(device: torch.device):
         torch.set_float32_matmul_precision(before)
 
 
+MOMENTUM = 0.95  # b [Jordan]
 MUON, ADAMW = ("momentum",), ("exp_avg", "exp_avg_sq", "step")  # what is kept for a parameter
 
 
@@ -96,8 +97,8 @@ class Muon:
     imports torch's compiler, about 3 s at every start [ours: measured].
     """
 
-    def __init__(self, groups: list[dict], momentum=0.95, betas=(0.9, 0.999)):
-        defaults = dict(lr=0.0, matrices=1, momentum=momentum, betas=betas, weight_decay=0.0)
+    def __init__(self, groups: list[dict], betas=(0.9, 0.999)):
+        defaults = dict(lr=0.0, matrices=1, betas=betas, weight_decay=0.0)
         self.param_groups = [{**defaults, **g, "params": list(g["params"])} for g in groups]
         self.state = {}  # parameter -> {name: tensor}
 
@@ -152,10 +153,10 @@ class Muon:
             group.update({name: value for name, value in old.items() if name != "params"})
 
     def muon(self, params: list[nn.Parameter], group: dict) -> None:
-        b, (m,) = group["momentum"], self.states(params, *MUON)
-        torch._foreach_lerp_(m, [p.grad for p in params], 1 - b)
+        m, = self.states(params, *MUON)
+        torch._foreach_lerp_(m, [p.grad for p in params], 1 - MOMENTUM)
         same = {}  # (rows, columns) -> [(W, u)], as stacks
-        for p, u in zip(params, torch._foreach_lerp([p.grad for p in params], m, b)):
+        for p, u in zip(params, torch._foreach_lerp([p.grad for p in params], m, MOMENTUM)):
             w, u = (t if t.ndim == 3 else t.unflatten(0, (group["matrices"], -1)) for t in (p, u))
             same.setdefault(u.shape[1:], []).append((w, u))
         for (rows, columns), pairs in same.items():

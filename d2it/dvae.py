@@ -246,7 +246,9 @@ class DVAE(ExactBuffers):
 
 
 def fingerprint(model: DVAE) -> str:
-    return checkpoint.fingerprint(model.state_dict(), as_dict(model.cfg))
+    # The cell's size was a setting once, and what was trained then knows its DVAE by this.
+    settings = {**as_dict(model.cfg), "cell_size": model.cfg.cell_size}
+    return checkpoint.fingerprint(model.state_dict(), settings)
 
 
 def kl(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -175,9 +175,9 @@ def painted(pixels: Tensor, grain: Tensor) -> Tensor:
     return (0.6 * pixels.float() + 0.4 * tint).to(torch.uint8)
 
 
-def heat(scores: Tensor, side: int, low: float = 2.355, high: float = 4.5) -> Tensor:
-    """Entropies (B, n, n) as gray images uint8 (B, side, side, 3): black is flat, white is full."""
-    level = (255 * (scores - low) / (high - low)).clamp(0, 255).to(torch.uint8).cpu()
+def heat(scores: Tensor, side: int) -> Tensor:
+    """Entropies (B, n, n) as gray images uint8 (B, side, side, 3): flat is black, 4.5 white."""
+    level = (255 * (scores - 2.355) / (4.5 - 2.355)).clamp(0, 255).to(torch.uint8).cpu()
     S = side // level.shape[1]
     level = level.repeat_interleave(S, dim=1).repeat_interleave(S, dim=2)
     return level[..., None].expand(-1, -1, -1, 3)

@@ -25,27 +25,27 @@ def norm_groups(width: int) -> int:
 @dataclass(frozen=True)
 class DVAEConfig:
     image_size: int = 256  # side of the square images, in pixels
-    cell_size: int = 16  # side of a cell, in pixels; a fine code stands for a quarter of it [paper]
     grain_ratio: float = 0.5  # share of the training images' cells that are to be fine [DQ-VAE]
     grain_policy: str = "entropy"  # entropy [paper]; none or all: coarse, fine
     code_dim: int = 4  # numbers in a code [LDM]
     dvae_width: int = 128  # channels at full resolution [DQ-VAE]
-    dvae_mults: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels / dvae_width, by halving [DQ-VAE]
+    # channels / dvae_width; each but the first halves, down to one coarse code: four halvings make
+    # cells of 16 pixels, as in the paper [DQ-VAE]
+    dvae_mults: tuple[int, ...] = (1, 1, 2, 2, 4)
     dvae_blocks: int = 2  # residual blocks a level; the decoder has one more [DQ-VAE]
     kl_weight: float = 1e-4  # weight of the KL divergence, in nats per number of a code [ours]
 
     def __post_init__(self):
         choose("grain_policy", self.grain_policy, POLICIES)
         sizes(self, "image_size", most=2 ** 14)
-        sizes(self, "cell_size", "code_dim", "dvae_width")
+        sizes(self, "code_dim", "dvae_width")
         sizes(self, "dvae_blocks", most=1000)
         shares(self, "grain_ratio")
         not_negative(self, "kl_weight")
         cell, mults = self.cell_size, " ".join(map(str, self.dvae_mults))
         need(min(self.dvae_mults, default=0) >= 1, f"dvae_mults {mults} must be 1 or above")
-        halved = 2 ** (len(self.dvae_mults) - 1)
-        need(cell == halved >= 4, f"cell_size {cell} does not fit dvae_mults {mults}, whose "
-             f"halvings make cells of {halved}; try --cell_size {max(4, halved)}")
+        need(cell >= 4, f"dvae_mults {mults} make cells of {cell} pixels, which cannot be halved "
+             "twice; give three numbers or more")
         widest = max(self.dvae_mults) * self.dvae_width
         need(widest <= 2 ** 20, f"dvae_width {self.dvae_width} by dvae_mults {mults} makes "
              f"{widest:,} channels; give less")
@@ -56,12 +56,17 @@ class DVAEConfig:
         below = self.image_size // cell * cell
         options = " or ".join(str(s) for s in (below, below + cell) if s)
         need(self.image_size % cell == 0,
-             f"image_size {self.image_size} is not a multiple of cell_size {cell}; try {options}")
+             f"image_size {self.image_size} is not a multiple of {cell}, the side of a cell "
+             f"(dvae_mults {mults}); try {options}")
 
     def normed(self, width: int) -> bool:
         """Can all levels of a DVAE of this width be normed in equal groups?"""
         levels = [mult * width for mult in self.dvae_mults]
         return width % 4 == 0 and not any(level % norm_groups(level) for level in levels)
+
+    @property
+    def cell_size(self) -> int:  # S, pixels on a side; a fine code stands for a quarter of a cell
+        return 2 ** (len(self.dvae_mults) - 1)
 
     @property
     def side(self) -> int:  # n, cells on a side
@@ -120,7 +125,7 @@ CONFIGS = (DVAEConfig, ContentConfig, TrainConfig)
 # though class and places are settled there. After 850 steps on the shapes 99% of the samples show
 # their class, on DiT's path 71%.
 SMALL = dict(
-    image_size=32, cell_size=8, dvae_width=16, dvae_mults=(1, 2, 2, 4), dvae_blocks=1,
+    image_size=32, dvae_width=16, dvae_mults=(1, 2, 2, 4), dvae_blocks=1,
     content_width=128, content_depth=4, refine_depth=2, content_heads=4, path="flow",
     grain_width=96, grain_depth=3, grain_heads=6, beta2=0.99, weight_decay=0.0,
     optimizer="muon", batch_size=32, warmup_steps=50, ema_decay=0.995,

@@ -225,9 +225,9 @@ def finished(ar: ARGenerator, labels: Tensor, begun: Tensor, scale: float,
     return ids
 
 
-def write(page: Page, draw: Decoding, ar: ARGenerator, label: int = 0) -> None:
+def write(page: Page, draw: Decoding, ar: ARGenerator) -> None:
     """A tree: {"id", "p", "tile", "next": [...]}, at its leaves "last", the tile of a sample."""
-    device, scale = ar.position.device, GUIDANCE
+    device, scale, label = ar.position.device, GUIDANCE, 0
     depth, choices = min(DEPTH, ar.num_tokens), min(CHOICES, ar.codebook_size)
     begun, layer = torch.empty(1, 0, dtype=torch.long, device=device), [{}]
     root = layer[0]

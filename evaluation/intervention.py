@@ -37,10 +37,10 @@ def errors(tokenizer: NativeTok, ids: Tensor, images: Tensor) -> Tensor:
     return mse(to_float(to_uint8(tokenizer.decode(ids))), images).double()
 
 
-def interventions(tokenizer: NativeTok, pixels: Tensor, shift: int = 1) -> list[dict]:
+def interventions(tokenizer: NativeTok, pixels: Tensor) -> list[dict]:
     """uint8 images (n, H, W, 3) in mixed order -> for each position what forcing does to them.
 
-    Image k gets the token of image k - shift. PSNR is that of the mean squared error of all images
+    Image k gets the token of image k - 1. PSNR is that of the mean squared error of all images
     in 8-bit RGB.
 
     original, broken, answered   dB of the reconstruction; with token i replaced; with later tokens
@@ -52,7 +52,7 @@ def interventions(tokenizer: NativeTok, pixels: Tensor, shift: int = 1) -> list[
     device = tokenizer.quantizer.codebook.device
     batches = [to_float(part.to(device)) for part in pixels.split(BATCH)]
     ids = [tokenizer.encode(images) for images in batches]
-    others = torch.cat(ids).roll(shift, dims=0).split(BATCH)
+    others = torch.cat(ids).roll(1, dims=0).split(BATCH)
 
     original = torch.cat([errors(tokenizer, own, images) for images, own in zip(batches, ids)])
     rows = []

@@ -91,6 +91,9 @@ def frechet_from_features(x: np.ndarray, y: np.ndarray) -> float:
 # ------------------------------------------------------------------------------------------------
 # Inception Score
 
+SPLITS = 10  # for the mean and deviation that papers print
+
+
 class InceptionScore:
     """exp(mean over images of KL(p(y|x) || p(y))), for n images in all.
 
@@ -98,12 +101,12 @@ class InceptionScore:
     P the mean of p, so two sums per split are enough.
     """
 
-    def __init__(self, n: int, classes: int, splits: int = 10):
-        self.n, self.p, self.plogp = n, np.zeros((splits, classes)), np.zeros(splits)
-        self.count = np.zeros(splits, np.int64)
+    def __init__(self, n: int, classes: int):
+        self.n, self.p, self.plogp = n, np.zeros((SPLITS, classes)), np.zeros(SPLITS)
+        self.count = np.zeros(SPLITS, np.int64)
 
     def add(self, logits: Tensor, first: int) -> None:
-        """logits (m, C) of images first, first + 1, ...; image i is of split i * splits // n."""
+        """logits (m, C) of images first, first + 1, ...; image i is of split i * SPLITS // n."""
         logp = logits.cpu().double().log_softmax(dim=1).numpy()  # an Apple GPU has no float64
         split = (first + np.arange(len(logp))) * len(self.p) // self.n
         np.add.at(self.p, split, np.exp(logp))
@@ -128,8 +131,7 @@ class InceptionScore:
 # ------------------------------------------------------------------------------------------------
 # precision and recall
 
-def precision_recall(real: Tensor, fake: Tensor, k: int = 3,
-                     chunk: int = 1000) -> tuple[float, float]:
+def precision_recall(real: Tensor, fake: Tensor) -> tuple[float, float]:
     """real (n, f), fake (m, f) -> precision, recall
 
     [Kynkäänniemi et al. 2019, arXiv 1904.06991, k = 3]. A set's manifold is the union of balls
@@ -139,16 +141,17 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3,
     Theirs are VGG-16 features; ours are the caller's, so the numbers are comparable only within
     one network.
     """
+    k = 3
     need(min(len(real), len(fake)) > k, f"precision and recall take more than {k} images of each")
     real, fake = real.double(), fake.double()
 
     def radii(x):
         # k + 1: a point's nearest neighbour is itself
         return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, -1]
-                          for part in x.split(chunk)])
+                          for part in x.split(1000)])
 
     def inside(x, centres, reach):
-        hits = [(torch.cdist(part, centres) <= reach).any(dim=1) for part in x.split(chunk)]
+        hits = [(torch.cdist(part, centres) <= reach).any(dim=1) for part in x.split(1000)]
         return torch.cat(hits).double().mean().item()
     return inside(fake, real, radii(real)), inside(real, fake, radii(fake))
 

@@ -2,7 +2,7 @@
 
 Of a finished run with a flow decoder, each row by both decoders, against the run's held-out images:
 
-    reconstruction   from all tokens, by 4, 8, 12 and 24 steps; from 1, 2, 4 ... tokens
+    reconstruction   from all tokens, by 4, 8, 12, 24 and 48 steps; from 1, 2, 4 ... tokens
     ar, maskgit      samples, at each guidance of --scales
 
 PSNR and SSIM compare an image with itself: the mean must win there. The distances, precision and
@@ -166,7 +166,7 @@ def main() -> None:
                                   {"cfg_scale": scale}, how, procs.device))
     if args.brief:
         return
-    for steps in (4, 8, 24):
+    for steps in (4, 8, 24, 48):
         add_row(reconstruction(Decoding(tokenizer, flow, steps), originals, how, procs.device))
     for k in doubling(tokenizer.num_tokens)[:-1]:
         for decode in decodings:

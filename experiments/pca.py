@@ -30,13 +30,13 @@ def pixels(dataset: ImageSet, size: int, limit: int) -> np.ndarray:
     return np.concatenate(batches).astype(np.float32) / 127.5 - 1
 
 
-def lloyd(values: np.ndarray, levels: int, rounds: int = 30) -> np.ndarray:
+def lloyd(values: np.ndarray, levels: int) -> np.ndarray:
     """The `levels` numbers that represent `values` (n,) with the least squared error; sorted.
 
     Roughly: a fixed number of rounds of k-means, from quantiles on.
     """
     centres = np.quantile(values, (np.arange(levels) + 0.5) / levels)
-    for _ in range(rounds):
+    for _ in range(30):
         nearest = np.searchsorted((centres[1:] + centres[:-1]) / 2, values)
         total = np.bincount(nearest, values, levels)
         count = np.bincount(nearest, minlength=levels)

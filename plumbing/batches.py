@@ -239,13 +239,27 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-class ImageStream:
-    """Training batches without end: iterate for (images uint8 (b, S, S, 3), labels int64 (b,)).
+def shown(n: int, batch_size: int, seed: int, rank: int, world: int,
+          step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of n images a rank sees in a step -> int64 (b,) epochs, (b,) indices.
 
     The order is one endless row of positions. Position p is image permutation(epoch p // n)[p % n],
     and step s takes the positions from s * batch_size on, cut into one piece per rank. So neither
-    the number of ranks or workers nor a restart (start_step) changes which images a step sees, and
-    a data set may be smaller than a batch.
+    the number of ranks or workers nor a restart changes which images a step sees, and a data set
+    may be smaller than a batch.
+    """
+    share = batch_size // world
+    epochs, places = np.divmod(step * batch_size + rank * share + np.arange(share), n)
+    # of one epoch, or of several when it ends within the batch
+    parts = [permutation(n, seed, epoch)[places[epochs == epoch]]
+             for epoch in np.unique(epochs).tolist()]
+    return epochs, np.concatenate(parts)
+
+
+class ImageStream:
+    """Training batches without end: iterate for (images uint8 (b, S, S, 3), labels int64 (b,)).
+
+    The order is that of shown().
 
     batch_size   images per step over all ranks
     skip_bad     the next image stands in for an unreadable one; above 1% of the data set (and one)
@@ -267,17 +281,15 @@ class ImageStream:
         self.workers, self.skip_bad, self.timeout = workers, skip_bad, timeout
 
     def plan(self, step: int) -> list:
-        n, share = len(self.dataset), self.batch_size // self.world
-        first = step * self.batch_size + self.rank * share
-        batch = []
-        for position in range(first, first + share):
-            epoch, place = divmod(position, n)
-            index = int(permutation(n, self.seed, epoch)[place])
+        plan = []
+        epochs, indices = shown(len(self.dataset), self.batch_size, self.seed, self.rank,
+                                self.world, step)
+        for epoch, index in zip(epochs.tolist(), indices.tolist()):
             transform = functools.partial(augment, size=self.image_size,
                                           key=(self.seed, epoch, index),
                                           flip=self.flip, random_crop=self.random_crop)
-            batch.append((index, transform))
-        return batch
+            plan.append((index, transform))
+        return plan
 
     def __iter__(self):
         batch_bytes = self.batch_size // self.world * self.image_size ** 2 * 3

@@ -257,11 +257,11 @@ def tell_seen(learned: ImageSet, held: ImageSet, path: str, other: str) -> None:
 # ------------------------------------------------------------------------------------------------
 # classes
 
-def some_of(names, most: int = 5) -> str:
+def some_of(names) -> str:
     """a, b, c, d, e and 7 more"""
     names = sorted(names)
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return (", ".join(map(str, names[:most])) or "none") + more
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return (", ".join(map(str, names[:5])) or "none") + more
 
 
 def composed(name: str) -> str:

@@ -70,13 +70,16 @@ def choose(name: str, value: str, options) -> None:
 
 # Settings of older versions that are constants by now. A file that still names one means the same.
 CONSTANTS = {"commitment_weight": 0.25, "generator_beta2": 0.95, "generator_weight_decay": 0.05,
+             "generator_min_learning_rate": 1e-4,
              "label_dropout": 0.1, "perceptual_weight": 0.0, "adversarial_weight": 0.0,
              "adversarial_start": 20000, "adversarial_warmup": 1000}
 
 
 def without_constants(values: dict) -> dict:
-    """Field values by name, without those that no other value of was ever wanted."""
-    return {name: value for name, value in values.items() if CONSTANTS.get(name) != value}
+    """Field values by name, without those that no other value of was ever wanted, and without
+    cell_size, which follows from dvae_mults and always had to agree with it."""
+    return {name: value for name, value in values.items()
+            if CONSTANTS.get(name) != value and name != "cell_size"}
 
 
 def build(configs: tuple[type, ...], values: dict) -> tuple:

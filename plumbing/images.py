@@ -146,9 +146,9 @@ def decode(data: bytes, name: str, repair: str = MEND_IMAGE,
         return np.asarray(image.convert("RGB"))
 
 
-def read_image(path: str, repair: str = "give the path of an image file",
-               background: str = "white") -> np.ndarray:
+def read_image(path: str, background: str = "white") -> np.ndarray:
     """An image file -> uint8 (H, W, 3). Raises UserError that names the file."""
+    repair = "give the path of an image file"
     with explained(path, repair), open(path, "rb") as file:
         data = file.read()
     return decode(data, path, repair, background)

@@ -8,6 +8,7 @@ Out      ids (n, copies, L), labels (n,);  copies is 2 when training mirrors ima
 Try      python -m plumbing.tokens
 """
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plumbing import checkpoint
-from plumbing.batches import eval_batches, permutation
+from plumbing.batches import eval_batches, shown
 from plumbing.datasets import ImageSet
 from plumbing.flags import need
 from plumbing.processes import Processes
@@ -89,7 +90,7 @@ def chosen_copies(n: int, copies: int, seed: int, epoch: int) -> np.ndarray:
 class TokenStream:
     """Training batches without end: iterate for (ids int64 (b, L), labels int64 (b,)) of this rank.
 
-    The order is that of batches.ImageStream; which copy is taken depends on (seed, epoch, index).
+    The order is that of batches.shown(); which copy is taken depends on (seed, epoch, index).
     """
 
     def __init__(self, ids: np.ndarray, labels: np.ndarray, batch_size: int, seed: int,
@@ -100,18 +101,14 @@ class TokenStream:
         self.rank, self.world, self.start_step = rank, world, start_step
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        n, share, step = len(self.ids), self.batch_size // self.world, self.start_step
-        while True:
-            positions = step * self.batch_size + self.rank * share + np.arange(share)
-            epochs, places = np.divmod(positions, n)
-            picks = []  # of one epoch, or of several when it ends within the batch
-            for epoch in np.unique(epochs).tolist():
-                index = permutation(n, self.seed, epoch)[places[epochs == epoch]]
-                picks.append((index, chosen_copies(n, self.ids.shape[1], self.seed, epoch)[index]))
-            index, copy = np.concatenate(picks, axis=1)
+        n, copies = self.ids.shape[:2]
+        for step in itertools.count(self.start_step):
+            epochs, index = shown(n, self.batch_size, self.seed, self.rank, self.world, step)
+            parts = [chosen_copies(n, copies, self.seed, epoch)[index[epochs == epoch]]
+                     for epoch in np.unique(epochs).tolist()]
+            copy = np.concatenate(parts)
             ids = torch.from_numpy(self.ids[index, copy].astype(np.int64))
             yield ids, torch.from_numpy(self.labels[index])
-            step += 1
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ import signal
 import pytest
 import torch
 
-import config
-import train
-from helpers import SMALL, THREADS, held_shapes, some_shapes, train_shapes
+from helpers import THREADS, held_shapes, some_shapes, train_shapes
 from plumbing import run
+from plumbing.start import stop_signals
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -30,17 +29,11 @@ def one_thread():
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
     """A run of a few steps on 60 shapes: bad, but complete. Copy it before changing it."""
-    folder, before = tmp_path_factory.mktemp("small"), run.EVAL_IMAGES
-    data, run.EVAL_IMAGES = some_shapes(folder / "shapes.npz", 60), 20
-    val = held_shapes(folder / "held.npz")
-    try:
-        train.main(
-            config.parse_run(
-                "", [*SMALL, "--run", str(folder / "run"), "--data", data, "--val_data", val]
-            )
-        )
-    finally:
-        run.EVAL_IMAGES = before
+    folder = tmp_path_factory.mktemp("small")
+    data, val = some_shapes(folder / "shapes.npz", 60), held_shapes(folder / "held.npz")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "EVAL_IMAGES", 20)
+        train_shapes(folder / "run", data, "--val_data", val)
     return folder / "run"
 
 
@@ -48,9 +41,9 @@ def small_run(tmp_path_factory):
 def quick(monkeypatch):
     """Few held-out images, and the signal handlers as they were."""
     monkeypatch.setattr(run, "EVAL_IMAGES", 20)
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = {number: signal.getsignal(number) for number in stop_signals()}
     yield
-    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
+    for number, handler in before.items():
         signal.signal(number, handler)
 
 
@@ -63,8 +56,7 @@ def data(tmp_path_factory):
 def finished(tmp_path_factory, data):
     """A whole run of train.py on 60 shapes. Never change it."""
     folder = tmp_path_factory.mktemp("finished")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(run, "EVAL_IMAGES", 20)
-    train_shapes(folder, data)
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "EVAL_IMAGES", 20)
+        train_shapes(folder, data)
     return folder

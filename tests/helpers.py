@@ -176,6 +176,12 @@ def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All files below, but for a run's lock, which names its holder until that process ends."""
+    return {path: path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.name != ".lock"}
+
+
 def train_shapes(folder, data, *flags) -> None:
     """train.py in this process: the settings of SMALL, and these flags."""
     train.main(config.parse_run("", [*SMALL, "--run", str(folder), "--data", data, *flags]))

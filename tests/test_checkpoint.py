@@ -1,4 +1,5 @@
-"""Promises of checkpoint.py: what was saved comes back, whatever happens in between."""
+"""Promises of checkpoint.py: what was saved comes back, whatever happens in between; JSON beside it
+is whole or not there."""
 import os
 import random
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ended, names, program, refused, same_content, start_program
+from helpers import contents, ended, names, program, refused, same_content, start_program
 from muon import Muon
 from torch import nn
 
@@ -48,13 +49,6 @@ def test_what_was_saved_comes_back_with_types_and_bits(tmp_path):
     assert same_content(checkpoint.load(tmp_path / "x.pt"), {**saved, "model": dict(state)})
 
 
-def test_the_newest_two_are_kept_and_nothing_else(path):
-    checkpoint.save(path, content(3))
-    assert names(path.parent) == ["tokenizer.prev.pt", "tokenizer.pt"]
-    assert checkpoint.load(path)["step"] == 3
-    assert checkpoint.load(checkpoint.previous(path))["step"] == 2
-
-
 def test_nothing_to_load_is_one_clear_line(tmp_path):
     assert not checkpoint.exists(tmp_path / "x.pt")
     refused(checkpoint.load, tmp_path / "x.pt", names=["x.pt does not exist; train first"])
@@ -90,21 +84,6 @@ def test_a_torn_newest_falls_back_to_the_previous_with_a_warning(path, capsys):
         assert warning.endswith("using tokenizer.prev.pt instead\n")
 
 
-def flip(path: Path, whole: bytes, position: int, bit: int) -> None:
-    data = bytearray(whole)
-    data[position] ^= 1 << bit
-    path.write_bytes(data)
-
-
-def test_a_flipped_bit_in_the_weights_is_noticed(path, capsys):
-    whole = path.read_bytes()
-    begin = whole.index(content(2)["model"]["weight"].numpy().tobytes())
-    for position in (begin, begin + 1, begin + 700, begin + 50 * 7 * 4 - 1):
-        flip(path, whole, position, bit=position % 8)
-        assert same_content(checkpoint.load(path), content(1)), position
-        assert "altered" in capsys.readouterr().err
-
-
 def test_a_flipped_bit_anywhere_gives_a_good_checkpoint_or_the_one_before(path):
     whole = path.read_bytes()
     # 38 bytes into a directory entry are the attributes of the file
@@ -112,10 +91,14 @@ def test_a_flipped_bit_anywhere_gives_a_good_checkpoint_or_the_one_before(path):
         entry = whole.index(b"/data/0", archive.start_dir)
         attributes = whole.rindex(b"PK\1\2", archive.start_dir, entry) + 38
     anywhere = random.Random(0)
-    places = [(attributes + i, bit) for i in range(4) for bit in range(8)] + \
-             [(anywhere.randrange(len(whole)), anywhere.randrange(8)) for _ in range(150)]
+    weights = whole.index(content(2)["model"]["weight"].numpy().tobytes())
+    places = [(attributes + i, bit) for i in range(4) for bit in range(8)]
+    places += [(weights + i, i % 8) for i in (0, 1, 700, 50 * 7 * 4 - 1)]
+    places += [(anywhere.randrange(len(whole)), anywhere.randrange(8)) for _ in range(150)]
     for position, bit in places:
-        flip(path, whole, position, bit)
+        data = bytearray(whole)
+        data[position] ^= 1 << bit
+        path.write_bytes(data)
         found = checkpoint.load(path)
         assert same_content(found, content(1)) or same_content(found, content(2)), (position, bit)
 
@@ -169,7 +152,8 @@ def snapshots(monkeypatch, folder: Path, act) -> list[Path]:
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_at_every_instant_of_a_save_a_good_checkpoint_can_be_loaded(tmp_path, monkeypatch, damaged):
+def test_at_every_instant_of_a_save_a_good_checkpoint_can_be_loaded_and_two_are_kept(
+        tmp_path, monkeypatch, damaged):
     folder = tmp_path / "run"
     folder.mkdir()
     path = folder / "tokenizer.pt"
@@ -186,43 +170,9 @@ def test_at_every_instant_of_a_save_a_good_checkpoint_can_be_loaded(tmp_path, mo
         assert same_content(found, content(found["step"]))
         steps.append(found["step"])
     assert steps == sorted(steps) and steps[0] == (1 if damaged else 2) and steps[-1] == 3
-
-
-def test_a_damaged_newest_never_pushes_out_the_good_one_before_it(path):
-    os.truncate(path, 100)
-    checkpoint.save(path, content(3))
-    assert checkpoint.load(path)["step"] == 3
-    assert checkpoint.load(checkpoint.previous(path))["step"] == 1
-
-
-SAVE_AND_KILL = """
-import os, signal, sys, time, torch
-from plumbing import checkpoint
-for number, delay in enumerate((0.03, 0.08, 0.17)):
-    path = os.path.join(sys.argv[1], str(number), "x.pt")
-    os.mkdir(os.path.dirname(path))
-    child, step = os.fork(), 0
-    while child == 0:
-        step += 1
-        checkpoint.save(path, {"step": step, "weight": torch.full((400_000,), float(step))})
-    while not os.path.exists(path):
-        time.sleep(0.001)
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-"""
-
-
-@pytest.mark.faults
-def test_kill_9_in_the_middle_of_saving_leaves_a_good_checkpoint(tmp_path):
-    killer = program("-c", SAVE_AND_KILL, tmp_path)
-    assert killer.returncode == 0 and len(names(tmp_path)) == 3, killer.stderr
-    for folder in tmp_path.iterdir():
-        found = checkpoint.load(folder / "x.pt")
-        whole = torch.full((400_000,), float(found["step"]))
-        assert found["step"] >= 1 and torch.equal(found["weight"], whole)
-        checkpoint.sweep(folder)
-        assert set(names(folder)) <= {"x.pt", "x.prev.pt"}
+    assert names(folder) == ["tokenizer.prev.pt", "tokenizer.pt"]
+    kept = checkpoint.load(checkpoint.previous(path))["step"]
+    assert kept == (1 if damaged else 2), "a damaged one never pushes out the good one before it"
 
 
 FILL = """
@@ -243,13 +193,13 @@ print(*told, sep="\\n", flush=True)
 
 
 def test_a_full_disk_is_one_clear_line_and_the_old_checkpoints_stay(path):
-    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    before = contents(path.parent)
     filler = program("-c", FILL, path)
     lines = filler.stdout.splitlines()
     assert filler.returncode == 0 and len(lines) == 6, filler.stderr
     for line in lines:
         assert line.startswith(f"cannot write {path}: File too large; is the disk full")
-    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
+    assert contents(path.parent) == before
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(path):
@@ -300,3 +250,75 @@ def test_what_load_would_refuse_is_refused_by_save_with_the_way_to_it(path, odd,
     with pytest.raises(TypeError, match=rf"tokenizer\.pt: config\.list\.1 is a .*{kind}"):
         checkpoint.save(path, {"config": {"list": [0, odd]}})
     assert checkpoint.load(path)["step"] == 2
+
+
+# ------------------------------------------------------------------------------------------------
+# fingerprints and settings
+
+def test_a_fingerprint_changes_with_one_bit_one_name_one_shape_one_type_one_setting():
+    state = {"b": torch.arange(6.), "a": torch.ones(2, dtype=torch.bfloat16),
+             "step": torch.tensor(1)}
+    # b[2], the last bit
+    one_bit = {**state, "b": torch.nextafter(state["b"], torch.tensor([0., 0., 9., 3., 4., 5.]))}
+    prints = [checkpoint.fingerprint(s, *extra) for s, *extra in (
+        (state,), (one_bit,), ({**state, "b": state["b"].view(2, 3)},),
+        ({**state, "b": state["b"].view(torch.int32)},),
+        ({"c": state["b"], "a": state["a"], "step": state["step"]},),
+        ({**state, "step": torch.tensor(2)},),
+        (state, {"lr": 1}), (state, {"lr": 2}), (state, {"lr": 1}, {}))]
+    assert len(set(prints)) == len(prints)
+    # and not with the order of names or with how a tensor lies in memory
+    weight = torch.arange(6.).view(2, 3)
+    assert checkpoint.fingerprint(
+        {"x": weight, "y": torch.ones(4)}, {"p": 1, "q": 2}) == checkpoint.fingerprint(
+        {"y": torch.ones(1).expand(4), "x": weight.t().contiguous().t()}, {"q": 2, "p": 1})
+
+
+def test_changed_settings_are_refused_with_every_difference_shown():
+    checkpoint.check_same({"lr": 0.1, "seed": 0}, {"seed": 0, "lr": 0.1}, "the configuration")
+    refused(checkpoint.check_same, {"lr": 0.1, "seed": 0, "old": 1},
+            {"lr": 0.2, "seed": 0, "new": [2]}, "the configuration",
+            names=["the configuration changed (lr: 0.1 -> 0.2, old: 1 -> absent, "
+                   "new: absent -> [2])", "--run"])
+
+
+# ------------------------------------------------------------------------------------------------
+# JSON
+
+def test_a_log_is_trimmed_to_the_rows_that_are_kept_and_loses_its_torn_line(tmp_path):
+    log = tmp_path / "log.jsonl"
+    checkpoint.trim_jsonl(log, lambda row: True)  # no log yet
+    for step in range(4):
+        checkpoint.append_jsonl(log, {"step": step})
+    with open(log, "a") as file:
+        file.write('{"step": 4, "lo')
+    checkpoint.trim_jsonl(log, lambda row: row["step"] < 3)
+    checkpoint.append_jsonl(log, {"step": 3, "again": True})
+    assert log.read_text() == '{"step": 0}\n{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
+    assert names(tmp_path) == ["log.jsonl"]
+    before = log.stat()
+    checkpoint.trim_jsonl(log, lambda row: True)
+    assert log.stat().st_ino == before.st_ino, "nothing to trim, so nothing is written"
+
+
+@pytest.mark.parametrize("text, kept", [
+    ('{"step": 0}\n{"step": 1}', '{"step": 0}\n{"step": 1}\n'),  # only its end was lost
+    ('{"step": 0}\n{"st\n{"step": 2}\n', None)])
+def test_a_log_damaged_in_the_middle_is_refused_with_the_line(tmp_path, text, kept):
+    log = tmp_path / "log.jsonl"
+    log.write_text(text)
+    if kept is None:
+        refused(checkpoint.trim_jsonl, log, lambda row: True, names=["log.jsonl line 2"])
+    else:
+        checkpoint.trim_jsonl(log, lambda row: True)
+    assert log.read_text() == (kept or text)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "config.json"
+    checkpoint.write_json(file, {"a": [1, 2]})
+    with pytest.raises(TypeError):
+        checkpoint.write_json(file, {"a": object()})
+    assert checkpoint.read_json(file) == {"a": [1, 2]}
+    assert names(tmp_path) == ["config.json"]
+    refused(checkpoint.append_jsonl, tmp_path / "absent" / "log.jsonl", {}, names=["cannot write"])

@@ -11,8 +11,7 @@ import config
 from config import CONFIGS, PRESETS, RUN_ONLY, TokenizerConfig, load_preset, parse_run
 from d2it import presets
 from helpers import ROOT, refused
-from plumbing.flags import Parser, UserError, as_dict, build, need, read_run
-from plumbing.start import main_with_user_errors
+from plumbing.flags import Parser, UserError, as_dict, build, read_run
 
 FIELDS = {f.name: cls for cls in CONFIGS for f in dataclasses.fields(cls)}
 
@@ -46,10 +45,6 @@ def as_flag(name: str, value) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------
 # flags
-
-def test_the_three_configurations_share_no_name():
-    assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in CONFIGS)
-
 
 def test_every_setting_is_read_somewhere():
     """As an attribute, outside of the checks that each configuration makes of itself."""
@@ -114,15 +109,6 @@ def test_a_wrong_or_shortened_flag_stops_with_one_line_and_exit_code_2(line, cap
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("(see --help)\n")
 
 
-def test_a_user_error_becomes_one_line_and_exit_code_2_and_another_error_is_not_hidden(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main_with_user_errors(lambda: need(False, "give another --data"))
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: give another --data\n"
-    with pytest.raises(ZeroDivisionError):
-        main_with_user_errors(lambda: 1 // 0)
-
-
 def test_an_empty_value_is_refused_where_it_is_not_the_default():
     parser = Parser()
     parser.add_argument("--grain")
@@ -146,38 +132,32 @@ def test_a_patch_that_does_not_divide_suggests_sizes_that_do(image_size, patch_s
         TokenizerConfig(image_size=size, patch_size=patch_size)
 
 
-@pytest.mark.parametrize("schedule", [(32, 16), (8, 8), (4, 8, 6), (0, 4), (-4,), ()])
-def test_a_schedule_that_does_not_grow_is_refused(schedule):
-    with pytest.raises(UserError, match="token_schedule .* must grow"):
-        TokenizerConfig(token_schedule=schedule)
-    assert TokenizerConfig(token_schedule=(1, 2, 9)).num_tokens == 9
-
-
-@pytest.mark.parametrize("part, width, heads", [
-    ("encoder", 64, 3), ("expert", 64, 3), ("decoder", 64, 3), ("generator", 64, 3),
-    ("encoder", 66, 3), ("decoder", 66, 3),  # which hold positions: multiples of 4
-    ("generator", 12, 4)])  # rotary pairs
-def test_widths_that_heads_or_positions_do_not_fit_are_refused(part, width, heads):
-    names = f"{part}_width", f"{part}_heads"
-    with pytest.raises(UserError, match=f"{names[0]} {width}"):
-        build(CONFIGS, dict(zip(names, (width, heads))))
-    build(CONFIGS, dict(zip(names, (64, 4))))
-
-
 @pytest.mark.parametrize("wrong", [
+    *({"token_schedule": steps} for steps in ((32, 16), (8, 8), (4, 8, 6), (0, 4), (-4,), ())),
+    *({f"{part}_width": width, f"{part}_heads": heads} for part, width, heads in (
+        ("encoder", 64, 3), ("expert", 64, 3), ("decoder", 64, 3), ("generator", 64, 3),
+        ("encoder", 66, 3), ("decoder", 66, 3),  # which hold positions: multiples of 4
+        ("generator", 12, 4))),  # rotary pairs
     dict(tokenizer="vqgan"), dict(expert="mlp"), dict(generators="none"), dict(precision="fp16"),
     dict(tail_drop=1.5), dict(batch_size=0), dict(save_every=0),
     dict(beta2=1.0),  # the average would never move
     dict(base_steps=100, continuous_steps=100)])
 def test_a_value_out_of_range_is_refused_by_name(wrong):
-    with pytest.raises(UserError, match=next(iter(wrong))):
-        build(CONFIGS, wrong)
+    refused(build, CONFIGS, wrong, names=[next(iter(wrong))])
+
+
+def test_lengths_that_grow_and_widths_that_fit_are_taken():
+    build(CONFIGS, {"token_schedule": (1, 2, 9)})
+    for part in ("encoder", "expert", "decoder", "generator"):
+        build(CONFIGS, {f"{part}_width": 64, f"{part}_heads": 4})
 
 
 def test_a_setting_that_is_a_constant_by_now_is_read_where_it_had_this_value():
     assert build(CONFIGS, {"label_dropout": 0.1, "image_size": 32})[0].image_size == 32
     with pytest.raises(UserError, match="unknown setting label_dropout"):
         build(CONFIGS, {"label_dropout": 0.2})
+    same = {"generator_min_learning_rate": 1e-4, "cell_size": 8, "dvae_mults": [1, 2, 2, 4]}
+    assert build((*CONFIGS[:-1], presets.DVAEConfig), same)[-1].cell_size == 8
 
 
 def test_unknown_names_are_refused():

@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 
-from config import TrainConfig
 from helpers import PNG, folder_of, noise, packed, put, refused
 from plumbing import datasets
 from plumbing.shapes import HELD_OUT, TOTAL
@@ -237,10 +236,6 @@ def test_tiny_data_sets_still_have_a_held_out_image(tmp_path, capsys):
     assert np.array_equal(train.load(0), val.load(0)) and "single image" in capsys.readouterr().err
 
 
-def test_the_seed_that_sets_images_aside_is_never_negative():
-    refused(lambda: TrainConfig(seed=-1), names=["seed -1", "0 or above"])
-
-
 def test_given_held_out_images_must_have_the_same_classes_or_none(tmp_path):
     root = str(folder_of(tmp_path / "set", 4))
     same = str(folder_of(tmp_path / "same", 2, first=4))
@@ -304,15 +299,6 @@ def test_what_is_set_aside_from_images_that_come_twice_is_told(tmp_path, capsys)
         put(file.with_name(f"again-{k}.png"), file.read_bytes())
     datasets.train_and_val(str(root), "", 1000, 0)
     assert "so it holds them twice" in capsys.readouterr().err
-
-
-def test_another_split_of_the_same_images_shows(tmp_path):
-    root = str(folder_of(tmp_path / "set", 40))
-    learned, _ = datasets.train_and_val(root, "", 1000, 7)
-    again, held = datasets.train_and_val(root, "", 1000, 0)
-    paths = set(learned.keys["name"]) & set(held.keys["name"])
-    assert paths and datasets.seen_before(learned, held) == (len(paths), len(held))
-    assert datasets.seen_before(again, held) == (0, len(held))
 
 
 # ------------------------------------------------------------------------------------------------

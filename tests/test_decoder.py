@@ -2,7 +2,6 @@
 import dataclasses
 import itertools
 
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -97,11 +96,3 @@ def test_mask_token_n_paints_patch_n():
 def test_patches_differ_from_the_start_although_all_read_the_same_codes():
     patches = by_patch(small()(some_codes()))[0]
     assert torch.pdist(patches).min() > 0.01
-
-
-@pytest.mark.parametrize("k", [1, 5, 7])
-def test_a_prefix_teaches_only_the_positions_that_it_reaches(k):
-    decoder = small()
-    decoder.grow(7)
-    decoder(some_codes(7)[:, :k]).square().sum().backward()
-    assert decoder.code_pos[0].grad.any() and (k > 3) == bool(decoder.code_pos[1].grad.any())

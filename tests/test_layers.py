@@ -53,17 +53,6 @@ def test_patches_are_in_reading_order_and_hold_row_column_channel():
 # ------------------------------------------------------------------------------------------------
 # positions
 
-@pytest.mark.parametrize("side, width", [(4, 8), (16, 768)])
-def test_sincos_rows_have_one_norm_and_are_all_different(side, width):
-    rows = sincos_2d(side, width)
-    assert rows.shape == (side * side, width) and rows.dtype == torch.float32
-    norms = rows.norm(dim=1)
-    torch.testing.assert_close(norms, norms[:1].expand_as(norms))
-    assert norms[0] > 0.1 * math.sqrt(width), "unit scale beside a LayerNorm"
-    apart = torch.cdist(rows, rows) + 1e9 * torch.eye(len(rows))
-    assert apart.min() > 0.05 * norms[0]
-
-
 def test_the_nearest_sincos_rows_are_the_neighbouring_patches():
     rows = F.normalize(sincos_2d(4, 64), dim=1)
     place = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))  # (16, 2)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from helpers import PNG, ROOT, folder_of, names, refused, same, take
-from plumbing import batches, checkpoint, datasets, processes, start
+from plumbing import batches, checkpoint, datasets, processes
 from plumbing.batches import ImageStream
 from plumbing.processes import Processes
 
@@ -175,22 +175,6 @@ def test_a_workers_death_is_heard_while_a_batch_is_waited_for_and_at_no_other_mo
     worker.kill()
     worker.join()  # nothing is raised here
     refused(lambda: stream, names=["a data worker died"])
-
-
-def test_workers_are_started_without_what_windows_lacks(monkeypatch):
-    for name in ("SIGCHLD", "pthread_sigmask"):
-        monkeypatch.delattr(signal, name)
-    with batches.starting_workers():
-        pass
-
-
-@pytest.mark.parametrize("missing", [(), ("SIGHUP", "SIGUSR1")])
-def test_stop_signals_are_those_that_the_system_has(monkeypatch, missing):
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
-        monkeypatch.setattr(signal, name, name, raising=False)
-    for name in missing:
-        monkeypatch.delattr(signal, name)
-    assert len(start.stop_signals()) == 4 - len(missing)
 
 
 @pytest.mark.parametrize("there", [True, False])

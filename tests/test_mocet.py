@@ -111,8 +111,9 @@ def test_a_token_depends_on_every_earlier_code_and_on_no_later_one(form, depth):
 def test_experts_meet_only_through_the_codes(form, depth):
     """x_latent is read-only: what an expert did to it, the next one never sees."""
     mocet, quantizer = small(form, depth)
-    fixed = {i: i for i in range(SHORT)}
-    z = look(mocet, quantizer, replace=fixed)[3]
+    fixed, x_latent = {i: i for i in range(SHORT)}, some_latents()
+    z = look(mocet, quantizer, x_latent, fixed)[3]
+    assert torch.equal(x_latent, some_latents())
     for name, p in mocet.experts[0].named_parameters():
         if name != "pos":  # the place of a token belongs to what others read of it
             p += torch.randn_like(p)
@@ -144,19 +145,6 @@ def test_every_patch_reaches_every_token_directly(form, depth):
         other = some_latents()
         other[:, n] = other[:, n].flip(1)
         assert changed(look(mocet, quantizer, other, fixed)[3], z) == [True] * LONG
-
-
-@FORMS
-@torch.no_grad()
-def test_images_of_a_batch_do_not_meet_and_their_features_stay_as_they_are(form):
-    mocet, quantizer = small(form, 2)
-    x_latent = some_latents()
-    z_q, ids, _, _ = look(mocet, quantizer, x_latent)
-    for b in range(B):
-        one = look(mocet, quantizer, x_latent[b:b + 1])
-        assert torch.equal(one[1][0], ids[b])
-        torch.testing.assert_close(one[0][0], z_q[b])
-    assert torch.equal(x_latent, some_latents())
 
 
 # ------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def test_the_fast_form_is_the_readable_one(rows, columns):
     assert 0.6 < s.min() and s.max() < 1.3, "singular values come near one"
 
 
-def plain_step(w, g, lr, b):
+def plain_step(w, g, lr, b=0.95):
     """One step from rest on one matrix, as the formula says it."""
     u = b * (1 - b) * g + (1 - b) * g
     lying = u.T if u.shape[0] > u.shape[1] else u
@@ -47,7 +47,7 @@ def test_a_step_is_that_of_each_matrix_by_itself():
     shapes = ((8, 8), (8, 32), (32, 8), (5, 8, 16), (5, 16, 8))
     params, qkv = [nn.Parameter(torch.randn(s)) for s in shapes], nn.Parameter(torch.randn(24, 8))
     before = [p.detach().clone() for p in (*params, qkv)]
-    optimizer = Muon([dict(params=params, lr=0.1), dict(params=[qkv], lr=0.1, matrices=3)], 0.9)
+    optimizer = Muon([dict(params=params, lr=0.1), dict(params=[qkv], lr=0.1, matrices=3)])
     for p in (*params, qkv):
         p.grad = torch.randn_like(p)
     optimizer.step()
@@ -55,7 +55,7 @@ def test_a_step_is_that_of_each_matrix_by_itself():
         stacks = [t.view(3, 8, 8) if p is qkv else t if t.ndim == 3 else t[None]
                   for t in (p.detach(), old, p.grad)]
         for w, was, g in zip(*stacks):
-            torch.testing.assert_close(w, plain_step(was, g, 0.1, 0.9), rtol=0, atol=2e-5)
+            torch.testing.assert_close(w, plain_step(was, g, 0.1), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
@@ -64,7 +64,7 @@ def test_a_step_is_as_exact_under_autocast_and_with_coarse_products_allowed(devi
     torch.manual_seed(0)
     # Singular values over four decades: rounded to bfloat16 such a step would be noise.
     w, g = torch.randn(6, 32, 96), torch.randn(6, 32, 96) * torch.logspace(0, -4, 32)[:, None]
-    exact = torch.stack([plain_step(*pair, 0.1, 0.95) for pair in zip(w.double(), g.double())])
+    exact = torch.stack([plain_step(*pair, 0.1) for pair in zip(w.double(), g.double())])
     p = nn.Parameter(w.to(device, copy=True))
     p.grad, before = g.to(device), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")  # as bfloat16
@@ -178,33 +178,6 @@ def test_adamw_is_torchs():
             q.grad = p.grad.clone()
         a.step(), b.step()
     assert all(torch.equal(p, q) for p, q in zip(mine, theirs))
-
-
-def test_a_saved_state_goes_on_to_the_same_bits(tmp_path):
-    def start():
-        torch.manual_seed(0)
-        net = nn.Linear(8, 16)
-        groups = [dict(params=[net.weight], lr=0.01), dict(params=[net.bias], matrices=0, lr=0.01)]
-        return net, Muon(groups)
-
-    def steps(net, optimizer, seeds):
-        for seed in seeds:
-            noise = torch.Generator().manual_seed(seed)
-            net.weight.grad = torch.randn(16, 8, generator=noise)
-            net.bias.grad = torch.randn(16, generator=noise)
-            optimizer.step()
-
-    whole, optimizer = start()
-    steps(whole, optimizer, range(6))
-    first, optimizer = start()
-    steps(first, optimizer, range(3))
-    torch.save([first.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
-    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
-    second, optimizer = start()
-    second.load_state_dict(weights)
-    optimizer.load_state_dict(state)
-    steps(second, optimizer, range(3, 6))
-    assert torch.equal(whole.weight, second.weight) and torch.equal(whole.bias, second.bias)
 
 
 def test_a_state_of_other_parameters_is_refused():

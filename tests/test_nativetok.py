@@ -67,7 +67,7 @@ def test_one_batch_overfits_through_its_ids(kind):
 @KIND
 def test_all_but_the_position_of_the_last_token_which_nobody_reads_learn_at_every_step(kind):
     """With continuous codes and with dropped tails too. Under bf16 autocast images stay float32."""
-    model = small(kind, tail_drop=1.0).train()
+    model = small(kind, tail_drop=1.0).grow_to(6).train()
     for continuous, half in itertools.product((True, False), (True, False)):
         model.quantizer.bypass = continuous
         model.zero_grad()
@@ -206,37 +206,24 @@ def test_a_checkpoint_alone_gives_the_same_ids_and_pictures_at_its_length(kind, 
     assert torch.equal(loaded.grow_to(6).encode(some_images())[:, :length], ids)
 
 
-def test_the_fingerprint_names_these_very_weights(tmp_path):
-    model = small()
-
-    def fingerprint():
-        save(model, tmp_path / "tokenizer.pt")
-        return NativeTok.load(tmp_path / "tokenizer.pt").fingerprint
-    first = fingerprint()
-    assert fingerprint() == first
-    with torch.no_grad():
-        model.mit.pos[0, 0] += 1
-    assert fingerprint() != first
-
-
 def test_another_kind_of_checkpoint_and_weights_of_another_size_are_refused(tmp_path):
     path, model = tmp_path / "tokenizer.pt", small().grow_to(4)
     checkpoint.save(path, {"kind": "ar"})
     refused(NativeTok.load, path, names=["is not a tokenizer checkpoint"])
     save(model, path, num_tokens=6)
-    refused(NativeTok.load, path, names=["missing: mocet.experts.4"])
+    refused(NativeTok.load, path, names=["missing: mocet.experts.4", "more)"])
+    save(model, path, num_tokens=2)
+    refused(NativeTok.load, path, names=["unexpected: mocet.experts.2"])
     save(model, path, tokenizer_config=as_dict(dataclasses.replace(model.cfg, codebook_size=64)))
     refused(NativeTok.load, path, names=["wrong shape: quantizer.codebook"])
 
 
 def test_what_python_users_hand_over_is_looked_at():
+    """Each kind of mistake: test_given.py."""
     model, images = small().eval(), some_images(2)
-    for wrong in (images.to(torch.uint8), 255 * images, images.permute(0, 2, 3, 1), images[0],
-                  images.numpy(), list(images)):
-        refused(model.encode, wrong, names=["images", "(B, 3, 16, 16)", "to_float"])
+    refused(model.encode, 255 * images, names=["images", "(B, 3, 16, 16)", "to_float"])
     ids = model.encode(images)
-    for wrong in (ids.float(), ids + 1000, ids - 1000, ids[0], ids.tolist(), ids.numpy(), ids[:0]):
-        refused(model.decode, wrong, names=["0 to"])
+    refused(model.decode, ids + 1000, names=["0 to"])
     for wrong in (3, ids[:, 0].float(), ids[:1, 0], ids):
         refused(model.encode, images, {0: wrong}, names=["position 0"])
     assert torch.equal(model.decode(ids.int()), model.decode(ids))

@@ -11,7 +11,7 @@ def test_levels_for_a_normal_variable_are_lloyd_and_maxs():
     shares = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     x = torch.special.ndtri(shares).numpy()
     for levels, error in ((2, 0.3634), (4, 0.1175), (8, 0.03454)):
-        centres = pca.lloyd(x, levels, rounds=200)
+        centres = pca.lloyd(x, levels)
         off = np.square(x - pca.quantize(x, centres)).mean()
         assert abs(off - error) < 0.02 * error
         assert np.allclose(centres, -centres[::-1], atol=0.03)

@@ -271,9 +271,3 @@ def test_logits_and_pictures_that_are_not_finite_are_named(judged_run):
     with torch.no_grad():
         ar.head.weight.fill_(3e38)
     refused(ar.sample, torch.zeros(1, dtype=torch.long), names=("logits",))
-
-
-def test_reconstructing_what_is_no_picture_says_what_to_give(judged_run, tmp_path):
-    for path in (tmp_path, tmp_path / "gone.jpg"):
-        turned_away(sample, "--run", judged_run, "--reconstruct", path,
-                    says=(str(path), "image file"))

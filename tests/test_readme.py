@@ -21,7 +21,7 @@ from plumbing.datasets import open_images
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("README.md", "PAPER.md", "EXERCISES.md", "CONTRIBUTING.md", "experiments/README.md",
-         "experiments/SPEED.md", "experiments/IMAGENET.md", "tests/README.md")
+         "experiments/SPEED.md", "experiments/IMAGENET.md", "tests/README.md", "d2it/README.md")
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 README = PAGES["README.md"]
 HOUSE = [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("evaluation/*.py")]
@@ -111,8 +111,9 @@ def test_the_files_of_the_root_are_all_in_the_table():
     assert sorted(named) == sorted(file for file in HOUSE if "/" not in file)
 
 
-@pytest.mark.parametrize("page", [section("Ten minutes with one image"), PAGES["EXERCISES.md"]],
-                         ids=["the tour", "the exercises"])
+@pytest.mark.parametrize("page", [section("Ten minutes with one image"), PAGES["EXERCISES.md"],
+                                  PAGES["d2it/README.md"]],
+                         ids=["the tour", "the exercises", "d2it"])
 def test_lines_that_a_page_quotes_are_in_their_files(page):
     """Each ```python block quotes the file that was named last before it, but for programs, which
     begin with their imports."""

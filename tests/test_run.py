@@ -14,7 +14,7 @@ import loop
 import train
 from config import CONFIGS
 from helpers import (
-    ROOT, SMALL, encoded, folder_of, held_shapes, noise, program, refused,
+    ROOT, SMALL, contents, encoded, folder_of, held_shapes, noise, program, refused,
     some_shapes, start_program, train_shapes)
 from plumbing import checkpoint, run
 from plumbing.flags import as_dict
@@ -23,12 +23,6 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 # ------------------------------------------------------------------------------------------------
 # what belongs to a run
-
-
-def contents(folder) -> dict:
-    """But for the lock, which names its holder until that process ends."""
-    return {path: path.read_bytes() for path in folder.rglob("*")
-            if path.is_file() and path.name != ".lock"}
 
 
 def test_changed_settings_and_changed_images_are_refused_with_the_difference(finished, data):
@@ -129,15 +123,6 @@ def test_a_closed_pipe_saves_and_stops(data, tmp_path):
     (["--image_size", "64", "--data", "shapes"], "32x32")])
 def test_what_cannot_work_is_said_in_one_line(data, tmp_path, flags, message):
     refused(train_shapes, tmp_path / "run", data, *flags, names=[message])
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--token_schedule", "8", "4"], "must grow"), (["--batch", "3"], "unrecognized")])
-def test_a_wrong_command_ends_with_code_2_and_one_line(tmp_path, flags, message):
-    done = program("train.py", "--preset", "tiny", "--run", tmp_path / "run", *flags)
-    assert done.returncode == 2 and message in done.stderr
-    assert done.stderr.count("\n") == 1 and not done.stdout
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_from_before_a_setting_goes_on_with_its_default(finished, data, tmp_path):

@@ -7,16 +7,12 @@ import pytest
 
 from experiments import speedrun
 from experiments.order import handlers_of_its_own
-from helpers import refused, some_shapes
+from helpers import contents, refused, some_shapes
 from plumbing import run
 
 
 def arguments(*words):
     return speedrun.parse(list(map(str, words)))
-
-
-def everything(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +32,7 @@ def raced(tmp_path_factory):
 
 def test_a_folder_that_is_no_speed_runs_stays_as_it_is(small_run, raced, tmp_path):
     mine = shutil.copytree(small_run, tmp_path / "mine")
-    before = everything(mine)
+    before = contents(mine)
     data = ("--data", raced.data, "--val_data", raced.data)
     refused(speedrun.main, arguments(*data, "--out", mine), names=["mine", "no speed run's folder"])
     # its mark alone proves nothing about what else is there
@@ -45,11 +41,11 @@ def test_a_folder_that_is_no_speed_runs_stays_as_it_is(small_run, raced, tmp_pat
     (mine / "speedrun.json").write_text(json.dumps({"command": "mine"}))
     refused(speedrun.main, arguments(*data, "--out", mine), names=["was not written by"])
     (mine / "speedrun.json").unlink()
-    assert everything(mine) == before
+    assert contents(mine) == before
 
 
 def test_nothing_is_removed_before_all_arguments_have_been_looked_at(raced):
-    before = everything(raced.folder)
+    before = contents(raced.folder)
     words = raced.words[:]
     words[1] = "typo"
     refused(speedrun.main, arguments(*words), names=["typo"])
@@ -60,7 +56,7 @@ def test_nothing_is_removed_before_all_arguments_have_been_looked_at(raced):
     refused(speedrun.main, arguments(*raced.words), names=["notes, samples/mine.png"])
     (raced.folder / "samples" / "mine.png").unlink()
     (raced.folder / "notes").rmdir()
-    assert everything(raced.folder) == before
+    assert contents(raced.folder) == before
 
 
 def test_the_same_command_starts_anew_in_its_own_folder(raced, quick):

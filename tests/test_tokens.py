@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import noise, refused, same, take
+from helpers import contents, noise, refused, same, take
 
 from plumbing import datasets, tokens
 from plumbing.batches import ImageStream
@@ -91,30 +91,17 @@ def test_only_a_missing_shard_is_encoded_again(tmp_path, dataset):
     assert found == ["00000.npz", "00001.npz", "00002.npz", "index.json"]
 
 
-def test_a_run_killed_between_two_shards_goes_on_with_the_rest(tmp_path, dataset):
-    def killed(images):
-        if len(counting.seen) == 8:
-            raise KeyboardInterrupt
-        return counting(images)
-    counting = Counting()
-    with pytest.raises(KeyboardInterrupt):
-        cached(tmp_path / "tokens", dataset, flip=False, encode=killed)
-    ids, _ = cached(tmp_path / "tokens", dataset, flip=False, encode=counting)
-    assert counting.seen == [dataset.load(i).tobytes() for i in range(11)]
-    assert np.array_equal(ids, cached(tmp_path / "others", dataset, flip=False)[0])
-
-
 def test_tokens_of_another_tokenizer_or_of_other_images_are_refused_and_kept(tmp_path, dataset):
     folder = tmp_path / "tokens"
     cached(folder, dataset)
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    before = contents(folder)
     fewer = dataset.subset(np.arange(10))
     told = [str(folder), "stale", "tokenizer: aaaa -> bbbb"]
     refused(lambda: cached(folder, dataset, tokenizer="bbbb"), names=told)
     told = [f"images: {dataset.fingerprint} -> {fewer.fingerprint}"]
     refused(lambda: cached(folder, fewer), names=told)
     refused(lambda: cached(folder, dataset, flip=False), names=["copies: 2 -> 1"])
-    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert before == contents(folder)
 
 
 def test_a_single_id_above_65535_spoils_no_other_shard(tmp_path, dataset):
@@ -191,28 +178,17 @@ def test_batches_are_rows_of_ids_with_their_labels():
     assert copy.sum() == 0 and len(set(image.tolist())) == N, "the only copy is taken"
 
 
-def test_the_order_is_the_same_for_one_and_two_and_three_ranks():
-    whole = take(stream(), 9)
-    for world in (2, 3):
-        ranks = [take(stream(rank=rank, world=world), 9) for rank in range(world)]
-        for step in range(9):
-            for k in (0, 1):  # ids, labels
-                assert torch.equal(whole[step][k], torch.cat([rank[step][k] for rank in ranks]))
-    assert not same(whole, take(stream(seed=6), 9))
-
-
-def test_the_stream_goes_on_at_any_step():
-    whole = take(stream(), 9)
-    for start in (1, 3, 4, 8):  # an epoch ends inside step 3
-        assert same(whole[start:], take(stream(start_step=start), 9 - start))
-
-
-def test_the_order_is_that_of_the_images_and_not_of_the_batch_size():
+def test_the_order_is_that_of_the_images_for_any_batch_number_of_ranks_and_first_step():
     pictures = ImageStream(datasets.open_images("shapes").subset(np.arange(N)), 32, 6, seed=5)
     order = [index for step in range(9) for index, _ in pictures.plan(step)]
-    assert images_and_copies(take(stream(), 9))[0].tolist() == order
+    whole = take(stream(), 9)
+    assert images_and_copies(whole)[0].tolist() == order
     # a batch larger than the data set
     assert images_and_copies(take(stream(batch_size=54), 1))[0].tolist() == order
+    ranks = [take(stream(rank=rank, world=2, start_step=3), 6) for rank in (0, 1)]
+    together = [tuple(map(torch.cat, zip(*batch))) for batch in zip(*ranks)]
+    assert same(together, whole[3:]), "an epoch ends inside step 3"
+    assert not same(whole, take(stream(seed=6), 9))
 
 
 def test_every_epoch_shows_every_image_once_in_about_half_of_the_cases_mirrored():

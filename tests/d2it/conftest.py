@@ -1,36 +1,24 @@
 """A small run of d2it.train that the tests share."""
 import shutil
-import signal
 
 import pytest
 
 from d2it import train
 from d2it.presets import parse_run
-from helpers import SMALL_D2IT, some_shapes
+from helpers import SMALL_D2IT
 from plumbing import run as run_folder
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Few held-out images, and the signal handlers as they were."""
-    monkeypatch.setattr(run_folder, "EVAL_IMAGES", 20)
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before):
-        signal.signal(number, handler)
+def always_quick(quick):
+    """In all tests of this folder."""
 
 
 @pytest.fixture(scope="session")
-def shapes_npz(tmp_path_factory):
-    return some_shapes(tmp_path_factory.mktemp("d2it-data") / "shapes.npz", 60)
-
-
-@pytest.fixture(scope="session")
-def training(shapes_npz):
+def training(data):
     """training(folder, *flags): run d2it.train as its command line would."""
     def run(folder, *flags):
-        train.main(parse_run("", [*SMALL_D2IT, "--run", str(folder), "--data", shapes_npz, *flags]))
+        train.main(parse_run("", [*SMALL_D2IT, "--run", str(folder), "--data", data, *flags]))
     return run
 
 
@@ -38,10 +26,9 @@ def training(shapes_npz):
 def finished(tmp_path_factory, training):
     """Never change it; `run` is a copy."""
     folder = tmp_path_factory.mktemp("d2it-finished") / "run"
-    patch = pytest.MonkeyPatch()
-    patch.setattr(run_folder, "EVAL_IMAGES", 20)
-    training(folder)
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "EVAL_IMAGES", 20)
+        training(folder)
     return folder
 
 

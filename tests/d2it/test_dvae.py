@@ -15,7 +15,7 @@ from plumbing import checkpoint
 from plumbing.flags import as_dict
 from plumbing.images import to_float
 
-CFG = DVAEConfig(image_size=32, cell_size=8, dvae_width=8, dvae_mults=(1, 2, 2, 4), dvae_blocks=1)
+CFG = DVAEConfig(image_size=32, dvae_width=8, dvae_mults=(1, 2, 2, 4), dvae_blocks=1)
 
 
 @pytest.fixture
@@ -142,6 +142,13 @@ def test_a_checkpoint_brings_back_weights_threshold_statistics_and_fingerprint(
         before = fingerprint(again)
         change += 1
         assert fingerprint(again) != before
+
+
+def test_a_dvae_from_when_the_cell_size_was_a_setting_is_the_same_one(model, tmp_path):
+    old = {**as_dict(CFG), "cell_size": 8}
+    checkpoint.save(tmp_path / "dvae.pt", {"dvae_config": old, "ema": model.state_dict()})
+    known = checkpoint.fingerprint(model.state_dict(), old)
+    assert DVAE.load(tmp_path / "dvae.pt").fingerprint == fingerprint(model) == known
 
 
 def test_images_of_another_size_and_files_of_another_kind_are_refused(model, tmp_path):

@@ -6,7 +6,7 @@ import torch
 
 from d2it.grain import (
     POLICIES, code_weights, count_codes, entropy, grain_map, grained_noise, gray, heat, kernel,
-    merge, pack, painted, per_code, spread, threshold, unpack)
+    merge, pack, painted, spread, threshold, unpack)
 from helpers import shape_pixels
 
 FLAT = math.log(255 * 0.01) + 0.5 * math.log(2 * math.pi * math.e)  # of a Gaussian 2.55 levels wide
@@ -105,14 +105,6 @@ def test_codes_are_one_a_cell_and_three_more_if_fine_and_weights_count_them():
     assert torch.equal(code_weights(grain).flatten(1).sum(1), count_codes(grain).float())
 
 
-def test_a_mean_per_code_does_not_count_copies():
-    grain = torch.zeros(1, 2, 2, dtype=torch.bool)
-    grain[0, 0, 0] = True  # four fine codes and three coarse ones
-    x = torch.where(spread(grain[:, None]), 1.0, 0.0)
-    assert per_code(x, grain).item() == pytest.approx(4 / 7)
-    assert x.mean().item() == pytest.approx(4 / 16)
-
-
 def test_noise_is_one_draw_per_code_with_unit_variance_and_no_relation_between_codes():
     grain = random_maps(2000, 2)
     noise = grained_noise(grain, 4, torch.Generator().manual_seed(0))
@@ -141,12 +133,6 @@ def test_unpack_undoes_pack_and_is_zero_where_it_is_coarse(tail):
     mask = grain.flatten(1).view(6, 16, *[1] * len(tail))
     assert packed.shape[1] == grain.flatten(1).sum(1).max() and keep.sum() == grain.sum()
     assert torch.equal(unpack(packed, keep, index, 16), x * mask)
-
-
-def test_a_batch_without_fine_cells_still_packs_one_place():
-    packed, keep, index = pack(torch.randn(3, 16, 5), torch.zeros(3, 4, 4, dtype=torch.bool))
-    assert packed.shape == (3, 1, 5) and not keep.any()
-    assert not unpack(packed, keep, index, 16).any()
 
 
 def test_pictures_show_fine_cells_red_and_coarse_ones_blue():

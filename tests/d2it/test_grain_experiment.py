@@ -17,13 +17,13 @@ from d2it.presets import ContentConfig, DVAEConfig, parse_run
 from experiments import grain, grain_table
 from experiments.grain import ARMS, CODES, IMAGES, PLANS
 from experiments.grain_table import SWEEP
-from helpers import held_shapes, interrupt_at, refused, shape_pixels
+from helpers import contents, held_shapes, interrupt_at, refused, shape_pixels
 from plumbing import checkpoint
 from plumbing import run as run_folder
 from plumbing.flags import as_dict
 
 TRIED = ["error", "d2it-4+2", "d2it-all"]
-SMALL = DVAEConfig(image_size=32, cell_size=8, dvae_width=8, dvae_mults=(1, 2, 2, 4), dvae_blocks=1)
+SMALL = DVAEConfig(image_size=32, dvae_width=8, dvae_mults=(1, 2, 2, 4), dvae_blocks=1)
 
 
 def command(*words) -> None:
@@ -31,11 +31,11 @@ def command(*words) -> None:
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory, shapes_npz):
+def words(tmp_path_factory, data):
     """A quick run of three arms on 60 shapes, broken off once: bad, but complete."""
     folder = tmp_path_factory.mktemp("grain")
     out, val = folder / "out", held_shapes(folder / "held.npz")
-    words = ["--quick", "--data", shapes_npz, "--val_data", val, "--out", out, "--arms", *TRIED]
+    words = ["--quick", "--data", data, "--val_data", val, "--out", out, "--arms", *TRIED]
     patch = pytest.MonkeyPatch()
     patch.setattr(run_folder, "EVAL_IMAGES", 20)
     with pytest.MonkeyPatch.context() as broken:
@@ -252,13 +252,11 @@ def test_true_maps_belong_to_their_labels_and_random_ones_have_as_many_fine_cell
 
 
 def test_a_second_call_trains_nothing_and_changes_nothing(words, out, monkeypatch, capsys):
-    def contents():
-        return {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
-    before = contents()
+    before = contents(out)
     monkeypatch.setattr(train, "main", None)  # whoever calls it fails
     command(*words)
     assert capsys.readouterr().out.count("finished before") == len(TRIED)
-    assert contents() == before
+    assert contents(out) == before
 
 
 def test_the_sweep_shows_both_distances_for_every_r_that_has_them(results):

@@ -6,9 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-import config
-from d2it import presets
-from helpers import ROOT, refused
+from helpers import ROOT
 from plumbing.flags import UserError
 
 # {module: words that would start its work}, {flag that writes: is it a folder?}
@@ -25,18 +23,19 @@ PROGRAMS = {
     "experiments.grain": [([], "--out")],
     "experiments.record": [([*RUN, "--by", "me"], "--out")],
     "experiments.flow": [([*RUN, "--judge", "judge.pt"], "--out"), (RUN, "--pictures")],
+    "experiments.judge": [(["--data", "DATA", "--val_data", "DATA"], "--out")],
     "experiments.moving": [(RUN, "--out")],
     "experiments.tour": [([], "--out")],
     "experiments.speedrun": [(["--data", "DATA", "--val_data", "DATA"], "--out")],
 }
 CASES = [(program, words, flag) for program, uses in PROGRAMS.items() for words, flag in uses]
-FILES = ("experiments.record", "experiments.flow", "experiments.moving",
+FILES = ("experiments.record", "experiments.flow", "experiments.judge", "experiments.moving",
          "experiments.tour")  # where --out is one
 WORK = ("sample.draw_samples", "d2it.sample.draw_samples", "plumbing.page.Page.grid",
         "eval_fid.judge", "eval_fid.extract", "experiments.search.search",
         "experiments.bench.Bench.seconds", "train.main",
         "d2it.train.main", "experiments.record.phases",
-        "d2it.train.train_dvae", "experiments.flow.train_judge",
+        "d2it.train.train_dvae", "experiments.flow.tinycnn_nets", "experiments.judge.learn",
         "experiments.flow.draw_pictures")
 
 
@@ -49,11 +48,11 @@ def started(monkeypatch, program: str, words: list[str]) -> None:
 
 
 @pytest.fixture
-def here(small_run, finished, shapes_npz, tmp_path, monkeypatch):
+def here(small_run, finished, data, tmp_path, monkeypatch):
     """Where the programs run, and nothing of their work can be done."""
     monkeypatch.chdir(tmp_path)
     places = {"RUN": shutil.copytree(small_run, tmp_path / "run"),
-              "D2IT": shutil.copytree(finished, tmp_path / "d2it"), "DATA": shapes_npz}
+              "D2IT": shutil.copytree(finished, tmp_path / "d2it"), "DATA": data}
 
     def forbidden(*_, **__):
         raise AssertionError("work has begun")
@@ -99,13 +98,6 @@ def test_one_file_for_two_outputs_and_an_output_that_is_read(here, tmp_path, mon
                           "--save_stats", "seen.npz"])):
         with pytest.raises(UserError, match="same file|there already"):
             started(monkeypatch, program, here(words))
-
-
-def test_an_unset_variable_does_not_start_another_run():
-    for module in (config, presets):
-        for flag in ("--run", "--data", "--preset"):
-            refused(module.parse_run, "", [flag, ""], names=[flag, "empty"])
-        assert module.parse_run("", ["--val_data", ""]).train.val_data == ""
 
 
 SHARED = ("eval_fid", "experiments.order", "experiments.grain")  # several processes may work at it

@@ -55,7 +55,7 @@ def test_both_systems_say_the_same_of_what_they_share():
     (36, (1, 2, 2, 4), 40), (132, (1, 2, 2, 4), 160), (48, (1, 2, 3, 4), 64), (6, (1, 1, 1, 1), 8),
     (44, (1, 3, 4, 5), 64), (40, (1, 2, 2, 4), None), (4, (2, 2, 2, 2), None)))
 def test_a_width_that_cannot_be_normed_is_refused_with_one_that_can(width, mults, near):
-    words = ["--cell_size", "8", "--dvae_mults", *map(str, mults), "--dvae_width"]
+    words = ["--dvae_mults", *map(str, mults), "--dvae_width"]
     said = refusal(presets, *words, str(width))
     assert said is None if near is None else said.endswith(f"try --dvae_width {near}")
     with torch.device("meta"):  # GroupNorm refuses what is not equal
