@@ -56,7 +56,9 @@ def table(rows: list[dict]) -> str:
         if row["name"] in GENERATORS and row[fd] <= best.get(key, row)[fd]:
             best[key] = row
     lines = ["| what | decoder | " + " | ".join(keys) + " |", "|---" * (2 + len(keys)) + "|"]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (
+            row["name"] in GENERATORS, row["name"] != "real", -row.get("num_tokens", 0),
+            row.get("decoder") == "flow", row.get("flow_steps", 0))):
         if row["name"] in GENERATORS and row not in best.values():
             continue
         what = row["name"]
