@@ -9,6 +9,7 @@ from browser import read_page
 from config import CONFIGS, TokenizerConfig
 from evaluation.interactive import donors_of
 from evaluation.intervention import errors, intervene, interventions
+from flow_decoder import Decoding
 from generator import Generator
 from helpers import called
 from losses import to_db
@@ -167,7 +168,8 @@ def test_no_chip_of_unordered_tokens_turns(tmp_path):
     pixels = pixels.repeat(1, 32, 1, 1)  # stripes
     ids = [model.encode(to_float(pixels)) for model in models]
     page = Page(str(tmp_path / "page"), 32, intro="Made by: python a test")
-    sections(page, models, pixels, ids, interventions(models[0], pixels)[0], None, None)
+    sections(page, models, Decoding(models[0]), pixels, ids, interventions(models[0], pixels)[0],
+             None, None)
     read = read_page(tmp_path / "page" / "index.html", tmp_path, """
       at("models").children[1].click();
       await wait(3000);""" + SAID.replace("NAME", "unordered") + """
