@@ -106,8 +106,8 @@ SMALLER = {  # program: what is put behind its flags
     "d2it/explain.py": ["--images", "2"],
     "tests/fuzz.py": ["--count", "2"],
 }
-NUMBERS = {"--num_samples": "20", "--num_images": "5", "--train_features": "5", "--steps": "2",
-           "--prefixes": "1 2 6", "--batch_size": "8", "--per_class": "1"}
+NUMBERS = {"--tokens": "6", "--num_samples": "20", "--num_images": "5", "--train_features": "5",
+           "--steps": "2", "--prefixes": "1 2 6", "--batch_size": "8", "--per_class": "1"}
 NEW = ("--npz", "--out", "--json")  # files and folders that are made
 # Many seconds of a core; run with make test-faults, like all trainings but the small presets'.
 SLOW = ("experiments/order.py", "experiments/grain.py", "evaluation/tinycnn.py", "micro.py")
@@ -149,7 +149,8 @@ def small(line: str) -> tuple[str, list[str]]:
         elif before == "--classes":
             flags.append("ring" if "disc" in flags else "disc")
         elif before == "--judge":
-            flags.append("@made/judge.pt" if "--train_features" in words else "@judge")
+            flags.append("@made/judge.pt" if "--train_features" in words else
+                         "@whole" if file == "experiments/order.py" else "@judge")
         elif before in NUMBERS:
             flags += NUMBERS[before].split() if flags[-1] == before else []
         elif before in NEW:
@@ -225,6 +226,8 @@ def fill(folder: Path) -> None:
     start("eval_fid.py", ["--run", str(folder / "run"), *few], folder)
     start("eval_fid.py", ["--images", data, "--data", data, "--judge", str(folder / "judge.pt"),
                           *few], folder)
+    start("experiments/judge.py", ["--data", data, "--val_data", str(folder / "val.npz"), "--out",
+                                   str(folder / "whole.pt"), "--steps", "1"], folder)
     for name, *more in (("d2it",), ("fine", "--grain_policy", "fine", "--stage", "1"),
                         ("coarse", "--grain_policy", "coarse", "--stage", "1")):
         start("d2it/train.py", ["--preset", "d2it-tiny", "--run", str(folder / name), "--data",
@@ -275,7 +278,8 @@ def run_as_main(file: str, flags: list[str], folder: Path) -> None:
 def at(place: Path, flags: list[str], new: Path) -> list[str]:
     """The flags with their places filled in."""
     paths = {"@data": place / "data.npz", "@val": place / "val.npz", "@photo": place / "photo.jpg",
-             "@judge": place / "judge.pt", "@new": new / "new", "@made": new}
+             "@judge": place / "judge.pt", "@whole": place / "whole.pt",
+             "@new": new / "new", "@made": new}
     paths |= {f"@{name}": place / name for name in ("run", "d2it", "fine", "coarse")}
     for i, word in enumerate(flags):
         name, _, rest = word.partition("/")
