@@ -40,7 +40,7 @@ from experiments.order import ar_bits, handlers_of_its_own
 from generator import Generator
 from layers import eval_mode
 from losses import to_db
-from nativetok import NativeTok
+from nativetok import NativeTok, as_it_is
 from plumbing import checkpoint
 from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import to_float
@@ -137,6 +137,24 @@ class Searching(nn.Module):
         return self.tokenizer.decode(ids)
 
 
+def run_beside(folder: str, name: str) -> str:
+    """FOLDER-NAME, made if it is not there yet: a run with the same tokenizer and no generator."""
+    other = f"{folder.rstrip(os.sep)}-{name}"
+    if not os.path.exists(os.path.join(other, "tokenizer.pt")):
+        os.makedirs(other, exist_ok=True)
+        for file in ("config.json", "tokenizer.pt"):
+            shutil.copy(os.path.join(folder, file), other)
+    return other
+
+
+def learn_ar(folder: str, run, device: str, change_tokenizer: Callable = as_it_is) -> None:
+    """Train the AR model of this folder for as many steps as that of `run` has taken."""
+    flags = ["--run", folder, "--stage", "3", "--generators", "ar", "--device", device,
+             "--generator_steps", str(run.configs[-1].generator_steps)]
+    with handlers_of_its_own():
+        train.main(config.parse_run("", flags), change_tokenizer=change_tokenizer)
+
+
 def priced(args, run, tokenizer: NativeTok, images: list[Tensor], labels: Tensor,
            bits_a_db: float) -> dict:
     """Search with this price, let a new AR model learn the ids of all training images -> a row."""
@@ -147,15 +165,8 @@ def priced(args, run, tokenizer: NativeTok, images: list[Tensor], labels: Tensor
                           bits_a_db)
     ids = torch.cat([searching.encode(part) for part in images])
     error = torch.cat([errors(tokenizer, part, x) for part, x in zip(ids.split(BATCH), images)])
-    folder = f"{args.run.rstrip(os.sep)}-price-{bits_a_db:g}"
-    if not os.path.exists(os.path.join(folder, "tokenizer.pt")):
-        os.makedirs(folder, exist_ok=True)
-        for name in ("config.json", "tokenizer.pt"):
-            shutil.copy(os.path.join(args.run, name), folder)
-    flags = ["--run", folder, "--stage", "3", "--generators", "ar", "--device", args.device,
-             "--generator_steps", str(run.configs[-1].generator_steps)]
-    with handlers_of_its_own():
-        train.main(config.parse_run("", flags), change_tokenizer=lambda _: searching)
+    folder = run_beside(args.run, f"price-{bits_a_db:g}")
+    learn_ar(folder, run, args.device, lambda _: searching)
     after = Generator.of_run(folder, "ar", searching, device)
     return {"bits_a_db": bits_a_db, "nearest": max(args.nearest),
             "psnr": round(to_db(error.mean()).item(), 3),
