@@ -212,9 +212,8 @@ CODES = """For positions {places}: the two codes that occur there most often, a 
 held-out images that have this code at this position. What do the images of a row share?"""
 
 
-def favourite_codes(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor,
-                    columns: int = 8) -> None:
-    L, rows = model.num_tokens, []
+def favourite_codes(page: Page, model: NativeTok, pixels: Tensor, ids: Tensor) -> None:
+    L, columns, rows = model.num_tokens, 8, []
     positions = sorted({0, min(1, L - 1), L // 2, L - 1})
     for position in positions:
         counts = torch.bincount(ids[:, position], minlength=model.cfg.codebook_size)

@@ -167,11 +167,11 @@ def latents(page: Page, dvae: DVAE, pixels: Tensor) -> None:
 # the two transformers
 
 @torch.no_grad()
-def denoising(page: Page, model: D2iT, count: int, steps: int = 50) -> None:
+def denoising(page: Page, model: D2iT, count: int) -> None:
     """At eight times of one sampling: what the net takes z to be, rough and refined."""
     labels = torch.arange(min(count, 4, len(model.classes)), device=model.dvae.limit.device)
     trace = []
-    _, grain = model.sample(labels, 1.0, steps, generator=fixed(), trace=trace)
+    _, grain = model.sample(labels, 1.0, 50, generator=fixed(), trace=trace)
     rows, path = [], model.content.cfg.path
     chosen = [trace[k] for k in np.linspace(0, len(trace) - 1, 8).round().astype(int)]
     for now, z_t, _ in chosen:

@@ -3,7 +3,8 @@
 A judge that is wrong on a third of real images cannot say whether samples show their class, and
 the order of two arms turns with it. This one is right on nine of ten (evaluation/airbench.py).
 Its file is needed by every table that is to be compared with another one: the distance's name has
-the file's fingerprint. On another machine the same command gives a judge as good, but not the same.
+the file's fingerprint. On another kind of processor, or with another number of threads, the same
+command gives a judge as good, but not the same.
 
 Run      python -m experiments.judge --data DIR --val_data DIR --out runs/judge.pt
          then --judge runs/judge.pt for eval_fid.py, experiments.order and experiments.flow

@@ -91,7 +91,7 @@ from plumbing.datasets import ImageSet, train_and_val
 from plumbing.flags import DEVICES, Parser, as_flags, build, choose, need, need_seed, number
 from plumbing.images import to_float, to_uint8
 from plumbing.outputs import need_places
-from plumbing.processes import Processes, provenance
+from plumbing.processes import Processes, need_one_process, provenance
 from plumbing.tokens import cache_tokens
 from quantizer import usage
 
@@ -568,6 +568,7 @@ def parse_for(name: str, parser: Parser, argv: list[str] | None, plans: dict,
     Raises UserError for wrong use.
     """
     args = parser.parse_args(argv)
+    need_one_process(f"experiments.{name}")
     plan = "quick" if args.quick else args.preset
     args.plan, args.out = plans[plan], args.out or os.path.join("runs", f"{name}-{plan}")
     for seed in args.seeds:

@@ -100,7 +100,7 @@ def test_one_file_for_two_outputs_and_an_output_that_is_read(here, tmp_path, mon
             started(monkeypatch, program, here(words))
 
 
-SHARED = ("eval_fid", "experiments.order", "experiments.grain")  # several processes may work at it
+SHARED = ("eval_fid",)  # several processes may work at it
 
 
 @pytest.mark.parametrize("program", [name for name in PROGRAMS if name not in SHARED])
