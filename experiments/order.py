@@ -12,9 +12,9 @@ and, when asked for,
     nativetok-block     joint, with the published two-layer block experts (narrower)
     nativetok-hidden    joint, but experts read each other's outputs unquantized and share one head,
                         as in the first author's earlier code
-    nativetok-joint-entropy0, -entropy50
-                        joint, with none or half of the reward for using all codes: does a term that
-                        pays for rate cost more bits than its decibels are worth?
+    nativetok-joint-entropy0, -entropy50, nativetok-hnt-entropy0, -entropy50
+                        the same with none or half of the reward for using all codes: does a term
+                        that pays for rate cost more bits than its decibels are worth?
     nativetok-reversed  control: nativetok-hnt's tokens, and the generator gets the last one first
     nativetok-shuffled  control: the same in a random order, another one for each seed
 
@@ -160,6 +160,8 @@ EXTRA = {
     "nativetok-hidden": Arm(change=hide_codes),
     "nativetok-joint-entropy0": Arm({"entropy_weight": 0.0}),
     "nativetok-joint-entropy50": Arm({"entropy_weight": 0.025}),
+    "nativetok-hnt-entropy0": Arm({"entropy_weight": 0.0}, grown=True),
+    "nativetok-hnt-entropy50": Arm({"entropy_weight": 0.025}, grown=True),
     # With the same seed these train nativetok-hnt's tokenizer again, to the same weights.
     "nativetok-reversed": Arm(grown=True, order="reversed"),
     "nativetok-shuffled": Arm(grown=True, order="shuffled"),
