@@ -259,20 +259,23 @@ def test_tables_of_order_are_what_order_table_makes_of_the_results():
 
 
 def test_what_the_page_says_of_prices_is_what_the_results_hold():
-    """The span over lengths of the decibels above PCA, and of the distances of AR's samples."""
+    """Means over the seeds of the decibels above PCA and of the distances, a number per length."""
     found, page = order_results("order-cifar-price"), section("Does native order help?")
     points = order_table.pca_points(str(RESULTS / "order-cifar-price"))
     above, distances = {}, {}
-    for name, (result,) in found.items():
-        row = order_table.columns(result, points)
+    for name, of_arm in found.items():
+        assert [result["seed"] for result in of_arm] == [0, 1, 2], name
+        rows = [order_table.columns(result, points) for result in of_arm]
         arm = name.split(",")[0].removeprefix("nativetok-")
-        above.setdefault(arm, []).append(row["above PCA, dB"])
-        distances.setdefault(arm, []).append(f"{row['AR: FD']:.0f}")
+        for means, column, digits in ((above, "above PCA, dB", 2), (distances, "AR: FD", 0)):
+            mean = statistics.mean(row[column] for row in rows)
+            means.setdefault(arm, []).append(f"{mean:.{digits}f}")
     page = page.replace("\n ", "")
-    for arm, words in (("joint", "joint lies {} to {} dB above a PCA code"),
-                       ("titok", "titok {} to {}"), ("hnt", "HNT {} to {}")):
-        assert words.format(*(f"{dB:.2f}" for dB in (min(above[arm]), max(above[arm])))) in page
-    assert f"FD {', '.join(distances['titok'])} against" in page
+    for arm, words in (("joint", "joint lies {} dB above a PCA code"), ("titok", "titok {}, HNT"),
+                       ("hnt", "HNT {}.")):
+        assert words.format(", ".join(above[arm])) in page
+    assert "FD {} against {} of joint and {} of HNT".format(
+        *(", ".join(distances[arm]) for arm in ("titok", "joint", "hnt"))) in page
 
 
 def test_what_weak_predictors_say_of_direction_is_what_the_results_hold():
