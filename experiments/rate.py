@@ -12,8 +12,10 @@ Then a new AR model learns the ids of all training images, and says what they co
 
 Paper    RDVQ, arXiv 2604.10546, from where the order of the stages is; all numbers are ours
 Run      python -m experiments.rate --run runs/NAME --bits_a_db 1e9 53 27 --json FILE
-         (R bits are worth as much as one dB; 1e9: none, the control that learns on for as long)
-Makes    a row for each R; RUN-rate-R/, a run with the tokenizer and its new AR model; --json FILE
+         (R bits are worth as much as one dB; 1e9, first: none, the control that learns on for as
+         long)
+Makes    a table, a row for each R; RUN-rate-R/, a run with the tokenizer and its new AR model;
+         --json FILE
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
 
@@ -33,7 +35,7 @@ from losses import reconstruction, to_db
 from nativetok import NativeTok
 from plumbing import checkpoint
 from plumbing.batches import ImageStream
-from plumbing.flags import DEVICES, Parser, number
+from plumbing.flags import DEVICES, Parser, need, number
 from plumbing.images import to_float
 from plumbing.outputs import JSON, need_places
 from plumbing.processes import Processes, need_one_process, provenance
@@ -103,13 +105,15 @@ def row_of(args, run, batches: list[Tensor], labels: Tensor, bits_a_db: float) -
     path = os.path.join(folder, "tokenizer.pt")
     model = NativeTok.of_run(args.run, device)
     before = torch.cat([errors(model, model.encode(images), images) for images in batches]).mean()
-    saved = checkpoint.load(path)
+    saved, charge = checkpoint.load(path), {"bits_a_db": bits_a_db, "steps": args.steps}
+    need(saved.get("charged") in (None, charge), f"{folder} has learned on for another number of "
+         "steps; delete it, or give --steps as then")
     if "charged" not in saved:
         prior = Generator.of_run(args.run, "ar", model, device)
         price = before.item() * math.log(10) / 10 / bits_a_db / math.log(2)  # of a nat
         model = learn_on(run, charged(model, prior), price, args.steps, device)
         weights = weights_of(model)
-        checkpoint.save(path, {**saved, "model": weights, "ema": weights, "charged": bits_a_db})
+        checkpoint.save(path, {**saved, "model": weights, "ema": weights, "charged": charge})
     model = NativeTok.of_run(folder, device)
     learn_ar(folder, run, args.device)
     ids = torch.cat([model.encode(images) for images in batches])
@@ -117,6 +121,19 @@ def row_of(args, run, batches: list[Tensor], labels: Tensor, bits_a_db: float) -
     bits = ar_bits(Generator.of_run(folder, "ar", model, device), ids, labels)
     return {"bits_a_db": bits_a_db, "steps": args.steps,
             "psnr": round(to_db(error.mean()).item(), 3), "bits": round(sum(bits), 2)}
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown. The first row is the control; what the others save and lose is against it."""
+    free, *priced = rows
+    lines = ["| a dB is worth | PSNR | AR bits | bits saved | dB lost | saved for each dB |",
+             "|---|---|---|---|---|---|",
+             f"| no price | {free['psnr']:.2f} dB | {free['bits']:.1f} | | | |"]
+    for row in priced:
+        saved, lost = free["bits"] - row["bits"], free["psnr"] - row["psnr"]
+        lines.append(f"| {row['bits_a_db']:g} bits | {row['psnr']:.2f} dB | {row['bits']:.1f} | "
+                     f"{saved:.1f} | {lost:.2f} | {saved / lost if lost else math.inf:.0f} |")
+    return "\n".join(lines) + "\n"
 
 
 def parse(argv=None):
@@ -147,6 +164,7 @@ def main(args) -> None:
         if args.json:
             checkpoint.write_json(args.json, {**provenance(args.command, device),
                                               "images": len(labels), "rows": rows})
+    print(table(rows), end="")
 
 
 if __name__ == "__main__":

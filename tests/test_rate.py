@@ -3,6 +3,7 @@ import json
 import shutil
 
 import torch
+from helpers import refused
 from test_intervention import tokenizer
 
 from config import GeneratorConfig
@@ -33,12 +34,16 @@ def test_a_price_moves_each_token_towards_codes_that_the_prior_expects():
     assert "rate" not in model.eval().quantizer.losses(z, ids)
 
 
-def test_a_row_from_the_command_line(small_run, tmp_path):
+def test_a_row_from_the_command_line(small_run, tmp_path, capsys):
     run, out = shutil.copytree(small_run, tmp_path / "run"), tmp_path / "rate.json"
     rate.main(rate.parse(["--run", str(run), "--steps", "20", "--num_images", "20", "--bits_a_db",
                           "1e9", "0.5", "--json", str(out)]))
     free, dear = json.loads(out.read_text())["rows"]
     assert free["psnr"] > dear["psnr"] and free["bits"] > dear["bits"]
+    share = (free["bits"] - dear["bits"]) / (free["psnr"] - dear["psnr"])
+    assert capsys.readouterr().out.endswith(f" | {share:.0f} |\n")
+    refused(rate.main, rate.parse(["--run", str(run), "--steps", "21", "--bits_a_db", "0.5"]),
+            names=["run-rate-0.5", "--steps"])
     old, new = (NativeTok.load(str(tmp_path / name / "tokenizer.pt"))
                 for name in ("run", "run-rate-0.5"))
     assert torch.equal(old.quantizer.codebook, new.quantizer.codebook)
