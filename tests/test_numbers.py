@@ -249,7 +249,7 @@ def order_results(name: str) -> dict[str, list[dict]]:
 def test_tables_of_order_are_what_order_table_makes_of_the_results():
     """Those of prices on the page, and tokens of the longer runs; all of them in their folders."""
     page = section("Does native order help?")
-    for name in ("order-cifar", "order-cifar-cpu", "order-cifar-price"):
+    for name in ("order-cifar", "order-cifar-cpu", "order-cifar-price", "order-cifar-entropy"):
         points = order_table.pca_points(str(RESULTS / name))
         for title, table in order_table.summary(order_results(name), points).items():
             right = "\n".join(table) + "\n"
@@ -276,6 +276,47 @@ def test_what_the_page_says_of_prices_is_what_the_results_hold():
         assert words.format(", ".join(above[arm])) in page
     assert "FD {} against {} of joint and {} of HNT".format(
         *(", ".join(distances[arm]) for arm in ("titok", "joint", "hnt"))) in page
+
+
+def lever_lines() -> list[str]:
+    """The table of what makes tokens cheaper, a line for each of its ways."""
+    as_it_is, unweighted = order_results("order-cifar-price"), order_results("order-cifar-entropy")
+    points = order_table.pca_points(str(RESULTS / "order-cifar-price"))
+    rates = {(arm, seed): results(f"rate-{arm}-{seed}")["rows"]
+             for arm, seed in (("joint", 1), ("joint", 2), ("titok", 1))}
+    found = {}
+
+    def add(name: str, pairs: list[tuple[float, float]]) -> None:
+        rows = [{"psnr": psnr, "ar_bits_total": bits} for psnr, bits in pairs]
+        found[name] = [[row["psnr"] for row in rows], [row["ar_bits_total"] for row in rows],
+                       [order_table.above_pca(row, points) for row in rows]]
+
+    for arm, of_arm in (("joint", as_it_is["nativetok-joint, 16 tokens"]),
+                        ("HNT", as_it_is["nativetok-hnt, 16 tokens"]),
+                        ("titok", as_it_is["titok, 16 tokens"])):
+        add(f"{arm}, as it is", [(made["psnr"], made["ar_bits_total"]) for made in of_arm])
+    for name, arm in (("joint, no entropy term", "nativetok-joint-entropy0"),
+                      ("HNT, no entropy term", "nativetok-hnt-entropy0")):
+        of_arm = unweighted[f"{arm}, 16 tokens"]
+        add(name, [(made["psnr"], made["ar_bits_total"]) for made in of_arm])
+    for arm in ("joint", "titok"):
+        for price in (1e9, 53, 27, 13):
+            rows = [row for (of, _), made in rates.items() if of == arm for row in made
+                    if row["bits_a_db"] == price]
+            way = f", at {price} bits a dB" if price < 1e9 else ""
+            if rows:
+                add(f"{arm}, 400 steps more{way}", [(row["psnr"], row["bits"]) for row in rows])
+    (_, row) = results("search-price-joint")["rows"]
+    add("joint, its encoder searches at 53 bits a dB", [(row["psnr"], row["bits_after"])])
+    return [f"| {name} | {len(psnr)} | {order_table.cell(psnr, '.2f')} | "
+            f"{order_table.cell(bits, '.1f')} | {order_table.cell(above, '+.2f')} |"
+            for name, (psnr, bits, above) in found.items()]
+
+
+def test_what_makes_tokens_cheaper_is_what_the_files_say():
+    page = section("Does native order help?")
+    lines = lever_lines()
+    assert "\n".join(lines) + "\n" in page, "the right table:\n" + "\n".join(lines)
 
 
 def test_what_weak_predictors_say_of_direction_is_what_the_results_hold():
