@@ -142,7 +142,7 @@ def parse(argv=None):
     add("--run", required=True, help="folder of a run of train.py with an AR model")
     add("--bits_a_db", type=number(float, 0.001), nargs="+", required=True, metavar="R",
         help="so many bits are worth one dB; 1e9: none")
-    add("--steps", type=number(int, 1), default=500, help="to learn on for (default: 500)")
+    add("--steps", type=number(int, 1), default=400, help="to learn on for (default: 400)")
     add("--num_images", type=number(int, 1), default=10000, metavar="N",
         help="held-out images (default: 10000)")
     add("--device", choices=DEVICES, default="auto")
@@ -163,6 +163,7 @@ def main(args) -> None:
         print(rows[-1], flush=True)
         if args.json:
             checkpoint.write_json(args.json, {**provenance(args.command, device),
+                                              "seed": run.configs[-1].seed,
                                               "images": len(labels), "rows": rows})
     print(table(rows), end="")
 

@@ -101,6 +101,7 @@ SMALLER = {  # program: what is put behind its flags
     "experiments/order.py": ("--quick --arms titok nativetok-hnt --budget 20 --generator_steps 1 "
                              "--num_samples 20").split(),
     "experiments/judge.py": ["--steps", "1"],
+    "experiments/rate.py": ["--steps", "2", "--num_images", "5"],
     "experiments/flow.py": "--num_samples 20 --scales 1 --brief".split(),
     "experiments/pca.py": ["--image_size", "8"],
     "d2it/explain.py": ["--images", "2"],

@@ -276,6 +276,13 @@ def test_what_the_page_says_of_prices_is_what_the_results_hold():
         assert words.format(", ".join(above[arm])) in page
     assert "FD {} against {} of joint and {} of HNT".format(
         *(", ".join(distances[arm]) for arm in ("titok", "joint", "hnt"))) in page
+    drawn = {}
+    for arm in ("titok", "joint"):
+        for row in results(f"drawn-{arm}")["rows"][1:]:
+            drawn.setdefault(row["name"], {}).setdefault(arm, []).append(fd_of(row))
+    assert "FD {:.1f} of titok and {:.1f} of joint".format(
+        *(value for value, in drawn["reconstruction"].values())) in page
+    assert "are at {:.1f} and {:.1f}.".format(*map(min, drawn["ar"].values())) in page
 
 
 def lever_lines() -> list[str]:

@@ -18,6 +18,7 @@ PROGRAMS = {
     "d2it.sample": [(D2IT, "--npz"), ([*D2IT, "--npz", "x.npz"], "--json"), (D2IT, "--out")],
     "d2it.explain": [(D2IT, "--out")],
     "experiments.search": [(RUN, "--json")],
+    "experiments.rate": [([*RUN, "--bits_a_db", "1"], "--json")],
     "experiments.bench": [([], "--json")],
     "experiments.order": [([], "--out")],
     "experiments.grain": [([], "--out")],
@@ -33,6 +34,7 @@ FILES = ("experiments.record", "experiments.flow", "experiments.judge", "experim
          "experiments.tour")  # where --out is one
 WORK = ("sample.draw_samples", "d2it.sample.draw_samples", "plumbing.page.Page.grid",
         "eval_fid.judge", "eval_fid.extract", "experiments.search.search",
+        "experiments.rate.learn_on",
         "experiments.bench.Bench.seconds", "train.main",
         "d2it.train.main", "experiments.record.phases",
         "d2it.train.train_dvae", "experiments.flow.tinycnn_nets", "experiments.judge.learn",
