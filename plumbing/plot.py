@@ -60,11 +60,13 @@ def svg(curves: list[Curve], x_label: str, y_label: str, log: bool = False, mark
     """
     def drawable(y) -> bool:
         return y is not None and math.isfinite(y) and (y > 0 or not log)
-    points = [[(x, y) for x, y in zip(c.x, c.y) if drawable(y)] for c in curves]
+    points = [[point for point in zip(c.x, c.y, c.spread or [0] * len(c.x)) if drawable(point[1])]
+              for c in curves]
     if not any(points):
         return "<p>There is nothing to draw yet.</p>"
-    x_low, x_high = span([x for part in points for x, _ in part], False, zero)
-    y_low, y_high = span([y for part in points for _, y in part], log, zero)
+    x_low, x_high = span([x for part in points for x, _, _ in part], False, zero)
+    y_low, y_high = span([end for part in points for _, y, half in part
+                          for end in (y - half, y + half)], log, zero)
     scale = math.log10 if log else float
 
     def place(x, y) -> tuple[float, float]:
@@ -97,12 +99,12 @@ def svg(curves: list[Curve], x_label: str, y_label: str, log: bool = False, mark
               text(0, 0, y_label, more=f' transform="translate(16 {middle}) rotate(-90)"')]
     for k, (curve, part) in enumerate(zip(curves, points)):
         part = part[::math.ceil(len(part) / MOST) or 1]
-        places = [place(x, y) for x, y in part]
+        places = [place(x, y) for x, y, _ in part]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         if len(part) <= DOTS:
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{curve.color}"/>'
                       for x, y in places]
-        for (x, y), half in zip(part, curve.spread or ()):
+        for x, y, half in part if curve.spread else ():
             (across, low), (_, high) = place(x, y - half), place(x, y + half)
             parts.append(line(across, low, across, high, curve.color))
         stroke = f'stroke="{curve.color}" stroke-width="2"'

@@ -31,6 +31,18 @@ def test_what_has_no_place_is_left_out():
     assert "nothing to draw" in svg([], "x", "y")
 
 
+def test_bars_lie_inside_the_axes_at_their_points():
+    bars = Curve("x", [1, 2, 3], [5, None, 6], "#abcdef", spread=[4, 9, 3])
+    text = svg([bars], "x", "y", zero=False)
+    found = re.findall(r'<line x1="(\S+)" y1="(\S+)" x2="\1" y2="(\S+)" stroke="#abcdef"/>', text)
+    (points,) = lines(text)
+    assert [float(x) for x, _, _ in found] == [x for x, _ in points] and len(found) == 2
+    for (_, low, high), (_, middle) in zip(found, points):
+        assert plot.TOP <= float(high) < middle < float(low) <= plot.HEIGHT - plot.BOTTOM
+    heights = [float(low) - float(high) for _, low, high in found]
+    assert heights[0] / heights[1] == pytest.approx(4 / 3, rel=0.01)
+
+
 def test_it_is_well_formed_whatever_the_labels_say():
     label = '<script>alert("&")</script>'
     text = svg([Curve(label, [1, 2], [3, 3])], label, label, marks=[1.5])
