@@ -302,7 +302,8 @@ def lever_lines() -> list[str]:
                         ("HNT", as_it_is["nativetok-hnt, 16 tokens"]),
                         ("titok", as_it_is["titok, 16 tokens"])):
         add(f"{arm}, as it is", [(made["psnr"], made["ar_bits_total"]) for made in of_arm])
-    for name, arm in (("joint, no entropy term", "nativetok-joint-entropy0"),
+    for name, arm in (("joint, half of the entropy term", "nativetok-joint-entropy50"),
+                      ("joint, no entropy term", "nativetok-joint-entropy0"),
                       ("HNT, no entropy term", "nativetok-hnt-entropy0")):
         of_arm = unweighted[f"{arm}, 16 tokens"]
         add(name, [(made["psnr"], made["ar_bits_total"]) for made in of_arm])
