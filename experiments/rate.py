@@ -141,13 +141,16 @@ def parse(argv=None):
     add = parser.add_argument
     add("--run", required=True, help="folder of a run of train.py with an AR model")
     add("--bits_a_db", type=number(float, 0.001), nargs="+", required=True, metavar="R",
-        help="so many bits are worth one dB; 1e9: none")
+        help="so many bits are worth one dB; the first must be 1e9, no price")
     add("--steps", type=number(int, 1), default=400, help="to learn on for (default: 400)")
     add("--num_images", type=number(int, 1), default=10000, metavar="N",
         help="held-out images (default: 10000)")
     add("--device", choices=DEVICES, default="auto")
     add("--json", metavar="FILE", help="write the rows there too")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    need(args.bits_a_db[0] >= 1e9, "--bits_a_db begins with 1e9, no price: the control that all "
+         "others are held against")
+    return args
 
 
 def main(args) -> None:

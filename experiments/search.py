@@ -244,15 +244,16 @@ def main(args) -> None:
         for bits_a_db in args.bits_a_db:
             rows.append(priced(args, run, tokenizer, batches, labels, bits_a_db))
             print(rows[-1], flush=True)
-            write(args, rows, len(plain), device)  # the next one takes as long
+            write(args, rows, len(plain), device)
     for nearest in () if args.bits_a_db else sorted(args.nearest):
         for answer in (False, True)[:1 + ordered]:
             rows.append(measured(tokenizer, batches, nearest, answer))
             print(cells(rows[-1]), flush=True)
-    write(args, rows, len(plain), device)
+            write(args, rows, len(plain), device)
 
 
 def write(args, rows: list[dict], images: int, device: torch.device) -> None:
+    """After each row, since the next one may take as long and be broken off."""
     if args.json:
         checkpoint.write_json(args.json, {**provenance(args.command, device), "seed": 0,
                                           "images": images, "rows": rows})

@@ -42,8 +42,9 @@ def test_a_row_from_the_command_line(small_run, tmp_path, capsys):
     assert free["psnr"] > dear["psnr"] and free["bits"] > dear["bits"]
     share = (free["bits"] - dear["bits"]) / (free["psnr"] - dear["psnr"])
     assert capsys.readouterr().out.endswith(f" | {share:.0f} |\n")
-    refused(rate.main, rate.parse(["--run", str(run), "--steps", "21", "--bits_a_db", "0.5"]),
-            names=["run-rate-0.5", "--steps"])
+    refused(rate.main, rate.parse(["--run", str(run), "--steps", "21", "--bits_a_db", "1e9"]),
+            names=["run-rate-1e+09", "--steps"])
+    refused(rate.parse, ["--run", str(run), "--bits_a_db", "0.5"], names=["control"])
     old, new = (NativeTok.load(str(tmp_path / name / "tokenizer.pt"))
                 for name in ("run", "run-rate-0.5"))
     assert torch.equal(old.quantizer.codebook, new.quantizer.codebook)

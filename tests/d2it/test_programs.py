@@ -18,7 +18,7 @@ PROGRAMS = {
     "d2it.sample": [(D2IT, "--npz"), ([*D2IT, "--npz", "x.npz"], "--json"), (D2IT, "--out")],
     "d2it.explain": [(D2IT, "--out")],
     "experiments.search": [(RUN, "--json")],
-    "experiments.rate": [([*RUN, "--bits_a_db", "1"], "--json")],
+    "experiments.rate": [([*RUN, "--bits_a_db", "1e9"], "--json")],
     "experiments.bench": [([], "--json")],
     "experiments.order": [([], "--out")],
     "experiments.grain": [([], "--out")],
