@@ -3,7 +3,8 @@
 Of a finished run with a flow decoder, each row by both decoders, against the run's held-out images:
 
     reconstruction   from all tokens, by 4, 8, 12, 24 and 48 steps; from 1, 2, 4 ... tokens
-    ar, maskgit      samples, at each guidance of --scales
+    ar, maskgit      samples, at each guidance of --scales; with --best_of 4 also the best of four,
+                     the likeliest given its class, or the one in which the judge sees it most
 
 PSNR and SSIM compare an image with itself: the mean must win there. The distances, precision and
 recall compare two sets of images: a blur must lose there.
@@ -21,13 +22,15 @@ from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from h
 
 import os
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from config import CONFIGS, SAMPLING
 from evaluation.judging import (
-    Batching, ImageSource, Reference, extract, generated, judge, real, reconstruction, tinycnn_nets)
+    Batching, FeatureNet, ImageSource, Reference, extract, generated, judge, real, reconstruction,
+    tinycnn_nets)
 from experiments.order_table import fd_key
 from flow_decoder import STEPS, Decoding, FlowDecoder
 from generator import GENERATORS, Generator
@@ -52,9 +55,9 @@ def table(rows: list[dict]) -> str:
             "precision": "precision", "recall": "recall", "class seen": "class_accuracy"}
     best = {}
     for row in rows:
-        key = (row["name"], row.get("decoder"))
-        if row["name"] in GENERATORS and row[fd] <= best.get(key, row)[fd]:
-            best[key] = row
+        key = [row.get(name) for name in ("name", "decoder", "best_of", "choose")]
+        if row["name"] in GENERATORS and row[fd] <= best.get(str(key), row)[fd]:
+            best[str(key)] = row
     lines = ["| what | decoder | " + " | ".join(keys) + " |", "|---" * (2 + len(keys)) + "|"]
     for row in sorted(rows, key=lambda row: (
             row["name"] in GENERATORS, row["name"] != "real", -row.get("num_tokens", 0),
@@ -66,6 +69,8 @@ def table(rows: list[dict]) -> str:
             what += f", {row['num_tokens']} token{'s' * (row['num_tokens'] > 1)}"
         if row["name"] in GENERATORS:
             what += f", guidance {row['cfg_scale']:g}"
+        if "best_of" in row:
+            what += f", best of {row['best_of']} by {row['choose']}"
         how = row.get("decoder", "-")
         if how == "flow":
             how += f", {row['flow_steps']} steps"
@@ -73,6 +78,42 @@ def table(rows: list[dict]) -> str:
                  for key in keys.values()]
         lines.append(f"| {what} | {how} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+class BestOf:
+    """A generator that draws several samples in place of each and keeps the best.
+
+    score   (labels (M,), ids (M, L)) -> (M,), the more the better
+    """
+
+    def __init__(self, model: Generator, score: Callable):
+        self.model, self.score = model, score
+        self.num_classes, self.options = model.num_classes, model.options
+        self.unfinished = model.unfinished
+
+    @torch.no_grad()
+    def sample(self, labels: torch.Tensor, best_of: int, choose: str, **options) -> torch.Tensor:
+        many = labels.repeat_interleave(best_of)
+        ids = self.model.sample(many, **options)
+        best = self.score(many, ids).view(-1, best_of).argmax(dim=1)            # (B,)
+        return ids.unflatten(0, (-1, best_of))[torch.arange(len(labels)), best]
+
+
+def likelihood(model: Generator) -> Callable:
+    """score: log p(ids | class) by an AR model, without guidance."""
+    def score(labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        logits = model(labels, ids[:, :-1]).float().log_softmax(dim=-1)         # (M, L, K)
+        return logits.gather(-1, ids[..., None])[..., 0].sum(dim=1)
+    return score
+
+
+def class_seen(decode: Decoding, net: FeatureNet) -> Callable:
+    """score: how sure the judge is of the class in the mean decoder's image."""
+    def score(labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        images = (to_uint8(decode(part, torch.Generator())) for part in ids.split(250))
+        logits = torch.cat([net.network(part)[1] for part in images])           # (M, C)
+        return logits.log_softmax(dim=-1).gather(1, labels[:, None].to(logits.device))[:, 0]
+    return score
 
 
 def draw_pictures(folder: str, flow: FlowDecoder, pixels: torch.Tensor, seed: int) -> None:
@@ -104,6 +145,8 @@ def main() -> None:
     add("--scales", type=number(float), nargs="+", default=[1.0, 1.5, 2.0, 3.0])
     add("--decoders", nargs="+", choices=("mean", "flow"), default=["mean", "flow"])
     add("--kinds", nargs="*", choices=tuple(GENERATORS), default=list(GENERATORS))
+    add("--best_of", type=number(int, 2), nargs="*", default=[], metavar="N",
+        help="draw N samples in place of each and keep the best; for ar")
     add("--brief", action="store_true", help="no other numbers of steps or tokens")
     add("--seed", type=number(int), default=0, help="of all noise")
     add("--device", choices=DEVICES, default="auto")
@@ -161,11 +204,18 @@ def main() -> None:
         add_row(reconstruction(decode, originals, how, procs.device))
     for kind in args.kinds:
         model = Generator.of_run(args.run, kind, tokenizer, procs.device)
+        scores = {"likelihood": likelihood(model),
+                  "judge": class_seen(Decoding(tokenizer), nets[0])}
         for decode in decodings:
             for scale in args.scales:
                 options = {name: SAMPLING[name].default for name in model.options}
                 add_row(generated(kind, model, decode, args.num_samples, options,
                                   {"cfg_scale": scale}, how, procs.device))
+                for choose, score in scores.items() if kind == "ar" else ():
+                    for n in args.best_of:
+                        swept = {"cfg_scale": scale, "best_of": n, "choose": choose}
+                        add_row(generated(kind, BestOf(model, score), decode, args.num_samples,
+                                          options, swept, how, procs.device))
     if args.brief:
         return
     for steps in (4, 8, 24, 48):

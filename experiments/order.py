@@ -12,9 +12,14 @@ and, when asked for,
     nativetok-block     joint, with the published two-layer block experts (narrower)
     nativetok-hidden    joint, but experts read each other's outputs unquantized and share one head,
                         as in the first author's earlier code
-    nativetok-joint-entropy0, -entropy50, nativetok-hnt-entropy0, -entropy50
-                        the same with none or half of the reward for using all codes: does a term
+    nativetok-joint-entropy0, -entropy25, -entropy50, and the same of nativetok-hnt
+                        with none, a quarter, half of the reward for using all codes: does a term
                         that pays for rate cost more bits than its decibels are worth?
+    nativetok-joint-cut, nativetok-hnt-cut
+                        no gradient reaches an expert through the tokens that later ones read
+    nativetok-joint-swaps, titok-swaps
+                        the decoder sees wrong tokens of one training image in ten: each is one of
+                        the 12 codes nearest to the right one [RobusTok, arXiv 2509.12474]
     nativetok-reversed  control: nativetok-hnt's tokens, and the generator gets the last one first
     nativetok-shuffled  control: the same in a random order, another one for each seed
 
@@ -147,6 +152,37 @@ def hide_codes(model: NativeTok) -> NativeTok:
     return model
 
 
+class CutMoCET(MoCET):
+    """No gradient reaches an expert through the tokens that later experts read."""
+
+    def as_prior(self, z_q_i: Tensor, expert: nn.Module) -> Tensor:
+        return super().as_prior(z_q_i.detach(), expert)
+
+
+def cut_prefix(model: NativeTok) -> NativeTok:
+    model.mocet = CutMoCET(model.cfg)
+    return model
+
+
+class Swapping(NativeTok):
+    """In training its decoder gets wrong tokens of one image in ten."""
+
+    def tokenize(self, images: Tensor, force: dict | None = None):
+        z_q, ids, losses = super().tokenize(images, force)
+        if self.training and not self.quantizer.bypass:
+            codes = self.quantizer.codes().detach()
+            near = (codes[ids] @ codes.T).topk(1 + 12).indices[..., 1:]         # (B, L, 12)
+            chosen = torch.randint(12, (*ids.shape, 1), device=ids.device)
+            wrong = codes[near.gather(-1, chosen)[..., 0]]                      # (B, L, d)
+            hit = torch.rand(len(ids), 1, 1, device=ids.device) < 0.1
+            z_q = torch.where(hit, z_q + (wrong - z_q).detach(), z_q)
+        return z_q, ids, losses
+
+
+def swap_codes(model: NativeTok) -> NativeTok:
+    return Swapping(model.cfg)
+
+
 MAIN = {  # trained unless other arms are asked for
     "titok": Arm({"tokenizer": "titok"}),
     "titok-causal": Arm({"tokenizer": "titok-causal"}),
@@ -158,6 +194,12 @@ MAIN = {  # trained unless other arms are asked for
 EXTRA = {
     "nativetok-block": Arm({"expert": "block", "expert_depth": 2}),
     "nativetok-hidden": Arm(change=hide_codes),
+    "nativetok-joint-cut": Arm(change=cut_prefix),
+    "nativetok-hnt-cut": Arm(grown=True, change=cut_prefix),
+    "nativetok-joint-swaps": Arm(change=swap_codes),
+    "titok-swaps": Arm({"tokenizer": "titok"}, change=swap_codes),
+    "nativetok-joint-entropy25": Arm({"entropy_weight": 0.0125}),
+    "nativetok-hnt-entropy25": Arm({"entropy_weight": 0.0125}, grown=True),
     "nativetok-joint-entropy0": Arm({"entropy_weight": 0.0}),
     "nativetok-joint-entropy50": Arm({"entropy_weight": 0.025}),
     "nativetok-hnt-entropy0": Arm({"entropy_weight": 0.0}, grown=True),
