@@ -20,16 +20,17 @@ Shared   images and their order, sizes of the networks, steps, learning rates. e
          random, inverted and error have the same number of fine cells in each image
 Cells    "fine" and "coarse" cells in a table are those of the entropy map at r = 1/2, whatever the
          arm's own map is: the same pixels in all arms
-Samples  are judged by the Fréchet distance in the features of one TinyCNN for all arms of a data
-         set (not FID). d2it-4+2 draws under predicted maps, under those of held-out images and
+Samples  are judged by the Fréchet distance in the features of one classifier for all arms of a
+         data set (not FID); photographs need --judge, as in order.py. d2it-4+2 draws under predicted maps, under those of held-out images and
          under random ones. What was expected stands in LOG.md
 Run      python -m experiments.grain --preset tiny --seeds 0 1 2        the shapes, on a CPU
          python -m experiments.grain --preset tiny --quick              does it run?
-         python -m experiments.grain --preset cifar-cpu --data DIR --val_data DIR --seeds 0 1
+         python -m experiments.grain --preset cifar-cpu --data DIR --val_data DIR --seeds 0 1 \
+             --judge judge.pt
          Repeat a command to go on: finished arms are skipped, a broken-off one goes on where it was
          saved; another --out starts anew
-Makes    OUT/ARM-SEED.json, real.json, tinycnn.pt, the judge; OUT/runs/, what was trained; tables
-         and a figure by grain_table.py
+Makes    OUT/ARM-SEED.json, real.json, tinycnn.pt unless --judge is given; OUT/runs/, what was
+         trained; tables and a figure by grain_table.py
 Exit     0 finished, 1 failure, 2 user error, 3 interrupted and saved
 """
 from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from here on
@@ -306,7 +307,7 @@ class Shared:
         self.val = val.subset(np.random.default_rng(0).permutation(len(val))[:HELD_OUT])
         run = parse_run("", flags_of(BASE, 0, args))
         self.size, flip = run.dvae.image_size, run.train.flip
-        self.judge = Judge(os.path.join(args.out, "tinycnn.pt"), self.size, flip,
+        self.judge = Judge(args.judge or os.path.join(args.out, "tinycnn.pt"), self.size, flip,
                            args.plan.judge_steps, 0, self.data, self.val, self.procs)
         self.limit = half_limit(self.data, self.size, run.dvae.cell_size)
 
@@ -410,7 +411,7 @@ def settings_of(arm: str, seed: int, args, shared: Shared) -> dict:
         kept |= settings(stage, run.dvae, run.content, run.train)
     if ARMS[arm].codes:
         kept |= {"num_samples": plan.num_samples, "sampling_steps": plan.sampling_steps}
-    return {"preset": plan.preset, **kept, "judge_steps": plan.judge_steps,
+    return {"preset": plan.preset, **kept, "judge_steps": None if args.judge else plan.judge_steps,
             "images": shared.data.fingerprint, "held_out": shared.val.fingerprint}
 
 

@@ -599,6 +599,8 @@ def parser_of(name: str, doc: str, plans: Iterable[str], arms: Iterable[str],
     add("--arms", nargs="+", metavar="ARM", default=[*arms],
         help=f"only these (default: all but {', '.join(extra)})")
     add("--device", choices=DEVICES, default="auto", help="where to compute")
+    add("--judge", metavar="FILE", help="a classifier of these images, by experiments/judge.py "
+        "(default: a TinyCNN, trained in OUT)")
     add("--quick", action="store_true", help="tiny sizes and few steps, to see that it runs")
     add("--table", action="store_true",
         help="train nothing; make tables and figures anew from the results that are there")
@@ -625,6 +627,8 @@ def parse_for(name: str, parser: Parser, argv: list[str] | None, plans: dict,
     # Held-out images cut from --data would differ between seeds, and so would their judge.
     need(not own or args.val_data or args.table, f"--data {args.data} needs --val_data, so that "
          "all seeds are judged by the same images")
+    need(not args.judge or checkpoint.exists(args.judge), f"--judge {args.judge}: no such file; "
+         "experiments/judge.py makes one")
     return args
 
 
@@ -652,8 +656,6 @@ def parse(argv=None) -> argparse.Namespace:
         help="tokens of an image, one result for each (default: as many as the preset has)")
     add("--generators", choices=(*GENERATORS, "both"), default="both",
         help="which generators learn the tokens (default: both)")
-    add("--judge", metavar="FILE", help="a classifier of these images, by experiments/judge.py "
-        "(default: a TinyCNN, trained in OUT)")
     args = parse_for("order", parser, argv, PLANS, ARMS)
     plan = args.plan
     args.preset, args.sizes, args.judge_steps = plan.preset, plan.sizes, plan.judge_steps
@@ -662,8 +664,6 @@ def parse(argv=None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, getattr(plan, name))
         need(getattr(args, name) >= least, f"{name} {getattr(args, name)} must be at least {least}")
-    need(not args.judge or checkpoint.exists(args.judge), f"--judge {args.judge}: no such file; "
-         "experiments/judge.py makes one")
     return args
 
 
