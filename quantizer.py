@@ -65,9 +65,12 @@ class VectorQuantizer(nn.Module):
             ids = (z.detach() @ codes.detach().T).argmax(dim=-1)
             if self.bypass and self.training:
                 return z, ids, z
-            e = F.embedding(ids, codes.detach())
-            # Straight-through: argmax has no gradient, so that at z_q is handed to z unchanged.
-            return z + (e - z).detach(), ids, z
+            return self.straight_through(z, F.embedding(ids, codes.detach())), ids, z
+
+    @staticmethod
+    def straight_through(z: Tensor, e: Tensor) -> Tensor:
+        """e, with the gradient of z: argmax has none, so what arrives at e is handed to z."""
+        return z + (e - z).detach() if z.requires_grad else e.detach()
 
     def emit(self, z: Tensor, ids: Tensor | Callable) -> tuple[Tensor, Tensor]:
         """Normalised z (..., d), ids (...) to emit in place of the nearest -> z_q (..., d), ids.
@@ -76,7 +79,7 @@ class VectorQuantizer(nn.Module):
         bit what quantize() returns.
         """
         ids = ids(z) if callable(ids) else ids
-        return z + (self.lookup(ids) - z).detach(), ids
+        return self.straight_through(z, self.lookup(ids)), ids
 
     def losses(self, z: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Normalised z (..., d) and its ids (...) -> unweighted losses.

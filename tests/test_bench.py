@@ -66,7 +66,8 @@ def test_the_operations_of_a_joint_step_are_so_many_for_each_token():
         forward, backward = bench.operations_of_a_step(*schedule)
         counts[schedule] = forward.count, backward.count
     each = tuple(b - a for a, b in zip(counts[5,], counts[6,]))
-    assert each == (49, 95) and counts[32, 64, 128] == (6581, 12735), (each, counts)
+    assert each == (52, 15) and counts[32, 64, 128] == (7155, 2680), (each, counts)
+    assert sum(counts[32, 64, 128]) <= 10000
 
 
 def read(*words: str) -> None:

@@ -12,6 +12,7 @@ from quantizer import VectorQuantizer
 SHORT, LONG, N, E, K, B = 3, 6, 16, 16, 32, 4
 FORMS = pytest.mark.parametrize("form", ["query", "block"])
 DEPTHS = pytest.mark.parametrize("depth", [1, 2])
+FORCING = pytest.mark.parametrize("teacher_forcing", [False, True])
 
 
 class Watched(VectorQuantizer):
@@ -164,8 +165,9 @@ def test_forward_equals_the_readable_loop(depth):
 
 
 @DEPTHS
-def test_gradients_equal_those_of_the_readable_loop(depth):
-    mocet, quantizer = small("query", depth, grown=True)
+@FORCING
+def test_gradients_equal_those_of_the_readable_loop(depth, teacher_forcing):
+    mocet, quantizer = small("query", depth, grown=True, teacher_forcing=teacher_forcing)
     weights = torch.randn(B, LONG, 4, generator=torch.Generator().manual_seed(2))
 
     def gradients(forward):
@@ -185,6 +187,55 @@ def test_gradients_equal_those_of_the_readable_loop(depth):
         least = 1e-4 * slow[name].abs().max().item()
         torch.testing.assert_close(fast[name], slow[name], rtol=1e-3, atol=least,
                                    msg=lambda text, name=name: f"{name}: {text}")
+
+
+@FORMS
+@FORCING
+def test_under_teacher_forcing_no_gradient_reaches_an_expert_through_its_token(
+        form, teacher_forcing):
+    mocet, quantizer = small(form, grown=True, teacher_forcing=teacher_forcing)
+    z_q = mocet(some_latents(), quantizer)[0]
+    z_q[:, 2].square().sum().backward()
+    for i, expert in enumerate(mocet.experts):
+        learns = any(p.grad is not None and p.grad.any() for p in expert.head.parameters())
+        assert learns == (i == 2 or i < 2 and not teacher_forcing)
+        # Where a token is read, the reader's loss moves its position all the same.
+        assert (expert.pos.grad is not None and expert.pos.grad.any()) == (i < 2)
+
+
+@DEPTHS
+@FORCING
+def test_under_autocast_every_parameter_learns(depth, teacher_forcing, monkeypatch):
+    """Autocast keeps converted weights; those of a pass without gradients must not be used again.
+    Newer versions of torch see to it, older ones need to be told to forget.
+    """
+    mocet, quantizer = small("query", depth, grown=True, teacher_forcing=teacher_forcing)
+    found, told = [], []  # told: how many had emitted then
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: told.append(len(quantizer.z)))
+    for autocast in (False, True):
+        mocet.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            quantizer.z, told = [], []
+            z_q, _, losses = mocet(some_latents(), quantizer)
+            forgot = [*told]
+        (z_q.sum() + losses["commitment"]).backward()
+        found.append({name: p.grad for name, p in mocet.named_parameters()})
+    assert forgot == ([LONG] if teacher_forcing else []), "when all have emitted"
+    for name, exact in found[0].items():
+        rough = found[1][name]
+        assert (rough is None) == (exact is None) == (name == f"experts.{LONG - 1}.pos"), name
+        if exact is not None:
+            assert (rough - exact).norm() < 0.5 * exact.norm(), name
+
+
+@FORCING
+def test_a_single_expert_learns(teacher_forcing):
+    cfg = TokenizerConfig(image_size=32, patch_size=8, expert_width=E, expert_heads=2,
+                          token_schedule=(1,), codebook_size=K, code_dim=4,
+                          teacher_forcing=teacher_forcing)
+    mocet = MoCET(cfg)
+    mocet(some_latents(), VectorQuantizer(cfg))[0].square().sum().backward()
+    assert mocet.experts[0].query.grad.any()
 
 
 @DEPTHS
@@ -224,15 +275,17 @@ def test_growth_appends_tokens_and_leaves_the_old_ones_identical_to_the_bit(form
 
 @FORMS
 @DEPTHS
-def test_new_experts_learn_and_the_frozen_ones_build_no_graph(form, depth):
+@FORCING
+def test_new_experts_learn_and_the_frozen_ones_build_no_graph(form, depth, teacher_forcing):
     """test_nativetok.py: through such a phase old ids stay identical to the bit."""
-    mocet, quantizer = small(form, depth, grown=True)
+    mocet, quantizer = small(form, depth, grown=True, teacher_forcing=teacher_forcing)
     mocet.train().requires_grad_(False), quantizer.train().requires_grad_(False)
     for expert in mocet.newest():
         expert.requires_grad_(True)
     z_q, _, losses, _ = look(mocet, quantizer)
     (z_q.sum() + losses["codebook"] + losses["commitment"]).backward()
-    assert [z.requires_grad for z in quantizer.z] == [False] * SHORT + [True] * (LONG - SHORT)
+    if form == "block" or not teacher_forcing:  # else they have emitted without a graph
+        assert [z.requires_grad for z in quantizer.z] == [False] * SHORT + [True] * (LONG - SHORT)
     last = mocet.experts[-1].pos  # nobody reads the last token
     for p in (*mocet.parameters(), *quantizer.parameters()):
         assert (p.grad is not None) == (p.requires_grad and p is not last)

@@ -23,7 +23,7 @@ from evaluation.tinycnn import TinyCNN
 from flow_decoder import FlowNet
 from generator import GENERATORS
 from mit import MIT
-from mocet import MoCET
+from mocet import Expert, MoCET
 from nativetok import NativeTok
 from plumbing.flags import build
 from quantizer import VectorQuantizer
@@ -138,7 +138,12 @@ def experts(model: nn.ModuleList) -> tuple:
     mocet, quantizer = model
     x_latent = some(B, 16, 32)
     both = (mocet(x_latent, quantizer), mocet.forward_loop(x_latent, quantizer))
-    return tuple(part for _, ids, losses in both for part in (ids, losses["commitment"]))
+    told = tuple(part for _, ids, losses in both for part in (ids, losses["commitment"]))
+    if type(mocet.experts[0]) is Expert:  # the last part of a training step
+        x_latent = x_latent.to(mocet.embed_code.weight.dtype)
+        z_q, _, z = mocet.one_by_one(x_latent, quantizer, {})
+        told += mocet.all_at_once(x_latent, z_q, z),
+    return told
 
 
 def coded(model: DVAE) -> tuple:
