@@ -147,6 +147,18 @@ def hide_codes(model: NativeTok) -> NativeTok:
     return model
 
 
+class CutMoCET(MoCET):
+    """No gradient reaches an expert through the tokens that later experts read."""
+
+    def as_prior(self, z_q_i: Tensor, expert: nn.Module) -> Tensor:
+        return super().as_prior(z_q_i.detach(), expert)
+
+
+def cut_prefix(model: NativeTok) -> NativeTok:
+    model.mocet = CutMoCET(model.cfg)
+    return model
+
+
 MAIN = {  # trained unless other arms are asked for
     "titok": Arm({"tokenizer": "titok"}),
     "titok-causal": Arm({"tokenizer": "titok-causal"}),
@@ -158,6 +170,10 @@ MAIN = {  # trained unless other arms are asked for
 EXTRA = {
     "nativetok-block": Arm({"expert": "block", "expert_depth": 2}),
     "nativetok-hidden": Arm(change=hide_codes),
+    "nativetok-joint-cut": Arm(change=cut_prefix),
+    "nativetok-hnt-cut": Arm(grown=True, change=cut_prefix),
+    "nativetok-joint-entropy25": Arm({"entropy_weight": 0.0125}),
+    "nativetok-hnt-entropy25": Arm({"entropy_weight": 0.0125}, grown=True),
     "nativetok-joint-entropy0": Arm({"entropy_weight": 0.0}),
     "nativetok-joint-entropy50": Arm({"entropy_weight": 0.025}),
     "nativetok-hnt-entropy0": Arm({"entropy_weight": 0.0}, grown=True),
