@@ -15,8 +15,9 @@ and, when asked for,
     nativetok-joint-entropy0, -entropy25, -entropy50, and the same of nativetok-hnt
                         with none, a quarter, half of the reward for using all codes: does a term
                         that pays for rate cost more bits than its decibels are worth?
-    nativetok-joint-cut, nativetok-hnt-cut
-                        no gradient reaches an expert through the tokens that later ones read
+    nativetok-joint-forced, nativetok-hnt-forced
+                        with --teacher_forcing: no gradient reaches an expert through the tokens
+                        that later ones read
     nativetok-joint-swaps, titok-swaps
                         the decoder sees wrong tokens of one training image in ten: each is one of
                         the 12 codes nearest to the right one [RobusTok, arXiv 2509.12474]
@@ -152,18 +153,6 @@ def hide_codes(model: NativeTok) -> NativeTok:
     return model
 
 
-class CutMoCET(MoCET):
-    """No gradient reaches an expert through the tokens that later experts read."""
-
-    def as_prior(self, z_q_i: Tensor, expert: nn.Module) -> Tensor:
-        return super().as_prior(z_q_i.detach(), expert)
-
-
-def cut_prefix(model: NativeTok) -> NativeTok:
-    model.mocet = CutMoCET(model.cfg)
-    return model
-
-
 class Swapping(NativeTok):
     """In training its decoder gets wrong tokens of one image in ten."""
 
@@ -194,8 +183,8 @@ MAIN = {  # trained unless other arms are asked for
 EXTRA = {
     "nativetok-block": Arm({"expert": "block", "expert_depth": 2}),
     "nativetok-hidden": Arm(change=hide_codes),
-    "nativetok-joint-cut": Arm(change=cut_prefix),
-    "nativetok-hnt-cut": Arm(grown=True, change=cut_prefix),
+    "nativetok-joint-forced": Arm({"teacher_forcing": True}),
+    "nativetok-hnt-forced": Arm({"teacher_forcing": True}, grown=True),
     "nativetok-joint-swaps": Arm(change=swap_codes),
     "titok-swaps": Arm({"tokenizer": "titok"}, change=swap_codes),
     "nativetok-joint-entropy25": Arm({"entropy_weight": 0.0125}),
@@ -210,7 +199,9 @@ EXTRA = {
 }
 ARMS = {**MAIN, **EXTRA}
 # settings of commit 403a52d that are gone from the code; their results are kept
-GONE = ("nativetok-hnt-drop50", "nativetok-hnt-blur50", "nativetok-prior06")
+GONE = ("nativetok-hnt-drop50", "nativetok-hnt-blur50", "nativetok-prior06",
+        # the same function as -forced, without being faster (commit 0e362e1)
+        "nativetok-joint-cut", "nativetok-hnt-cut")
 
 
 @dataclass(frozen=True)
