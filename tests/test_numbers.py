@@ -249,7 +249,8 @@ def order_results(name: str) -> dict[str, list[dict]]:
 def test_tables_of_order_are_what_order_table_makes_of_the_results():
     """Those of prices on the page, and tokens of the longer runs; all of them in their folders."""
     page = section("Does native order help?")
-    for name in ("order-cifar", "order-cifar-cpu", "order-cifar-price", "order-cifar-entropy"):
+    for name in ("order-cifar", "order-cifar-cpu", "order-cifar-price", "order-cifar-entropy",
+                 "order-cifar-forced"):
         points = order_table.pca_points(str(RESULTS / name))
         for title, table in order_table.summary(order_results(name), points).items():
             right = "\n".join(table) + "\n"
@@ -325,6 +326,18 @@ def test_what_makes_tokens_cheaper_is_what_the_files_say():
     page = section("Does native order help?")
     lines = lever_lines()
     assert "\n".join(lines) + "\n" in page, "the right table:\n" + "\n".join(lines)
+
+
+def test_what_teacher_forcing_costs_is_what_the_files_say():
+    with_it, without = order_results("order-cifar-forced"), order_results("order-cifar-price")
+    cost = {}
+    for arm in ("joint", "hnt"):
+        cut, whole = (
+            sum(made["psnr"] for made in of[f"nativetok-{arm}{name}, 16 tokens"]) / 3
+            for of, name in ((with_it, "-cut"), (without, "")))
+        cost[arm] = whole - cut
+    assert -0.05 < cost["joint"] < 0, "nothing"
+    assert f"costs grown tokenizers {cost['hnt']:.2f} dB and others nothing" in section("Speed")
 
 
 def test_what_weak_predictors_say_of_direction_is_what_the_results_hold():
