@@ -69,8 +69,11 @@ class VectorQuantizer(nn.Module):
 
     @staticmethod
     def straight_through(z: Tensor, e: Tensor) -> Tensor:
-        """e, with the gradient of z: argmax has none, so what arrives at e is handed to z."""
-        return z + (e - z).detach() if z.requires_grad else e.detach()
+        """z (..., d), its codes e (..., d) -> e, with the gradient of z."""
+        if not z.requires_grad:
+            return e.detach()
+        # argmax has no gradient, so that at z_q is handed to z unchanged.
+        return z + (e - z).detach()
 
     def emit(self, z: Tensor, ids: Tensor | Callable) -> tuple[Tensor, Tensor]:
         """Normalised z (..., d), ids (...) to emit in place of the nearest -> z_q (..., d), ids.
