@@ -12,9 +12,9 @@ and, when asked for,
     nativetok-block     joint, with the published two-layer block experts (narrower)
     nativetok-hidden    joint, but experts read each other's outputs unquantized and share one head,
                         as in the first author's earlier code
-    nativetok-joint-entropy0, -entropy25, -entropy50, and the same of nativetok-hnt
-                        with none, a quarter, half of the reward for using all codes: does a term
-                        that pays for rate cost more bits than its decibels are worth?
+    nativetok-joint-entropy0, -entropy25, -entropy50, and the same of nativetok-hnt; titok-entropy50
+                        the reward for using all codes weighs nothing, a quarter, half of 0.05: does
+                        a term that pays for rate cost more bits than its decibels are worth?
     nativetok-joint-forced, nativetok-hnt-forced
                         with --teacher_forcing: no gradient reaches an expert through the tokens
                         that later ones read
@@ -192,6 +192,7 @@ EXTRA = {
     "nativetok-joint-entropy0": Arm({"entropy_weight": 0.0}),
     "nativetok-joint-entropy50": Arm({"entropy_weight": 0.025}),
     "nativetok-hnt-entropy0": Arm({"entropy_weight": 0.0}, grown=True),
+    "titok-entropy50": Arm({"tokenizer": "titok", "entropy_weight": 0.025}),
     "nativetok-hnt-entropy50": Arm({"entropy_weight": 0.025}, grown=True),
     # With the same seed these train nativetok-hnt's tokenizer again, to the same weights.
     "nativetok-reversed": Arm(grown=True, order="reversed"),
