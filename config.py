@@ -43,8 +43,9 @@ class TokenizerConfig:
     token_schedule: tuple[int, ...] = (32, 64, 128)
     codebook_size: int = 4096  # number of codes, shared by all positions [TiTok]
     code_dim: int = 12  # channels of a code [TiTok]
-    # weight of the loss that keeps each position from saying always the same, 0 for none [ours]
-    entropy_weight: float = 0.05
+    # weight of the loss that keeps each position from emitting always the same code, 0 for none
+    # [ours: measured, experiments/README.md]
+    entropy_weight: float = 0.025
     decoder_width: int = 768  # channels of the decoder [TiTok-B]
     decoder_depth: int = 12  # transformer blocks of the decoder [TiTok-B]
     decoder_heads: int = 12  # attention heads of the decoder [TiTok-B]

@@ -14,7 +14,8 @@ from quantizer import VectorQuantizer
 
 CONFIG = TokenizerConfig(
     image_size=micro.S, patch_size=micro.P, expert_width=micro.E, expert_depth=1, expert_heads=8,
-    token_schedule=(micro.SHORT,), codebook_size=micro.K, code_dim=micro.d)
+    token_schedule=(micro.SHORT,), codebook_size=micro.K, code_dim=micro.d,
+    entropy_weight=0.05)  # a smaller codebook, and a stronger push to use all of it
 
 
 @pytest.fixture
