@@ -183,10 +183,12 @@ def gradients(model, call, *inputs):
 
 
 @on_a_gpu
-@pytest.mark.parametrize("tokenizer", ("nativetok", "titok"))
-def test_a_recorded_step_of_the_tokenizer_is_the_step(tokenizer):
+@pytest.mark.parametrize("tokenizer, teacher_forcing", [
+    ("nativetok", False), ("nativetok", True), ("titok", False)])
+def test_a_recorded_step_of_the_tokenizer_is_the_step(tokenizer, teacher_forcing):
     torch.manual_seed(0)
-    plain = NativeTok(replace(CFG, tokenizer=tokenizer)).cuda().train()
+    cfg = replace(CFG, tokenizer=tokenizer, teacher_forcing=teacher_forcing)
+    plain = NativeTok(cfg).cuda().train()
     recorded = copy.deepcopy(plain)
     replay, batches = Recorded(recorded), torch.rand(4, 3, 3, 16, 16, device="cuda") * 2 - 1
     for images, continuous in zip(batches, (True, True, False, False)):
