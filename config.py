@@ -36,8 +36,8 @@ class TokenizerConfig:
     expert_width: int = 256
     expert_depth: int = 2  # layers of an expert [paper]
     expert_heads: int = 4  # attention heads of an expert [ours: 64 channels each]
-    # experts learn all at once, and no gradient reaches one through the tokens that others read [ours:
-    # half of the operations, 0.1 dB less for grown tokenizers, see mocet.py]
+    # experts learn all at once, and no gradient reaches one through the tokens that others read
+    # [ours: half of the operations, 0.1 dB less for grown tokenizers, see mocet.py]
     teacher_forcing: bool = False
     # tokens after stage 1, then after each growth step [paper]
     token_schedule: tuple[int, ...] = (32, 64, 128)
@@ -265,7 +265,8 @@ RUN_ONLY = ("data", "val_data", "generators", "workers", "precision", "cuda_grap
 CONFIGS = (TokenizerConfig, GeneratorConfig, FlowDecoderConfig, TrainConfig)
 GENERATOR_FIELDS = tuple(f.name for f in dataclasses.fields(GeneratorConfig))
 
-IMAGENET = dict(teacher_forcing=True, random_crop=True, workers=8)  # the defaults above are these presets' own
+# The defaults above are these presets' own.
+IMAGENET = dict(teacher_forcing=True, random_crop=True, workers=8)
 # 32x32 images. Sizes, rates and shares of the phases: by quality per minute on two CPU cores [ours:
 # experiments/LOG.md]. Small models get more steps, and Muon makes each of them worth about two.
 SMALL = dict(

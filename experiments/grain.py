@@ -21,8 +21,9 @@ Shared   images and their order, sizes of the networks, steps, learning rates. e
 Cells    "fine" and "coarse" cells in a table are those of the entropy map at r = 1/2, whatever the
          arm's own map is: the same pixels in all arms
 Samples  are judged by the Fréchet distance in the features of one classifier for all arms of a
-         data set (not FID); photographs need --judge, as in order.py. d2it-4+2 draws under predicted maps, under those of held-out images and
-         under random ones. What was expected stands in LOG.md
+         data set (not FID); photographs need --judge, as in order.py. d2it-4+2 draws under
+         predicted maps, under those of held-out images and under random ones. What was expected
+         stands in LOG.md
 Run      python -m experiments.grain --preset tiny --seeds 0 1 2        the shapes, on a CPU
          python -m experiments.grain --preset tiny --quick              does it run?
          python -m experiments.grain --preset cifar-cpu --data DIR --val_data DIR --seeds 0 1 \
