@@ -4,7 +4,7 @@ Of a finished run with a flow decoder, each row by both decoders, against the ru
 
     reconstruction   from all tokens, by 4, 8, 12, 24 and 48 steps; from 1, 2, 4 ... tokens
     ar, maskgit      samples, at each guidance of --scales; with --best_of 4 also the best of four,
-                     the likeliest given its class, or the one in which the judge sees it most
+                     the likeliest given its class, or the one in which --chooser sees it most
 
 PSNR and SSIM compare an image with itself: the mean must win there. The distances, precision and
 recall compare two sets of images: a blur must lose there.
@@ -108,7 +108,7 @@ def likelihood(model: Generator) -> Callable:
 
 
 def class_seen(decode: Decoding, net: FeatureNet) -> Callable:
-    """score: how sure the judge is of the class in the mean decoder's image."""
+    """score: how sure a classifier is of the class in the mean decoder's image."""
     def score(labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         images = (to_uint8(decode(part, torch.Generator())) for part in ids.split(250))
         logits = torch.cat([net.network(part)[1] for part in images])           # (M, C)
@@ -147,6 +147,8 @@ def main() -> None:
     add("--kinds", nargs="*", choices=tuple(GENERATORS), default=list(GENERATORS))
     add("--best_of", type=number(int, 2), nargs="*", default=[], metavar="N",
         help="draw N samples in place of each and keep the best; for ar")
+    add("--chooser", metavar="FILE", help="the classifier that says which is best; not the judge, "
+        "which would praise its own choice")
     add("--brief", action="store_true", help="no other numbers of steps or tokens")
     add("--seed", type=number(int), default=0, help="of all noise")
     add("--device", choices=DEVICES, default="auto")
@@ -155,7 +157,7 @@ def main() -> None:
     need(args.pictures or args.judge and args.out, "give --judge and --out, or --pictures")
     need_one_process("experiments.flow")
     need_places({"--out": (args.out, JSON)}, {"--pictures": args.pictures},
-                reads={"--run": args.run, "--judge": args.judge})
+                reads={"--run": args.run, "--judge": args.judge, "--chooser": args.chooser})
     procs = Processes(args.device)
 
     # 1. The run, the judge, and the held-out images through its eyes.
@@ -204,8 +206,11 @@ def main() -> None:
         add_row(reconstruction(decode, originals, how, procs.device))
     for kind in args.kinds:
         model = Generator.of_run(args.run, kind, tokenizer, procs.device)
-        scores = {"likelihood": likelihood(model),
-                  "judge": class_seen(Decoding(tokenizer), nets[0])}
+        scores = {"likelihood": likelihood(model)}
+        if args.chooser:
+            (chooser, _), right = tinycnn_nets(args.chooser, run.data, procs.device, run.val)
+            print(f"the chooser is right on {right:.1%} of held-out images")
+            scores["chooser"] = class_seen(Decoding(tokenizer), chooser)
         for decode in decodings:
             for scale in args.scales:
                 options = {name: SAMPLING[name].default for name in model.options}
