@@ -40,8 +40,11 @@ def test_a_classifier_chooses_by_how_sure_it_is_of_the_class_asked_for():
     """Images of one gray level each; the classifier sees class 0 in dark ones."""
     def decode(ids, noise):
         return (ids[:, :1, None, None] / 4 - 1).expand(-1, 3, 2, 2)
-    net = SimpleNamespace(network=lambda images: (None, torch.stack(
-        [-images.float().mean(dim=(1, 2, 3)), images.float().mean(dim=(1, 2, 3))], dim=1)))
+
+    def network(images):
+        level = images.float().mean(dim=(1, 2, 3)) - 128
+        return None, torch.stack([-level, level], dim=1)
+    net = SimpleNamespace(network=network)
     score = flow.class_seen(decode, net)(torch.tensor([0, 0, 1, 1]), torch.tensor(
         [[1, 0], [7, 0], [1, 0], [7, 0]]))
     assert score[0] > score[1] and score[3] > score[2]
