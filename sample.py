@@ -9,6 +9,8 @@ Run      python sample.py --run runs/NAME
                           --steps 8 --per_class 8
          python sample.py --run runs/NAME --npz samples.npz --num_samples 50000 --batch_size 256
          python sample.py --run runs/NAME --reconstruct photo.jpg --prefixes 1 8 32 128
+         python sample.py --run runs/NAME --best_of 4
+         (draws four of each and keeps the one in which a classifier sees its class most)
          --decoder mean or flow: the tokenizer's own decoder, or the one that draws sharp images,
          which is taken where the run has one
 Makes    RUN/samples/sample-ar.png or sample-maskgit.png, or with --npz an .npz for an evaluator,
@@ -28,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from config import SAMPLING
+from evaluation.best_of import BestOf, class_seen, load_chooser
 from flow_decoder import Decoding
 from generator import GENERATORS, Generator
 from losses import psnr
@@ -48,15 +51,22 @@ def parse(argv=None) -> argparse.Namespace:
     to.add_argument("--generator", choices=tuple(GENERATORS), help="which one (default: ar)")
     to.add_argument("--single", action="store_true", default=None,
                     help="also write every sample as OUT/NNN_CLASS.png")
+    to.add_argument("--best_of", type=number(int, 2, 1000), metavar="N", help="draw N in place of "
+                    "each and keep the one in which --judge sees its class most")
+    to.add_argument("--judge", metavar="FILE", help="for --best_of: a classifier (default: "
+                    "RUN/tinycnn.pt, which eval_fid.py --train_features makes)")
     add_sampling_flags(parser, SAMPLING)
     parser.add_argument("--prefixes", nargs="+", type=number(int, 1), metavar="INT",
                         help="with --reconstruct: numbers of tokens to decode from; all tokens "
                         "come last (default: 1 2 4 ...)")
     add_decoder_flags(parser)
-    args = parse_samples(parser, argv, samples=("generator", *SAMPLING), pictures=("single",))
+    args = parse_samples(parser, argv, samples=("generator", "best_of", "judge", *SAMPLING),
+                         pictures=("single",))
     if not args.reconstruct:
         refuse(args, ("prefixes",), "is for --reconstruct")
-    fill(args, generator="ar")
+    if not args.best_of:
+        refuse(args, ("judge",), "is for --best_of")
+    fill(args, generator="ar", judge=os.path.join(args.run, "tinycnn.pt"))
     reads = GENERATORS[args.generator].options
     for kind, other in GENERATORS.items():
         refuse(args, (name for name in other.options if name not in reads), f"is for {kind}")
@@ -71,12 +81,20 @@ def samples(args: argparse.Namespace, decode: Decoding, device: torch.device) ->
     model = Generator.of_run(args.run, args.generator, tokenizer, device)
     labels = asked_labels(args, model.classes)                                # (n,)
     options = sampling_options(args, {name: SAMPLING[name] for name in model.options}, model)
+    told = {**options, **decode.settings}
+    if args.best_of:
+        chooser = load_chooser(args.judge, args.run, model.classes).to(device)
+        told["best_of"] = args.best_of
     path = None if args.npz else os.path.join(args.out, f"sample-{args.generator}.png")
     need_places({"its picture": (path, PNG)}, {"--out": path and args.out})
 
     # 2. Draw, batch after batch.
+    drawing = model
+    if args.best_of:
+        drawing = BestOf(model, class_seen(tokenizer, chooser), args.best_of)
+
     def draw(part: Tensor, b: int) -> tuple[Tensor]:
-        return (sample_batch(model, decode, part, options, args.seed, b),)
+        return (sample_batch(drawing, decode, part, options, args.seed, b),)
     (images,), speed = draw_samples(draw, labels.to(device), args.batch_size)  # (n, H, W, 3)
 
     # 3. Write, and only then say so.
@@ -89,7 +107,7 @@ def samples(args: argparse.Namespace, decode: Decoding, device: torch.device) ->
                 f"{named_rows(args, labels, model.classes)}"]
     if args.single:
         made.append(write_single_files(args.out, images, labels, model.classes))
-    print(f"{args.generator}: {how_drawn(args, {**options, **decode.settings})}")
+    print(f"{args.generator}: {how_drawn(args, told)}")
     print(f"{len(images):,} samples, {speed:.1f} images per second on {device.type}")
     print("\n".join(made))
 

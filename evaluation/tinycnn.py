@@ -119,6 +119,13 @@ def read_judge(path: str) -> dict:
     return checkpoint.load(path, needs=("classes", "data", "steps", "model", "accuracy"))
 
 
+def build_judge(saved: dict, path: str) -> nn.Module:
+    """read_judge(path) -> the classifier."""
+    judge = NETS[saved.get("net", "tinycnn")](len(saved["classes"]))  # older files name none
+    checkpoint.load_strict(judge, saved["model"], path)
+    return judge.eval()
+
+
 def load_judge(path: str, data: ImageSet,
                val: ImageSet | None = None) -> tuple[nn.Module, float | None]:
     """-> the classifier at `path`, its accuracy on held-out images if they had labels.
@@ -130,10 +137,9 @@ def load_judge(path: str, data: ImageSet,
     need(saved["data"] == data.fingerprint, f"{path} was trained on other images than {data.name}, "
          "and others may judge by it; move it away, or give --judge the name of a new file, and "
          "add --train_features")
-    judge = NETS[saved.get("net", "tinycnn")](len(saved["classes"]))  # older files name none
-    checkpoint.load_strict(judge, saved["model"], path)
+    judge = build_judge(saved, path)
     same = val is None or saved.get("val") == val.fingerprint
-    return judge.eval(), saved["accuracy"] if same else None
+    return judge, saved["accuracy"] if same else None
 
 
 def images_of_judge(path: str, data: str, val_data: str) -> tuple[ImageSet, ImageSet]:

@@ -4,7 +4,7 @@ Of a finished run with a flow decoder, each row by both decoders, against the ru
 
     reconstruction   from all tokens, by 4, 8, 12, 24 and 48 steps; from 1, 2, 4 ... tokens
     ar, maskgit      samples, at each guidance of --scales; with --best_of 4 also the best of four,
-                     the likeliest given its class, or the one in which --chooser sees it most
+                     the one in which --chooser sees the class most
 
 PSNR and SSIM compare an image with itself: the mean must win there. The distances, precision and
 recall compare two sets of images: a blur must lose there.
@@ -22,15 +22,15 @@ from plumbing.start import main_with_user_errors  # first: catches Ctrl-C from h
 
 import os
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from config import CONFIGS, SAMPLING
+from evaluation.best_of import BestOf, class_seen
 from evaluation.judging import (
-    Batching, FeatureNet, ImageSource, Reference, extract, generated, judge, real, reconstruction,
-    tinycnn_nets)
+    Batching, ImageSource, Reference, extract, generated, judge, real, reconstruction, tinycnn_nets)
+from evaluation.tinycnn import load_judge
 from experiments.order_table import fd_key
 from flow_decoder import STEPS, Decoding, FlowDecoder
 from generator import GENERATORS, Generator
@@ -55,7 +55,7 @@ def table(rows: list[dict]) -> str:
             "precision": "precision", "recall": "recall", "class seen": "class_accuracy"}
     best = {}
     for row in rows:
-        key = [row.get(name) for name in ("name", "decoder", "best_of", "choose")]
+        key = [row.get(name) for name in ("name", "decoder", "best_of")]
         if row["name"] in GENERATORS and row[fd] <= best.get(str(key), row)[fd]:
             best[str(key)] = row
     lines = ["| what | decoder | " + " | ".join(keys) + " |", "|---" * (2 + len(keys)) + "|"]
@@ -70,7 +70,7 @@ def table(rows: list[dict]) -> str:
         if row["name"] in GENERATORS:
             what += f", guidance {row['cfg_scale']:g}"
         if "best_of" in row:
-            what += f", best of {row['best_of']} by {row['choose']}"
+            what += f", best of {row['best_of']}"
         how = row.get("decoder", "-")
         if how == "flow":
             how += f", {row['flow_steps']} steps"
@@ -78,42 +78,6 @@ def table(rows: list[dict]) -> str:
                  for key in keys.values()]
         lines.append(f"| {what} | {how} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-class BestOf:
-    """A generator that draws several samples in place of each and keeps the best.
-
-    score   (labels (M,), ids (M, L)) -> (M,), the more the better
-    """
-
-    def __init__(self, model: Generator, score: Callable):
-        self.model, self.score = model, score
-        self.num_classes, self.options = model.num_classes, model.options
-        self.unfinished = model.unfinished
-
-    @torch.no_grad()
-    def sample(self, labels: torch.Tensor, best_of: int, choose: str, **options) -> torch.Tensor:
-        many = labels.repeat_interleave(best_of)
-        ids = self.model.sample(many, **options)
-        best = self.score(many, ids).view(-1, best_of).argmax(dim=1)            # (B,)
-        return ids.unflatten(0, (-1, best_of))[torch.arange(len(labels)), best]
-
-
-def likelihood(model: Generator) -> Callable:
-    """score: log p(ids | class) by an AR model, without guidance."""
-    def score(labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        logits = model(labels, ids[:, :-1]).float().log_softmax(dim=-1)         # (M, L, K)
-        return logits.gather(-1, ids[..., None])[..., 0].sum(dim=1)
-    return score
-
-
-def class_seen(decode: Decoding, net: FeatureNet) -> Callable:
-    """score: how sure a classifier is of the class in the mean decoder's image."""
-    def score(labels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        images = (to_uint8(decode(part, torch.Generator())) for part in ids.split(250))
-        logits = torch.cat([net.network(part)[1] for part in images])           # (M, C)
-        return logits.log_softmax(dim=-1).gather(1, labels[:, None].to(logits.device))[:, 0]
-    return score
 
 
 def draw_pictures(folder: str, flow: FlowDecoder, pixels: torch.Tensor, seed: int) -> None:
@@ -146,7 +110,7 @@ def main() -> None:
     add("--decoders", nargs="+", choices=("mean", "flow"), default=["mean", "flow"])
     add("--kinds", nargs="*", choices=tuple(GENERATORS), default=list(GENERATORS))
     add("--best_of", type=number(int, 2), nargs="*", default=[], metavar="N",
-        help="draw N samples in place of each and keep the best; for ar")
+        help="draw N samples in place of each and keep the best")
     add("--chooser", metavar="FILE", help="the classifier that says which is best; not the judge, "
         "which would praise its own choice")
     add("--brief", action="store_true", help="no other numbers of steps or tokens")
@@ -155,6 +119,7 @@ def main() -> None:
     add("--out", metavar="FILE", help="the JSON to write")
     args = parser.parse_args()
     need(args.pictures or args.judge and args.out, "give --judge and --out, or --pictures")
+    need(not args.best_of or args.chooser, "--best_of needs a --chooser")
     need_one_process("experiments.flow")
     need_places({"--out": (args.out, JSON)}, {"--pictures": args.pictures},
                 reads={"--run": args.run, "--judge": args.judge, "--chooser": args.chooser})
@@ -170,6 +135,8 @@ def main() -> None:
         draw_pictures(args.pictures, flow, held_out(run, 8)[0], args.seed)
         return
     nets, accuracy = tinycnn_nets(args.judge, run.data, procs.device, run.val)
+    if args.chooser:
+        chooser = load_judge(args.chooser, run.data)[0].to(procs.device)
     how = Batching(seed=args.seed, skip_bad=train.skip_bad)
     everything = real("held out", run.val, np.arange(len(run.val)), tok.image_size, how)
     stats, _ = extract(everything, nets, how, procs)
@@ -206,21 +173,17 @@ def main() -> None:
         add_row(reconstruction(decode, originals, how, procs.device))
     for kind in args.kinds:
         model = Generator.of_run(args.run, kind, tokenizer, procs.device)
-        scores = {"likelihood": likelihood(model)}
-        if args.chooser:
-            (chooser, _), right = tinycnn_nets(args.chooser, run.data, procs.device, run.val)
-            print(f"the chooser is right on {right:.1%} of held-out images")
-            scores["chooser"] = class_seen(Decoding(tokenizer), chooser)
         for decode in decodings:
             for scale in args.scales:
                 options = {name: SAMPLING[name].default for name in model.options}
                 add_row(generated(kind, model, decode, args.num_samples, options,
                                   {"cfg_scale": scale}, how, procs.device))
-                for choose, score in scores.items() if kind == "ar" else ():
-                    for n in args.best_of:
-                        swept = {"cfg_scale": scale, "best_of": n, "choose": choose}
-                        add_row(generated(kind, BestOf(model, score), decode, args.num_samples,
-                                          options, swept, how, procs.device))
+                for n in args.best_of:
+                    best = BestOf(model, class_seen(tokenizer, chooser), n)
+                    source = generated(kind, best, decode, args.num_samples, options,
+                                       {"cfg_scale": scale}, how, procs.device)
+                    source.settings["best_of"] = n
+                    add_row(source)
     if args.brief:
         return
     for steps in (4, 8, 24, 48):

@@ -9,6 +9,8 @@ from PIL import Image
 
 import sample
 from config import GeneratorConfig, TokenizerConfig
+from evaluation.best_of import load_chooser
+from evaluation.tinycnn import TinyCNN
 from generator import GENERATORS
 from helpers import called, encoded, noise, put, turned_away
 from losses import psnr
@@ -302,3 +304,50 @@ def test_running_out_of_memory_says_what_to_lower_and_other_errors_show(run, mon
     fails_with(RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
         called(sample, "--run", run)
+
+
+# ------------------------------------------------------------------------------------------------
+# the best of several
+
+@pytest.fixture
+def judged(run, tmp_path):
+    """The run with a classifier that has learned nothing yet."""
+    folder = shutil.copytree(run, tmp_path / "judged")
+    torch.manual_seed(0)
+    save_classifier(folder / "tinycnn.pt", CLASSES)
+    return folder
+
+
+def save_classifier(path, classes) -> None:
+    checkpoint.save(path, {"classes": classes, "data": "", "steps": 0, "accuracy": None,
+                           "model": TinyCNN(len(classes)).state_dict()})
+
+
+@KINDS
+def test_best_of_keeps_of_each_n_the_one_that_the_classifier_is_surest_of(judged, tmp_path, kind):
+    path, classifier = tmp_path / "x.npz", load_chooser(judged / "tinycnn.pt", judged, CLASSES)
+
+    def sure(*flags) -> np.ndarray:
+        drawn(judged, "--generator", kind, "--npz", path, "--num_samples", 30, *flags)
+        with np.load(path) as made, torch.no_grad():
+            logits, _ = classifier(to_float(torch.from_numpy(made["arr_0"])))
+            labels = torch.from_numpy(made["arr_1"])[:, None]
+        return logits.log_softmax(dim=1).gather(1, labels).view(-1, len(CLASSES)).numpy()
+    plain, best, other = sure(), sure("--best_of", 8), tmp_path / "other.pt"
+    gain = (best.mean(axis=0) - plain.mean(axis=0)) / plain.std(axis=0)  # of each class
+    assert gain.min() > 0 and gain.mean() > 0.5
+    torch.manual_seed(1)
+    save_classifier(other, CLASSES)
+    assert not np.array_equal(sure("--best_of", 8, "--judge", other), best)
+
+
+def test_what_stands_in_the_way_of_choosing_is_said_in_a_line(run, judged, tmp_path):
+    turned_away(sample, "--run", run, "--best_of", 4,
+                says=["tinycnn.pt is not there", "eval_fid.py --run", "--train_features"])
+    save_classifier(tmp_path / "two.pt", CLASSES[:2])
+    turned_away(sample, "--run", judged, "--best_of", 4, "--judge", tmp_path / "two.pt",
+                says=["other classes", "--judge"])
+    turned_away(sample, "--run", judged, "--judge", tmp_path / "two.pt", says=["--best_of"])
+    turned_away(sample, "--run", judged, "--best_of", 1, says=["best_of"])
+    turned_away(sample, "--run", judged, "--reconstruct", "x.png", "--best_of", 4,
+                says=["--best_of is for samples"])
