@@ -303,11 +303,12 @@ def lever_lines() -> list[str]:
                         ("HNT", as_it_is["nativetok-hnt, 16 tokens"]),
                         ("titok", as_it_is["titok, 16 tokens"])):
         add(f"{arm}, as it is", [(made["psnr"], made["ar_bits_total"]) for made in of_arm])
-    for name, arm in (("joint, half of the entropy term", "nativetok-joint-entropy50"),
-                      ("joint, no entropy term", "nativetok-joint-entropy0"),
-                      ("HNT, no entropy term", "nativetok-hnt-entropy0")):
-        of_arm = unweighted[f"{arm}, 16 tokens"]
-        add(name, [(made["psnr"], made["ar_bits_total"]) for made in of_arm])
+    for name, arm in (("joint", "nativetok-joint"), ("HNT", "nativetok-hnt"), ("titok", "titok")):
+        for part, weight in (("half of the", 50), ("a quarter of the", 25), ("no", 0)):
+            of_arm = unweighted.get(f"{arm}-entropy{weight}, 16 tokens")
+            if of_arm:
+                add(f"{name}, {part} entropy term",
+                    [(made["psnr"], made["ar_bits_total"]) for made in of_arm])
     for arm in ("joint", "titok"):
         for price in (1e9, 53, 27, 13):
             rows = [row for (of, _), made in rates.items() if of == arm for row in made
