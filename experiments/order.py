@@ -154,14 +154,15 @@ def hide_codes(model: NativeTok) -> NativeTok:
 
 
 class Swapping(NativeTok):
-    """In training its decoder gets wrong tokens of one image in ten."""
+    """In training its decoder gets wrong tokens of one image in ten [RobusTok]."""
+    NEAR = 12  # a wrong token is one of so many codes, those nearest to the right one
 
     def tokenize(self, images: Tensor, force: dict | None = None):
         z_q, ids, losses = super().tokenize(images, force)
         if self.training and not self.quantizer.bypass:
             codes = self.quantizer.codes().detach()
-            near = (codes[ids] @ codes.T).topk(1 + 12).indices[..., 1:]         # (B, L, 12)
-            chosen = torch.randint(12, (*ids.shape, 1), device=ids.device)
+            near = (codes[ids] @ codes.T).topk(1 + self.NEAR).indices[..., 1:]  # (B, L, NEAR)
+            chosen = torch.randint(self.NEAR, (*ids.shape, 1), device=ids.device)
             wrong = codes[near.gather(-1, chosen)[..., 0]]                      # (B, L, d)
             hit = torch.rand(len(ids), 1, 1, device=ids.device) < 0.1
             z_q = torch.where(hit, z_q + (wrong - z_q).detach(), z_q)

@@ -316,8 +316,9 @@ def lever_lines() -> list[str]:
             way = f", at {price} bits a dB" if price < 1e9 else ""
             if rows:
                 add(f"{arm}, 400 steps more{way}", [(row["psnr"], row["bits"]) for row in rows])
-    (_, row) = results("search-price-joint")["rows"]
-    add("joint, its encoder searches at 53 bits a dB", [(row["psnr"], row["bits_after"])])
+    for arm in ("joint", "titok"):
+        (_, row) = results(f"search-price-{arm}")["rows"]
+        add(f"{arm}, its encoder searches at 53 bits a dB", [(row["psnr"], row["bits_after"])])
     return [f"| {name} | {len(psnr)} | {order_table.cell(psnr, '.2f')} | "
             f"{order_table.cell(bits, '.1f')} | {order_table.cell(above, '+.2f')} |"
             for name, (psnr, bits, above) in found.items()]
@@ -327,6 +328,27 @@ def test_what_makes_tokens_cheaper_is_what_the_files_say():
     page = section("Does native order help?")
     lines = lever_lines()
     assert "\n".join(lines) + "\n" in page, "the right table:\n" + "\n".join(lines)
+
+
+def drawn_lines() -> list[str]:
+    """Drawn samples of AR models that learned for so many steps, each at its best guidance."""
+    lines = []
+    for steps in (500, 800, 2000, 6000):
+        cells = []
+        for arm in ("titok", "joint"):
+            name = f"drawn-{arm}" + (f"-{steps}" if steps != 800 else "")
+            rows = [row for row in results(name)["rows"]
+                    if row["name"] == "ar" and row["decoder"] == "flow"]
+            best = min(rows, key=fd_of)
+            cells += [f"{fd_of(best):.1f} at {best['cfg_scale']:g}",
+                      f"{best['class_accuracy']:.3f}"]
+        lines.append(f"| {steps:,} | {' | '.join(cells)} |")
+    return lines
+
+
+def test_longer_generators_are_what_the_files_say():
+    lines = drawn_lines()
+    assert "\n".join(lines) + "\n" in section("Does native order help?"), "\n".join(lines)
 
 
 def test_what_teacher_forcing_costs_is_what_the_files_say():
@@ -339,6 +361,25 @@ def test_what_teacher_forcing_costs_is_what_the_files_say():
         cost[arm] = whole - cut
     assert -0.05 < cost["joint"] < 0, "nothing"
     assert f"costs grown tokenizers {cost['hnt']:.2f} dB and others nothing" in section("Speed")
+
+
+def best_samples(name: str, **has) -> dict:
+    """Of the samples of AR in a result file that `has` describes, those at the best guidance."""
+    return min((row for row in results(name)["rows"] if row["name"] == "ar"
+                and all(row.get(key) == value for key, value in has.items())), key=fd_of)
+
+
+def test_samples_at_a_price_and_the_best_of_four_are_what_the_files_say():
+    page = " ".join(section("Does native order help?").split())
+    pairs = [[fd_of(best_samples(f"rate-samples/{arm}-{way}")) for way in ("control", "27")]
+             for arm in ("joint-1", "joint-2", "titok-1")]
+    words = ["from {:.1f} to {:.1f}".format(*pair) for pair in pairs]
+    assert f"{words[0]} and {words[1]} with joint, and {words[2]} with titok" in page, words
+    plain, four = (best_samples("best-of", best_of=n, choose=how)
+                   for n, how in ((None, None), (4, "chooser")))
+    for words in (f"FD falls from {fd_of(plain):.1f} to {fd_of(four):.1f}",
+                  f"in {four['class_accuracy']:.0%} instead of {plain['class_accuracy']:.0%}"):
+        assert words in page, words
 
 
 def test_what_weak_predictors_say_of_direction_is_what_the_results_hold():

@@ -150,6 +150,27 @@ def test_with_hidden_priors_no_id_that_is_forced_moves_a_later_one_and_only_they
         NativeTok.load(path)
 
 
+def test_swapped_codes_are_near_ones_of_some_images_in_training_alone():
+    model, images = changed_tokenizer(order.swap_codes), torch.rand(400, 3, 32, 32) * 2 - 1
+    plain = changed_tokenizer()
+    plain.load_state_dict(model.state_dict())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        told, kept = model.train().tokenize(images), plain.train().tokenize(images)
+        assert torch.equal(told[1], kept[1]), "ids are as they were"
+        moved = (told[0] - kept[0]).flatten(1).any(dim=1)
+        assert 0.05 < moved.float().mean() < 0.2
+        codes, near = plain.quantizer.codes(), model.NEAR
+        for z_q, ids in zip(told[0][moved], told[1][moved]):
+            found = (z_q @ codes.T).argmax(dim=-1)                              # (L,)
+            ranks = (codes[ids] @ codes.T).argsort(dim=-1, descending=True).argsort(dim=-1)
+            assert 1 <= ranks[range(6), found].min() <= ranks[range(6), found].max() <= near
+        assert torch.equal(model.eval().encode(images), plain.eval().encode(images))
+        assert torch.equal(model.tokenize(images)[0], plain.tokenize(images)[0])
+    model.train().tokenize(images)[0].sum().backward()
+    assert model.mit.pos.grad.any(), "the gradient passes the swap"
+
+
 def test_a_tokenizer_in_another_order_makes_the_same_images():
     inside = changed_tokenizer().eval()
     inside.fingerprint = "inside"
