@@ -250,7 +250,7 @@ def test_tables_of_order_are_what_order_table_makes_of_the_results():
     """Those of prices on the page, and tokens of the longer runs; all of them in their folders."""
     page = section("Does native order help?")
     for name in ("order-cifar", "order-cifar-cpu", "order-cifar-price", "order-cifar-entropy",
-                 "order-cifar-forced"):
+                 "order-cifar-forced", "order-cifar-swaps"):
         points = order_table.pca_points(str(RESULTS / name))
         for title, table in order_table.summary(order_results(name), points).items():
             right = "\n".join(table) + "\n"
@@ -292,6 +292,7 @@ def lever_lines() -> list[str]:
     points = order_table.pca_points(str(RESULTS / "order-cifar-price"))
     rates = {(arm, seed): results(f"rate-{arm}-{seed}")["rows"]
              for arm, seed in (("joint", 1), ("joint", 2), ("titok", 1))}
+    third = results("rate-joint-0")["rows"]
     found = {}
 
     def add(name: str, pairs: list[tuple[float, float]]) -> None:
@@ -309,6 +310,9 @@ def lever_lines() -> list[str]:
             if of_arm:
                 add(f"{name}, {part} entropy term",
                     [(made["psnr"], made["ar_bits_total"]) for made in of_arm])
+    swapped = order_results("order-cifar-swaps")["nativetok-joint-swaps, 16 tokens"]
+    add("joint, near codes swapped in training",
+        [(made["psnr"], made["ar_bits_total"]) for made in swapped])
     for arm in ("joint", "titok"):
         for price in (1e9, 53, 27, 13):
             rows = [row for (of, _), made in rates.items() if of == arm for row in made
@@ -316,6 +320,9 @@ def lever_lines() -> list[str]:
             way = f", at {price} bits a dB" if price < 1e9 else ""
             if rows:
                 add(f"{arm}, 400 steps more{way}", [(row["psnr"], row["bits"]) for row in rows])
+    for row in third:
+        way = ", at 27 bits a dB" if row["bits_a_db"] < 1e9 else ""
+        add(f"joint, half of the entropy term, 400 steps more{way}", [(row["psnr"], row["bits"])])
     for arm in ("joint", "titok"):
         (_, row) = results(f"search-price-{arm}")["rows"]
         add(f"{arm}, its encoder searches at 53 bits a dB", [(row["psnr"], row["bits_after"])])
@@ -375,6 +382,12 @@ def test_samples_at_a_price_and_the_best_of_four_are_what_the_files_say():
              for arm in ("joint-1", "joint-2", "titok-1")]
     words = ["from {:.1f} to {:.1f}".format(*pair) for pair in pairs]
     assert f"{words[0]} and {words[1]} with joint, and {words[2]} with titok" in page, words
+    swapped, seeds = order_results("order-cifar-swaps")["nativetok-joint-swaps, 16 tokens"], {
+        made["seed"]: made for made in order_results("order-cifar-price")[
+            "nativetok-joint, 16 tokens"]}
+    pairs = [[fd_of(made["samples"][0]) for made in (seeds[one["seed"]], one)] for one in swapped]
+    words = " and ".join("from {:.1f} to {:.1f}".format(*pair) for pair in pairs)
+    assert f"AR's samples (means) go {words}" in page, words
     plain, four = (best_samples("best-of", best_of=n, choose=how)
                    for n, how in ((None, None), (4, "chooser")))
     for words in (f"FD falls from {fd_of(plain):.1f} to {fd_of(four):.1f}",
