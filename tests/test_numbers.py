@@ -303,7 +303,7 @@ def lever_lines() -> list[str]:
     for arm, of_arm in (("joint", as_it_is["nativetok-joint, 16 tokens"]),
                         ("HNT", as_it_is["nativetok-hnt, 16 tokens"]),
                         ("titok", as_it_is["titok, 16 tokens"])):
-        add(f"{arm}, as it is", [(made["psnr"], made["ar_bits_total"]) for made in of_arm])
+        add(f"{arm}, as above", [(made["psnr"], made["ar_bits_total"]) for made in of_arm])
     for name, arm in (("joint", "nativetok-joint"), ("HNT", "nativetok-hnt"), ("titok", "titok")):
         for part, weight in (("half of the", 50), ("a quarter of the", 25), ("no", 0)):
             of_arm = unweighted.get(f"{arm}-entropy{weight}, 16 tokens")
