@@ -149,7 +149,7 @@ def small(line: str) -> tuple[str, list[str]]:
             flags.append("@photo")
         elif before == "--classes":
             flags.append("ring" if "disc" in flags else "disc")
-        elif before == "--judge":
+        elif before in ("--judge", "--chooser"):
             flags.append("@made/judge.pt" if "--train_features" in words else
                          "@whole" if file == "experiments/order.py" else "@judge")
         elif before in NUMBERS:
