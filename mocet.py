@@ -229,8 +229,8 @@ class MoCET(nn.Module):
         else:
             with torch.no_grad():
                 z_q, ids, z = self.one_by_one(x_latent, quantizer, force)
-            # TRAP: until 2.10 torch's autocast keeps what it has converted here, without a graph;
-            # weights that are used again would get no gradient (pytorch issue 158232).
+            # TRAP: autocast of older torch keeps what it has converted here, without a graph, and
+            # weights that are used again would get no gradient.
             torch.clear_autocast_cache()
             z = self.all_at_once(x_latent, z_q, z)
             z_q = quantizer.straight_through(z, z_q)

@@ -81,18 +81,15 @@ def samples(args: argparse.Namespace, decode: Decoding, device: torch.device) ->
     model = Generator.of_run(args.run, args.generator, tokenizer, device)
     labels = asked_labels(args, model.classes)                                # (n,)
     options = sampling_options(args, {name: SAMPLING[name] for name in model.options}, model)
-    told = {**options, **decode.settings}
+    told, drawing = {**options, **decode.settings}, model
     if args.best_of:
         chooser = load_chooser(args.judge, args.run, model.classes).to(device)
+        drawing = BestOf(model, class_seen(tokenizer, chooser), args.best_of)
         told["best_of"] = args.best_of
     path = None if args.npz else os.path.join(args.out, f"sample-{args.generator}.png")
     need_places({"its picture": (path, PNG)}, {"--out": path and args.out})
 
     # 2. Draw, batch after batch.
-    drawing = model
-    if args.best_of:
-        drawing = BestOf(model, class_seen(tokenizer, chooser), args.best_of)
-
     def draw(part: Tensor, b: int) -> tuple[Tensor]:
         return (sample_batch(drawing, decode, part, options, args.seed, b),)
     (images,), speed = draw_samples(draw, labels.to(device), args.batch_size)  # (n, H, W, 3)

@@ -55,9 +55,9 @@ def table(rows: list[dict]) -> str:
             "precision": "precision", "recall": "recall", "class seen": "class_accuracy"}
     best = {}
     for row in rows:
-        key = [row.get(name) for name in ("name", "decoder", "best_of")]
-        if row["name"] in GENERATORS and row[fd] <= best.get(str(key), row)[fd]:
-            best[str(key)] = row
+        key = tuple(row.get(name) for name in ("name", "decoder", "best_of"))
+        if row["name"] in GENERATORS and row[fd] <= best.get(key, row)[fd]:
+            best[key] = row
     lines = ["| what | decoder | " + " | ".join(keys) + " |", "|---" * (2 + len(keys)) + "|"]
     for row in sorted(rows, key=lambda row: (
             row["name"] in GENERATORS, row["name"] != "real", -row.get("num_tokens", 0),
@@ -119,7 +119,7 @@ def main() -> None:
     add("--out", metavar="FILE", help="the JSON to write")
     args = parser.parse_args()
     need(args.pictures or args.judge and args.out, "give --judge and --out, or --pictures")
-    need(not args.best_of or args.chooser, "--best_of needs a --chooser")
+    need(bool(args.best_of) == bool(args.chooser), "--best_of and --chooser go together; give both")
     need_one_process("experiments.flow")
     need_places({"--out": (args.out, JSON)}, {"--pictures": args.pictures},
                 reads={"--run": args.run, "--judge": args.judge, "--chooser": args.chooser})

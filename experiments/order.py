@@ -12,9 +12,6 @@ and, when asked for,
     nativetok-block     joint, with the published two-layer block experts (narrower)
     nativetok-hidden    joint, but experts read each other's outputs unquantized and share one head,
                         as in the first author's earlier code
-    nativetok-joint-entropy0, -entropy25, -entropy50, and the same of nativetok-hnt; titok-entropy50
-                        the reward for using all codes weighs nothing, a quarter, half of 0.05: does
-                        a term that pays for rate cost more bits than its decibels are worth?
     nativetok-joint-forced, nativetok-hnt-forced
                         with --teacher_forcing: no gradient reaches an expert through the tokens
                         that later ones read
@@ -188,13 +185,6 @@ EXTRA = {
     "nativetok-hnt-forced": Arm({"teacher_forcing": True}, grown=True),
     "nativetok-joint-swaps": Arm(change=swap_codes),
     "titok-swaps": Arm({"tokenizer": "titok"}, change=swap_codes),
-    "nativetok-joint-entropy25": Arm({"entropy_weight": 0.0125}),
-    "nativetok-hnt-entropy25": Arm({"entropy_weight": 0.0125}, grown=True),
-    "nativetok-joint-entropy0": Arm({"entropy_weight": 0.0}),
-    "nativetok-joint-entropy50": Arm({"entropy_weight": 0.025}),
-    "nativetok-hnt-entropy0": Arm({"entropy_weight": 0.0}, grown=True),
-    "titok-entropy50": Arm({"tokenizer": "titok", "entropy_weight": 0.025}),
-    "nativetok-hnt-entropy50": Arm({"entropy_weight": 0.025}, grown=True),
     # With the same seed these train nativetok-hnt's tokenizer again, to the same weights.
     "nativetok-reversed": Arm(grown=True, order="reversed"),
     "nativetok-shuffled": Arm(grown=True, order="shuffled"),
@@ -203,7 +193,10 @@ ARMS = {**MAIN, **EXTRA}
 # settings of commit 403a52d that are gone from the code; their results are kept
 GONE = ("nativetok-hnt-drop50", "nativetok-hnt-blur50", "nativetok-prior06",
         # the same function as -forced, without being faster (commit 0e362e1)
-        "nativetok-joint-cut", "nativetok-hnt-cut")
+        "nativetok-joint-cut", "nativetok-hnt-cut",
+        # other weights of the entropy term, in percent of 0.05 (commit d0f853f); 50 is the default
+        *(f"{arm}-entropy{weight}" for arm in ("nativetok-joint", "nativetok-hnt", "titok")
+          for weight in (0, 25, 50)))
 
 
 @dataclass(frozen=True)
